@@ -1,0 +1,82 @@
+"""Adapters: LoRA through PEFT, with a rank per layer where asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.models.modeling_prunadapt import Layout
+
+ADAPTER = "default"  # PEFT's name of the one adapter
+
+
+def target_modules(layout: Layout, wanted: Sequence[str] | None = None, *, only_head_inputs: bool = False) -> list[str]:
+    """Full names of the projections that get LoRA: all of the layout, those that end like `wanted`, or q, k, v only.
+
+    Raises UserError for a wanted name that matches no projection.
+    """
+    below = []
+    for sublayer in layout.sublayers:
+        if only_head_inputs and sublayer.kind != "heads":
+            continue
+        below += [p.path for p in sublayer.inputs] + ([] if only_head_inputs else [sublayer.output.path])
+    if wanted:
+        unmatched = [w for w in wanted if not any(_ends_with(path, w) for path in below)]
+        if unmatched:
+            raise UserError(
+                Problem("target_modules", unmatched, f"no projection has such a name; this model has {', '.join(below)}")
+            )
+        below = [path for path in below if any(_ends_with(path, w) for w in wanted)]
+    return [f"{layout.layers}.{i}.{path}" for i in range(layout.num_layers) for path in below]
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def add_lora(
+    model: nn.Module,
+    layout: Layout,
+    targets: Sequence[str],
+    *,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    rank_per_layer: Mapping[int, int] | None = None,
+) -> None:
+    """Put LoRA around the named projections, in the model's own dtype. In place; no wrapper around the model.
+
+    `rank_per_layer` overrides `r`; lora_alpha / rank stays lora_alpha / r, so that a layer's update has the same scale.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    ranks, alphas = {}, {}
+    for layer, rank in (rank_per_layer or {}).items():
+        pattern = rf"{re.escape(f'{layout.layers}.{layer}')}\..*"
+        ranks[pattern], alphas[pattern] = rank, lora_alpha * rank / r
+    config = LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=lora_dropout,
+        target_modules=list(targets),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        bias="none",
+    )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    dtype = next(model.parameters()).dtype
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)  # ZeRO wants all trainables in one dtype
+            parameter.requires_grad_(True)
+        else:  # PEFT freezes everything that is not an adapter
+            parameter.requires_grad_(name.replace(".base_layer", "") in trained or name in trained)
+
+
+def is_lora(module: Any) -> bool:
+    return hasattr(module, "lora_A") and hasattr(module, "base_layer")

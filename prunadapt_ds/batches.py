@@ -1,0 +1,122 @@
+"""Batches that are the same for every split of the same samples.
+
+Legend: N samples, B rows of a micro-batch, T tokens, G = world_size * accumulation * B rows of a whole optimizer step.
+
+The order of an epoch depends on the seed and the epoch alone. A step takes the next G samples of it; the micro-batch m of
+rank r takes the chunk m * world_size + r of those. The last step of an epoch may be short: its rows weigh more, so that every
+sample of the step counts the same, and a rank left without samples runs one row at weight zero, so that no collective
+waits for it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PAD_TO_MULTIPLE_OF = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank.
+
+    inputs: model inputs [B, T].  labels: [B].  index: int64 [B], positions in the dataset.  weights: float [B]; the loss of
+    the micro-batch is sum_b weights[b] * L_b, whose mean over ranks and accumulation steps is the mean loss of the step's
+    samples. A row of weight 0 is no sample.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    index: Tensor
+    weights: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
+        return Batch(moved, self.labels.to(device), self.index, self.weights.to(device))
+
+
+class Rows:
+    """Tokenised examples by position: `rows[[3, 7]]` collates them with dynamic padding."""
+
+    def __init__(self, dataset: Any, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.columns = [c for c in ("input_ids", "attention_mask", "token_type_ids") if c in dataset.column_names]
+        self.examples: list[dict[str, Any]] = dataset.to_list()
+        self.labels = torch.tensor([row["labels"] for row in self.examples])
+        self.lengths = [len(row["input_ids"]) for row in self.examples]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def head(self, count: int) -> Rows:
+        """The first `count` rows."""
+        some = copy.copy(self)
+        some.examples, some.labels, some.lengths = self.examples[:count], self.labels[:count], self.lengths[:count]
+        return some
+
+    def inputs(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        """Model inputs of these rows, padded to the longest of them and on to a multiple of 8."""
+        rows = [{c: self.examples[i][c] for c in self.columns} for i in positions]
+        padded = self.tokenizer.pad(
+            rows, padding="longest", pad_to_multiple_of=PAD_TO_MULTIPLE_OF, return_tensors="pt", verbose=False
+        )
+        return dict(padded)
+
+    def batch(self, positions: Sequence[int], weight: float) -> Batch:
+        index = torch.tensor(list(positions))
+        return Batch(self.inputs(positions), self.labels[index], index, torch.full((len(index),), weight))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Which samples each rank sees at each step; see the top of this file."""
+
+    num_samples: int
+    micro_batch_size: int
+    accumulation_steps: int
+    rank: int
+    world_size: int
+    seed: int
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.micro_batch_size * self.accumulation_steps * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_samples // self.samples_per_step)
+
+    def step_samples(self, step: int) -> list[int]:
+        """All samples of optimizer step `step`, on all ranks."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+        order = torch.randperm(self.num_samples, generator=generator)
+        start = position * self.samples_per_step
+        return order[start : start + self.samples_per_step].tolist()
+
+    def micro_batches(self, step: int) -> list[tuple[list[int], float]]:
+        """This rank's micro-batches of step `step`: (samples, weight of each in the micro-batch's loss)."""
+        samples = self.step_samples(step)
+        weight = self.world_size * self.accumulation_steps / len(samples)
+        micro_batches = []
+        for m in range(self.accumulation_steps):
+            start = (m * self.world_size + self.rank) * self.micro_batch_size
+            chunk = samples[start : start + self.micro_batch_size]
+            micro_batches.append((chunk, weight) if chunk else (samples[:1], 0.0))
+        return micro_batches
+
+
+def evaluation_batches(lengths: Sequence[int], batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
+    """This rank's batches of an evaluation in which every row counts once, rows of like length together.
+
+    Every rank gets the same number of batches; a batch without rows of its own is empty.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    per_round = batch_size * world_size
+    for start in range(0, len(by_length), per_round):
+        yield by_length[start : start + per_round][rank::world_size]

@@ -1,0 +1,23 @@
+"""What has to be set before torch and deepspeed are imported. Imports neither."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+
+def prepare_environment() -> None:
+    """Choose the CPU backend where there is no GPU, find the compiler tools of this environment, and keep logs short.
+
+    Every value can be overridden from outside.
+    """
+    if shutil.which("nvidia-smi") is None and not Path("/proc/driver/nvidia").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
+    warnings.filterwarnings("ignore", category=FutureWarning)

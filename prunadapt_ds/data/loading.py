@@ -1,0 +1,146 @@
+"""From options to datasets: `load_task` finds the source, `tokenize` makes what the model reads.
+
+Nothing here knows about ranks: every process that calls with the same arguments gets the same data."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunadapt_ds.data.glue import load_hub, load_tsv
+from prunadapt_ds.data.own import load_files
+from prunadapt_ds.data.readers import Columns
+from prunadapt_ds.data.sample import generate
+from prunadapt_ds.data.tasks import TASKS, Task, TaskData, get_task, unknown_task
+from prunadapt_ds.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_task(config: Any, seed: int) -> TaskData:
+    """Load what `config` (the data options: task_name, data_dir, train_file, validation_file, test_file,
+    max_train_samples, max_eval_samples) asks for; the built-in sample when it asks for nothing.
+
+    `seed` picks the subset of `max_train_samples`; development sets are cut to their first `max_eval_samples`.
+    Raises UserError with every problem found."""
+    problems = _option_problems(config)
+    if problems:
+        raise UserError(problems)
+    test: Dataset | None = None
+    if config.train_file:
+        task, columns = load_files(config.train_file, config.validation_file, config.test_file)
+        train = _from_columns(columns["train"], task)
+        validation = {"validation": _from_columns(columns["validation"], task)}
+        test = _from_columns(columns["test"], task) if "test" in columns else None
+    else:
+        task = get_task(config.task_name or "sample")
+        train, validation = _load_named(task, config.data_dir)
+
+    if config.max_train_samples is not None and config.max_train_samples < len(train):
+        kept = random.Random(seed).sample(range(len(train)), config.max_train_samples)
+        train = train.select(sorted(kept), keep_in_memory=True)
+    if config.max_eval_samples is not None:
+        validation = {key: _first(data, config.max_eval_samples) for key, data in validation.items()}
+        test = test and _first(test, config.max_eval_samples)
+    num_labels = 1 if task.is_regression else len(task.label_names)
+    return TaskData(task, train, validation, test, task.label_names, num_labels, task.is_regression)
+
+
+def _option_problems(config: Any) -> list[Problem]:
+    """Options that are wrong by themselves or contradict each other, before any file is opened."""
+    problems = []
+    name = config.task_name
+    if name is not None and name not in TASKS:
+        problems.append(unknown_task(name))
+    if config.train_file:
+        if name is not None:
+            problems.append(Problem("task_name", name, "not together with --train_file; drop one of them"))
+        if config.data_dir:
+            problems.append(Problem("data_dir", config.data_dir, "not together with --train_file; drop one of them"))
+        if not config.validation_file:
+            remedy = "missing: --train_file needs it; give the development examples"
+            problems.append(Problem("validation_file", config.validation_file, remedy))
+    else:
+        for field in ("validation_file", "test_file"):
+            if getattr(config, field):
+                problems.append(Problem(field, getattr(config, field), "needs --train_file; give it too"))
+        if config.data_dir and name in (None, "sample"):
+            tasks = ", ".join(task.name for task in TASKS.values() if task.folder)
+            problems.append(Problem("data_dir", config.data_dir, f"name the task to read there: --task_name {tasks}"))
+        elif config.data_dir and not Path(config.data_dir).is_dir():
+            remedy = "no such folder; give the one that holds CoLA, SST-2, ..."
+            problems.append(Problem("data_dir", config.data_dir, remedy))
+    for field in ("max_train_samples", "max_eval_samples"):
+        count = getattr(config, field)
+        if count is not None and count < 1:
+            problems.append(Problem(field, count, "must be at least 1; leave it out for all"))
+    return problems
+
+
+def _load_named(task: Task, data_dir: str | None) -> tuple[Dataset, dict[str, Dataset]]:
+    if task.name == "sample":
+        return _from_columns(generate("train"), task), {"validation": _from_columns(generate("validation"), task)}
+    if data_dir:
+        columns, others = load_tsv(task, data_dir)
+        return _from_columns(columns, task), {key: _from_columns(rows, task) for key, rows in others.items()}
+    train, validation = load_hub(task)
+    return _from_hub(train, task), {key: _from_hub(data, task) for key, data in validation.items()}
+
+
+def _features(task: Task) -> Any:
+    from datasets import Features, Value
+
+    texts = {"sentence1": Value("string"), **({"sentence2": Value("string")} if task.sentence2 else {})}
+    label = Value("float64" if task.is_regression else "int64")
+    return Features({**texts, "label": label, "index": Value("int64")})
+
+
+def _from_columns(columns: Columns, task: Task) -> Dataset:
+    from datasets import Dataset
+
+    rows = {**columns, "index": list(range(len(columns["label"])))}
+    return Dataset.from_dict(rows, features=_features(task))
+
+
+def _from_hub(data: Dataset, task: Task) -> Dataset:
+    """The hub's columns under our names. Its own `idx` is left out: it is not always 0..N-1."""
+    sources = {"sentence1": task.sentence1, "sentence2": task.sentence2, "label": "label"}
+    data = data.select_columns([source for source in sources.values() if source])
+    data = data.rename_columns({source: name for name, source in sources.items() if source and source != name})
+    # qnli's sentence1 is "question" and its sentence2 "sentence": order the columns as everywhere else
+    data = data.add_column("index", list(range(len(data))))
+    features = _features(task)
+    return data.select_columns(list(features)).cast(features, keep_in_memory=True)
+
+
+def _first(data: Dataset, count: int) -> Dataset:
+    return data.select(range(min(count, len(data))))
+
+
+def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_seq_length: int) -> Dataset:
+    """Columns input_ids, attention_mask[, token_type_ids], labels, index; texts are cut to `max_seq_length` tokens
+    (the longer of a pair first) and not padded. Kept in memory, so that processes share no cache file.
+
+    Raises UserError when `max_seq_length` leaves no room for text or is more than the tokenizer's model takes."""
+    fields = ("sentence1", "sentence2") if task.sentence2 else ("sentence1",)
+    special = tokenizer.num_special_tokens_to_add(pair=len(fields) == 2)
+    shortest, longest = special + len(fields), tokenizer.model_max_length
+    if not shortest <= max_seq_length <= longest:
+        remedy = f"must be from {shortest} (special tokens and one token a text) to {longest} (what the model takes)"
+        raise UserError(Problem("max_seq_length", max_seq_length, remedy))
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        encoded = tokenizer(*(batch[field] for field in fields), truncation=True, max_length=max_seq_length)
+        return {**encoded, "labels": batch["label"]}
+
+    return dataset.map(
+        encode,
+        batched=True,
+        remove_columns=[*fields, "label"],
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        desc="tokenizing",
+    )

@@ -1,0 +1,156 @@
+"""The user's own files: columns sentence1[, sentence2], label; what the labels are is read off the labels."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from prunadapt_ds.data.readers import Columns, read_columns
+from prunadapt_ds.data.tasks import OWN_METRICS, Task
+from prunadapt_ds.errors import Problem, UserError
+
+INTEGER = re.compile(r"[+-]?[0-9]+")
+FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class _File:
+    field: str
+    path: str
+    columns: Columns
+
+    def problem(self, remedy: str) -> Problem:
+        return Problem(self.field, self.path, remedy)
+
+
+def load_files(train: str, validation: str, test: str | None) -> tuple[Task, dict[str, Columns]]:
+    """Read the files and find out the task: classification (label names sorted; integers by value) or, where
+    train labels are floats, regression.
+
+    Returns the task and the columns of "train", "validation" and, if given, "test", labels encoded as int or
+    float. Raises UserError with the problems of all the files."""
+    paths = {"train_file": train, "validation_file": validation, "test_file": test}
+    files: list[_File] = []
+    problems: list[Problem] = []
+    for field, path in paths.items():
+        if path is None:
+            continue
+        try:
+            file = _File(field, str(path), read_columns(field, path))
+        except UserError as error:
+            problems.extend(error.problems)
+            continue
+        problems.extend(_column_problems(file))
+        files.append(file)
+    if problems:
+        raise UserError(problems)
+
+    paired = ["sentence2" in file.columns for file in files]
+    for file, has_pair in zip(files[1:], paired[1:], strict=True):
+        if has_pair != paired[0]:
+            have, lack = (file, files[0]) if has_pair else (files[0], file)
+            problems.append(lack.problem(f"has no column 'sentence2' but {have.field} has one; use it in all or none"))
+    kinds = [_kind(file.columns["label"]) for file in files]
+    regression = kinds[0] == "float"
+    encode = _scores if regression else _classes
+    label_names, encoded = encode(files, kinds, problems)
+    if problems:
+        raise UserError(problems)
+
+    name = "own_regression" if regression else "own_classification"
+    task = Task(name, None, "sentence1", "sentence2" if paired[0] else None, label_names, OWN_METRICS[name])
+    texts = ("sentence1", "sentence2") if paired[0] else ("sentence1",)
+    return task, {
+        file.field.removesuffix("_file"): {**{text: file.columns[text] for text in texts}, "label": labels}
+        for file, labels in zip(files, encoded, strict=True)
+    }
+
+
+def _column_problems(file: _File) -> list[Problem]:
+    """Columns that are missing, texts that are not text, labels that are not there."""
+    missing = [name for name in ("sentence1", "label") if name not in file.columns]
+    if missing:
+        found = ", ".join(map(repr, file.columns))
+        return [file.problem(f"columns missing: {', '.join(missing)}; found {found}; rename yours")]
+    problems = []
+    for name in ("sentence1", "sentence2"):
+        for row, text in enumerate(file.columns.get(name, ()), start=1):
+            if not isinstance(text, str):
+                problems.append(file.problem(f"row {row}: {name} is {text!r}, not a text; write it as a string"))
+                break
+            if SURROGATE.search(text):
+                problems.append(file.problem(f"row {row}: {name} holds half a surrogate pair; remove the character"))
+                break
+    labels = file.columns["label"]
+    without = [row for row, label in enumerate(labels, start=1) if label is None or str(label).strip() == ""]
+    if without:
+        remedy = f"{len(without)} of {len(labels)} rows have no label, the first is row {without[0]}; label or drop them"
+        problems.append(file.problem(remedy))
+    strange = next((row for row, x in enumerate(labels, start=1) if not isinstance(x, str | int | float | None)), 0)
+    if strange:
+        remedy = f"row {strange}: label {labels[strange - 1]!r} is neither a name nor a number; write one of these"
+        problems.append(file.problem(remedy))
+    return problems
+
+
+def _text(label: Any) -> str:
+    return str(label).lower() if isinstance(label, bool) else str(label).strip()
+
+
+def _kind(labels: list[Any]) -> str:
+    """integer, float (numbers, at least one written as a float) or name."""
+    texts = dict.fromkeys(map(_text, labels))
+    if all(INTEGER.fullmatch(text) for text in texts):
+        return "integer"
+    return "float" if all(FLOAT.fullmatch(text) for text in texts) else "name"
+
+
+def _scores(files: list[_File], kinds: list[str], problems: list[Problem]) -> tuple[tuple[str, ...], list[list[float]]]:
+    """Labels as floats; problems are appended."""
+    encoded = []
+    for file, kind in zip(files, kinds, strict=True):
+        if kind == "name":
+            odd = next(text for text in map(_text, file.columns["label"]) if not FLOAT.fullmatch(text))
+            problems.append(file.problem(f"label {odd!r} is a name, but labels in train_file are floats; use one kind"))
+            encoded.append([0.0])
+            continue
+        scores = [float(_text(label)) for label in file.columns["label"]]
+        bad = next((row for row, score in enumerate(scores, start=1) if not math.isfinite(score)), 0)
+        if bad:
+            problems.append(file.problem(f"row {bad}: label {scores[bad - 1]} is not finite; give a number or drop it"))
+        elif file.field == "train_file" and len(set(scores)) == 1:
+            problems.append(file.problem(f"every label is {scores[0]}: there is nothing to learn; give varied labels"))
+        encoded.append(scores)
+    return (), encoded
+
+
+def _classes(files: list[_File], kinds: list[str], problems: list[Problem]) -> tuple[tuple[str, ...], list[list[int]]]:
+    """Labels as 0..C-1 in the order of the sorted names of train_file; problems are appended."""
+    numeric = kinds[0] == "integer"
+
+    def name_of(label: Any) -> str:
+        return str(int(_text(label))) if numeric and INTEGER.fullmatch(_text(label)) else _text(label)
+
+    train, *others = files
+    seen = set(map(name_of, train.columns["label"]))
+    names = tuple(sorted(seen, key=int) if numeric else sorted(seen))
+    if len(names) == 1:
+        problems.append(train.problem(f"every label is {names[0]!r}: one class only; give at least two"))
+    for file, kind in zip(others, kinds[1:], strict=True):
+        unseen = sorted(set(map(name_of, file.columns["label"])) - seen)
+        if not unseen:
+            continue
+        shown = ", ".join(map(repr, unseen[:5])) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
+        if kind == "float" or (numeric and kind == "name"):
+            theirs = "integers" if numeric else "names"
+            what = "floats" if kind == "float" else "names"
+            remedy = f"labels are {what} ({shown}), but {theirs} in train_file; use one kind"
+        else:
+            known = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+            remedy = f"labels never seen in train_file: {shown}; known are {known}"
+        problems.append(file.problem(remedy))
+    place = {name: i for i, name in enumerate(names)}
+    return names, [[place.get(name_of(label), -1) for label in file.columns["label"]] for file in files]

@@ -1,0 +1,182 @@
+"""Files into columns, with messages that name the file, the row and what to do about it.
+
+Delimited text is read here and not through pandas, which would turn the words "NA" and "null" into missing
+values, 007 into 7, and swallow rows after a stray quotation mark. Everything is read into memory, so processes
+that read the same file share no cache and need no lock.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prunadapt_ds.errors import Problem, UserError
+
+Columns = dict[str, list[Any]]
+DELIMITERS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
+
+
+def read_columns(field: str, path: str | Path) -> Columns:
+    """Read a csv, tsv, jsonl or parquet file, chosen by extension.
+
+    `field` is the option the path came from and is only used in messages.
+    Raises UserError: file missing, empty, header only, not UTF-8, ragged, with unknown extension, and so on."""
+    path = Path(path)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        known = ", ".join(READERS)
+        raise UserError(Problem(field, str(path), f"unknown extension {path.suffix!r}; use one of {known}"))
+    check_exists(field, path)
+    columns = reader(field, path)
+    if not columns or not next(iter(columns.values())):
+        found = f" (columns: {', '.join(columns)})" if columns else ""
+        raise UserError(Problem(field, str(path), f"has no rows{found}; give a file with data"))
+    return columns
+
+
+def check_exists(field: str, path: Path) -> None:
+    """Raises UserError unless `path` is a file with something in it."""
+    problem = None
+    if path.is_dir():
+        problem = "is a folder; give a file"
+    elif not path.is_file():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, siblings, n=1)
+        problem = "no such file" + (f"; did you mean {str(path.parent / close[0])!r}?" if close else "; check the path")
+    elif path.stat().st_size == 0:
+        problem = "the file is empty; give a file with data"
+    if problem:
+        raise UserError(Problem(field, str(path), problem))
+
+
+def read_text(field: str, path: Path) -> str:
+    """The file as text, without a byte order mark. Raises UserError for bytes that are not UTF-8 text."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(Problem(field, str(path), f"cannot be read ({error.strerror}); check its mode")) from None
+    nul = raw.find(b"\0")
+    if nul >= 0:
+        remedy = f"NUL byte at byte {nul}: not UTF-8 text; save it as UTF-8 (from UTF-16: iconv -f utf-16 -t utf-8)"
+        raise UserError(Problem(field, str(path), remedy))
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        remedy = f"line {line} is not UTF-8; convert the file, e.g. iconv -f latin1 -t utf-8"
+        raise UserError(Problem(field, str(path), remedy)) from None
+
+
+def _delimited(field: str, path: Path, delimiter: str) -> Columns:
+    text = read_text(field, path)
+    rows = _quoted_rows(text, delimiter)
+    if isinstance(rows, str):
+        # Tab-separated files are often written without quoting (GLUE's are); then a quotation mark is just text.
+        if delimiter != "\t":
+            remedy = f'{rows}; quote texts that hold a {DELIMITERS[delimiter]} or a ", and double the " inside'
+            raise UserError(Problem(field, str(path), remedy))
+        rows = _plain_rows(text)
+    if not rows:
+        raise UserError(Problem(field, str(path), "the file is empty; give a file with data"))
+    header = [name.strip() for name in rows[0][1]]
+    if len(header) == 1:
+        for other in (d for d in DELIMITERS if d in header[0]):
+            how = {",": "name it .csv", "\t": "name it .tsv"}.get(other, "save it with commas or tabs")
+            remedy = f"the header {header[0]!r} is one column: the delimiter looks like a {DELIMITERS[other]}; {how}"
+            raise UserError(Problem(field, str(path), remedy))
+    check_duplicates(field, path, header)
+    for line, row in rows[1:]:
+        if len(row) != len(header):
+            remedy = f"line {line} has {len(row)} columns, the header has {len(header)}; mend or quote it"
+            raise UserError(Problem(field, str(path), remedy))
+    return {name: [row[i] for _, row in rows[1:]] for i, name in enumerate(header)}
+
+
+def _quoted_rows(text: str, delimiter: str) -> list[tuple[int, list[str]]] | str:
+    """(last line number, cells) of each row by the usual rules of quoting, or what breaks them."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        return [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        return f"line {reader.line_num}: {error}"
+
+
+def _plain_rows(text: str) -> list[tuple[int, list[str]]]:
+    """(line number, cells) of each row of tab-separated text in which quotation marks mean nothing."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return [(number, line.split("\t")) for number, line in enumerate(lines, start=1) if line]
+
+
+def read_official_tsv(field: str, path: Path) -> list[tuple[int, list[str]]]:
+    """(line number, cells) of each row of one of GLUE's own files, header included where it has one."""
+    check_exists(field, path)
+    return _plain_rows(read_text(field, path))
+
+
+def _csv(field: str, path: Path) -> Columns:
+    return _delimited(field, path, ",")
+
+
+def _tsv(field: str, path: Path) -> Columns:
+    return _delimited(field, path, "\t")
+
+
+def _jsonl(field: str, path: Path) -> Columns:
+    text = read_text(field, path)
+    if text.lstrip().startswith("["):
+        raise UserError(Problem(field, str(path), "is a JSON array; write one object a line"))
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(Problem(field, str(path), f"line {number} is not JSON: {error}")) from None
+        if not isinstance(record, dict):
+            remedy = f'line {number} is not an object; write lines like {{"sentence1": "a text", "label": 0}}'
+            raise UserError(Problem(field, str(path), remedy))
+        records.append(record)
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: [record.get(name) for record in records] for name in names}
+
+
+def _parquet(field: str, path: Path) -> Columns:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(Problem(field, str(path), f"is not a readable parquet file: {first_line}")) from None
+    check_duplicates(field, path, table.column_names)
+    columns: Columns = {name: table[name].to_pylist() for name in table.column_names}
+    # A file written by `datasets` holds class numbers and their names apart; -1 stands for "no label".
+    for name, feature in datasets.Features.from_arrow_schema(table.schema).items():
+        if isinstance(feature, datasets.ClassLabel):
+            names = feature.names
+            columns[name] = [None if v is None or v < 0 else names[v] for v in columns[name]]
+    return columns
+
+
+def check_duplicates(field: str, path: Path, names: list[str]) -> None:
+    """Raises UserError when a column name occurs twice."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(Problem(field, str(path), f"duplicate columns {twice}; give each column a name of its own"))
+
+
+READERS: dict[str, Callable[[str, Path], Columns]] = {
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}

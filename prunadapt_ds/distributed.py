@@ -1,0 +1,154 @@
+"""Ranks: start them under any launcher, and the few collectives that decisions need.
+
+Every collective of this module is a no-op where no process group exists, so that the library works in one process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prunadapt_ds.errors import RanksDisagree, UserError
+
+T = TypeVar("T")
+
+TIMEOUT = datetime.timedelta(minutes=int(os.environ.get("PRUNADAPT_TIMEOUT_MINUTES", "60")))
+
+
+def init() -> None:
+    """Join the process group: ranks come from the environment (deepspeed, torchrun), from SLURM or from MPI.
+
+    A plain `python` process becomes a group of one. Must run before the model is loaded.
+    """
+    import deepspeed
+
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ:
+        for name, source in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
+            os.environ.setdefault(name, os.environ[f"SLURM_{source}"])
+    under_mpi = any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"))
+    if "RANK" not in os.environ and not under_mpi:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    else:
+        use_local_threads()
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def together(work: Callable[[], T]) -> T:
+    """Run `work` on every rank; if it is a user's mistake on any rank, every rank raises it, and none waits for another.
+
+    `work` must not need the other ranks before the point where it can fail.
+    """
+    try:
+        result, problems = work(), ()
+    except UserError as error:
+        result, problems = None, error.problems  # type: ignore[assignment]
+    for found in all_gather_objects(problems):
+        if found:
+            raise UserError(found)
+    return result  # type: ignore[return-value]
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """Every rank's small object, rank by rank."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def use_local_threads() -> None:
+    """Share this machine's cores evenly among its ranks, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+        torch.set_num_threads(max(1, cores // max(1, local)))
+
+
+def device() -> torch.device:
+    """The device this rank computes on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def dist_sum(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over all ranks, on every rank. In place where there is more than one."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def dist_max(value: float) -> float:
+    """The largest `value` of any rank, on every rank."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.float64, device=device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate equally shaped [N, ...] tensors of all ranks, rank by rank."""
+    if world_size() == 1:
+        return rows
+    gathered = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value (a small JSON-like object) on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def same_on_all_ranks(name: str, digest: str) -> None:
+    """Raise RanksDisagree on every rank unless all ranks hold the same `digest` (a hexadecimal hash)."""
+    mine = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8).to(device())
+    everyone = all_gather_rows(mine[None])
+    odd = [r for r, row in enumerate(everyone) if not torch.equal(row, everyone[0])]
+    if odd:
+        raise RanksDisagree(f"{name} differs between ranks: ranks {odd} do not agree with rank 0")

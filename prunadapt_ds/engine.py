@@ -1,0 +1,165 @@
+"""Build and rebuild the DeepSpeed engine and its optimizer; what ZeRO-3 needs to be told.
+
+The optimizer and the learning rates are ours: groups by name, each with its own base rate, and rates that are a pure function
+of the global step, so that a rebuilt engine goes on exactly where the old one stood.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunadapt_ds.gates import GATE_NAME
+
+Group = dict[str, Any]  # a torch optimizer's parameter group; "name" and "base_lr" are kept beside "lr"
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter], *, write_from: int | None = None) -> Iterator[None]:
+    """The whole tensors of sharded parameters, on every rank, as long as the context lasts; a no-op for whole ones.
+
+    All ranks must enter. `write_from`: the rank whose changes are kept; None for reading only.
+    """
+    sharded = [p for p in parameters if is_sharded(p)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=write_from):
+        yield
+
+
+def parameter_groups(
+    model: nn.Module,
+    head_names: frozenset[str],
+    *,
+    learning_rate: float,
+    gate_learning_rate: float,
+    weight_decay: float,
+) -> list[Group]:
+    """Optimizer groups of everything that trains: adapters, head, gates, and (dense methods) backbone.
+
+    No decay on biases, norms and gates.
+    """
+    groups: dict[str, Group] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        family = _group_name(name, head_names)
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        decays = len(shape) > 1 and family != "gates"
+        key = family if decays or family == "gates" else f"{family}_no_decay"
+        lr = gate_learning_rate if family == "gates" else learning_rate
+        group = groups.setdefault(
+            key,
+            {"name": key, "params": [], "lr": lr, "base_lr": lr, "weight_decay": weight_decay if decays else 0.0},
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _group_name(name: str, head_names: frozenset[str]) -> str:
+    if f".{GATE_NAME}." in name:
+        return "gates"
+    if "lora_" in name:
+        return "adapters"
+    return "head" if name in head_names else "backbone"
+
+
+def make_optimizer(groups: list[Group], adam: dict[str, Any], *, offloaded: bool) -> torch.optim.Optimizer:
+    """AdamW, in DeepSpeed's own form where its state lives on the CPU. `adam`: betas and eps."""
+    options = {k: adam[k] for k in ("betas", "eps") if adam.get(k) is not None}
+    if offloaded:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def shard_while_loading(ds_config: dict[str, Any]) -> Any:
+    """Under ZeRO-3, an object whose life makes `from_pretrained` shard as it loads; None at other stages.
+
+    Transformers keeps a weak reference only: hold on to it as long as models are loaded.
+    """
+    if ds_config.get("zero_optimization", {}).get("stage", 0) != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(nothing_persists(ds_config))
+
+
+def build(model: nn.Module, groups: list[Group], ds_config: dict[str, Any], adam: dict[str, Any]) -> Any:
+    """A DeepSpeed engine around `model` that trains `groups`.
+
+    `ds_config` has no "auto" left. Under ZeRO-3 it is given to DeepSpeed with a persistence threshold of 0, so that no
+    frozen tensor stays whole; trainables below the threshold that was asked for are kept whole afterwards.
+    """
+    import deepspeed
+
+    zero = ds_config.get("zero_optimization", {})
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    optimizer = make_optimizer(groups, adam, offloaded=offload != "none")
+    threshold = zero.get("stage3_param_persistence_threshold", 0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=nothing_persists(ds_config))
+    if zero.get("stage", 0) == 3:
+        keep_whole([p for p in model.parameters() if p.requires_grad], engine.optimizer, threshold)
+    return engine
+
+
+def nothing_persists(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The same configuration, with no parameter small enough to stay whole on every rank."""
+    zero = ds_config.get("zero_optimization", {})
+    if zero.get("stage", 0) != 3:
+        return ds_config
+    return {**ds_config, "zero_optimization": {**zero, "stage3_param_persistence_threshold": 0}}
+
+
+def keep_whole(parameters: list[nn.Parameter], zero_optimizer: Any, threshold: int) -> None:
+    """Let ZeRO-3 keep these parameters whole between steps if they have at most `threshold` elements."""
+    for parameter in parameters:
+        if parameter.ds_numel <= threshold and not parameter.ds_persist:  # type: ignore[attr-defined]
+            parameter.ds_persist = True  # type: ignore[attr-defined]
+            zero_optimizer.persistent_parameters.append(parameter)
+
+
+def set_learning_rates(engine: Any, factor: float) -> dict[str, float]:
+    """Give every group `base_lr * factor`; returns the rates by group name."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return {group["name"]: group["lr"] for group in engine.optimizer.param_groups}
+
+
+def destroy(engine: Any) -> None:
+    """Let go of an engine, its optimizer and its hooks; the module and its (sharded) parameters stay usable."""
+    module = engine.module
+    engine.destroy()
+    for parameter in module.parameters():
+        parameter.grad = None
+        if is_sharded(parameter) and parameter.ds_persist:  # the next engine decides anew what stays whole
+            parameter.ds_persist = False
+            parameter.partition()
+    del engine
+    gc.collect()
+
+
+def frozen_shard_bytes(model: nn.Module) -> int:
+    """Bytes of frozen parameters that live on this rank now: its shards, and whatever is whole at the moment."""
+    total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            continue
+        total += parameter.numel() * parameter.element_size()
+        if is_sharded(parameter):
+            shard = parameter.ds_tensor  # type: ignore[attr-defined]
+            total += shard.numel() * shard.element_size()
+    return total

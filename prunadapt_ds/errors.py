@@ -1,0 +1,50 @@
+"""What can go wrong, and the exit code each ends the process with (on every rank).
+
+Exit codes: 0 done, 2 user error, 3 parity failure, 4 ranks disagree, 75 stopped with a checkpoint, 1 anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake of the user's: the field, its value, and what to write instead."""
+
+    field: str
+    value: Any
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.field}={self.value!r}: {self.remedy}"
+
+
+class PrunadaptError(Exception):
+    """Base of the errors that end a run with a message instead of a traceback."""
+
+    exit_code = 1
+
+
+class UserError(PrunadaptError):
+    """Something the user can mend. Carries every problem found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Problem | Iterable[Problem]):
+        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class ParityError(PrunadaptError):
+    """The exported model does not compute what the trained model computes."""
+
+    exit_code = 3
+
+
+class RanksDisagree(PrunadaptError):
+    """Two ranks hold different values of something that must be the same everywhere."""
+
+    exit_code = 4

@@ -1,0 +1,73 @@
+"""Logits of a dataset, computed by all ranks, every row exactly once.
+
+Legend: N rows, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prunadapt_ds.batches import Rows, evaluation_batches
+from prunadapt_ds.distributed import all_gather_rows, rank, world_size
+
+
+@torch.no_grad()
+def predict(engine: Any, rows: Rows, batch_size: int, device: torch.device) -> Tensor:
+    """float32 [N, C] in the order of `rows`, on the CPU of every rank. `engine`: a DeepSpeed engine or a module."""
+    was_training = engine.module.training if hasattr(engine, "module") else engine.training
+    engine.eval()
+    positions, logits = [], []
+    per_rank = batch_size
+    for batch in evaluation_batches(rows.lengths, batch_size, rank(), world_size()):
+        inputs = rows.inputs(batch or [0])  # a rank without rows keeps the others company
+        output = engine(**{k: v.to(device) for k, v in inputs.items()}).logits.float()
+        padding = per_rank - len(batch)
+        index = torch.tensor(batch + [-1] * padding, device=device)
+        positions.append(index)
+        logits.append(F.pad(output[: len(batch)], (0, 0, 0, padding)))
+    engine.train(was_training)
+    index, values = all_gather_rows(torch.cat(positions)).cpu(), all_gather_rows(torch.cat(logits)).cpu()
+    result = torch.full((len(rows), values.shape[1]), torch.nan)
+    real = index >= 0
+    result[index[real]] = values[real]
+    return result
+
+
+_UPCAST = {F.linear, F.embedding, F.layer_norm, torch.matmul, torch.Tensor.matmul, torch.addmm, torch.Tensor.addmm}
+
+
+class _Upcast(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _UPCAST:
+            args = tuple(_float32(a) for a in args)
+            kwargs = {k: _float32(v) for k, v in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _float32(value: Any) -> Any:
+    is_low = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32
+    return value.float() if is_low else value
+
+
+@contextmanager
+def upcast_parameters(model: nn.Module) -> Iterator[None]:
+    """Compute as if every parameter were stored in fp32: weights are upcast where they are used, shard by shard.
+
+    This is how a bf16 model is compared with its export: same numbers, no rounding in between.
+    """
+    adapters = [m for m in model.modules() if hasattr(m, "cast_input_dtype_enabled")]
+    for module in adapters:  # PEFT would round the input of LoRA to the dtype of its matrices
+        module.cast_input_dtype_enabled = False
+    try:
+        with _Upcast():
+            yield
+    finally:
+        for module in adapters:
+            module.cast_input_dtype_enabled = True

@@ -1,0 +1,240 @@
+"""Write the trained model as a smaller Hugging Face folder, and prove that it computes the same.
+
+LoRA is merged and gates are folded in fp32, one module gathered at a time; only rank 0 keeps what stays.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunadapt_ds import reload
+from prunadapt_ds.adapters import ADAPTER, is_lora
+from prunadapt_ds.batches import Rows
+from prunadapt_ds.budget import PruningPlan
+from prunadapt_ds.distributed import rank
+from prunadapt_ds.engine import gathered
+from prunadapt_ds.errors import ParityError
+from prunadapt_ds.gates import GATE_NAME, Gate
+from prunadapt_ds.models import modeling_prunadapt
+from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout, SubLayerLayout
+
+TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
+MODELING_FILE = "modeling_prunadapt.py"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one projection keeps."""
+
+    projection: ProjectionLayout
+    sublayer: SubLayerLayout
+    units: Tensor  # int64 [K]
+    side: str  # "out" or "in"
+    vanishes: bool  # the sub-layer has no unit left
+
+    @property
+    def axis(self) -> int:
+        return self.projection.unit_axis(self.side)
+
+    @property
+    def index(self) -> Tensor:
+        return self.projection.indices(self.units, self.sublayer.num_units)
+
+
+def cuts_of(layout: Layout, plan: PruningPlan) -> dict[str, Cut]:
+    """By the projection's full name, what it keeps."""
+    cuts, kept = {}, iter(plan.kept)
+    for layer in range(layout.num_layers):
+        for sublayer in layout.sublayers:
+            units = torch.tensor(next(kept), dtype=torch.long)
+            sides = [(p, "out") for p in sublayer.inputs] + [(sublayer.output, "in")]
+            for projection, side in sides:
+                name = f"{layout.layers}.{layer}.{projection.path}"
+                cuts[name] = Cut(projection, sublayer, units, side, vanishes=len(units) == 0)
+    return cuts
+
+
+def merged_weight(module: Any) -> Tensor:
+    """fp32 weight of a linear map with its LoRA merged in; the parameters must be gathered."""
+    if not is_lora(module):
+        return module.weight.detach().float()
+    a, b = module.lora_A[ADAPTER].weight.float(), module.lora_B[ADAPTER].weight.float()
+    update = module.scaling[ADAPTER] * (b @ a)
+    base = module.base_layer.weight.float()
+    return (base + (update.T if module.fan_in_fan_out else update)).detach()
+
+
+def fold_gate(weight: Tensor, gate: Gate, cut: Cut) -> Tensor:
+    """Multiply the columns of an output projection by g * m of their units."""
+    scale = ((1 + gate.delta.detach().float()) * gate.mask.float()).repeat_interleave(gate.width)
+    return weight * (scale if cut.axis == 1 else scale[:, None])
+
+
+def pruned_tensors(model: nn.Module, layout: Layout, plan: PruningPlan) -> Iterator[tuple[str, Tensor]]:
+    """Name and fp32 tensor of everything the exported checkpoint holds, under the stock model's names.
+
+    Collective: every rank must consume the whole iterator. One module is gathered at a time.
+    """
+    cuts = cuts_of(layout, plan)
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):  # part of a projection that was taken as a whole
+            continue
+        cut = cuts.get(name)
+        if cut is None:
+            own = list(module.named_parameters(recurse=False))
+            with gathered([p for _, p in own]):
+                for key, parameter in own:
+                    yield f"{name}.{key}".lstrip("."), parameter.detach().float()
+            continue
+        inside = (*inside, name + ".")
+        with gathered(module.parameters()):
+            yield from _projection_tensors(name, module, cut)
+
+
+def _projection_tensors(name: str, module: Any, cut: Cut) -> Iterator[tuple[str, Tensor]]:
+    base = getattr(module, "base_layer", module)
+    if not cut.vanishes:
+        weight = merged_weight(module)
+        gate = getattr(module, GATE_NAME, None)
+        if gate is not None:
+            weight = fold_gate(weight, gate, cut)
+        yield f"{name}.weight", weight.index_select(cut.axis, cut.index.to(weight.device))
+    if base.bias is None or (cut.vanishes and cut.side == "out"):
+        return
+    bias = base.bias.detach().float()
+    yield f"{name}.bias", bias.index_select(0, cut.index.to(bias.device)) if cut.side == "out" else bias
+
+
+def export(
+    model: Any,
+    layout: Layout,
+    plan: PruningPlan,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> bool:
+    """Write the pruned model to `folder` (rank 0 writes, all ranks must call). Returns whether it needs remote code.
+
+    The folder appears complete or not at all. A model of which nothing was cut loads with the stock class.
+    """
+    needs_remote_code = not bool(plan.mask().all())
+    state = {}
+    for name, tensor in pruned_tensors(model, layout, plan):
+        if rank() == 0:
+            state[name] = tensor.to(dtype).cpu().contiguous().clone()
+    if rank() != 0:
+        return needs_remote_code
+
+    from huggingface_hub import save_torch_state_dict
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    unfinished.chmod(0o755)
+    config = exported_config(model, layout, plan, dtype, needs_remote_code)
+    config.save_pretrained(unfinished)
+    if needs_remote_code:
+        shutil.copyfile(Path(modeling_prunadapt.__file__), unfinished / MODELING_FILE)
+    save_torch_state_dict(state, unfinished)
+    tokenizer.save_pretrained(unfinished)
+    for file in unfinished.iterdir():
+        file.chmod(0o644)
+    if folder.exists():
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+    return needs_remote_code
+
+
+def exported_config(model: Any, layout: Layout, plan: PruningPlan, dtype: torch.dtype, needs_remote_code: bool) -> Any:
+    """The model's configuration, with the structure and the class that reads it where something was cut."""
+    config = copy.deepcopy(model.config)
+    stock = type(model).__name__
+    config.dtype = dtype
+    config.architectures = [f"Pruned{stock}" if needs_remote_code else stock]
+    if needs_remote_code:
+        kept = [len(units) for units in plan.kept]
+        width = len(layout.sublayers)
+        rows = [kept[i : i + width] for i in range(0, len(kept), width)]
+        config.pruned_structure = {"layout": layout.to_dict(), "kept": rows}
+        module = MODELING_FILE.removesuffix(".py")
+        config.auto_map = {"AutoModelForSequenceClassification": f"{module}.Pruned{stock}"}
+    return config
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What a fresh process computed from an exported folder: logits float32 [N, C] per dataset, and timings."""
+
+    logits: dict[str, Tensor]
+    latency: dict[str, Any] | None
+
+
+def reload_in_fresh_process(
+    folder: Path,
+    datasets: dict[str, Rows],
+    *,
+    needs_remote_code: bool,
+    batch_size: int,
+    device: torch.device,
+    latency: dict[str, Any] | None = None,
+    threads: int | None = None,
+) -> Reloaded:
+    """Load `folder` in a new Python process that does not import this package, in fp32, and predict `datasets`.
+
+    `latency`: {"batch_size", "seq_length", "repeats", "dtype"} to time it against the dense stock model as well.
+    Raises ParityError with the process's last words if it fails.
+    """
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as scratch:
+        request = {
+            "folder": str(folder.resolve()),
+            "rows": {
+                name: [{c: row[c] for c in rows.columns} for row in rows.examples] for name, rows in datasets.items()
+            },
+            "needs_remote_code": needs_remote_code,
+            "pad_token_id": next(iter(datasets.values())).tokenizer.pad_token_id,
+            "batch_size": batch_size,
+            "device": str(device),
+            "threads": threads,
+            "latency": latency,
+            "logits": f"{scratch}/logits.safetensors",
+            "result": f"{scratch}/result.json",
+        }
+        Path(scratch, "request.json").write_text(json.dumps(request))
+        script = shutil.copyfile(Path(reload.__file__), Path(scratch, "reload.py"))
+        drop = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
+        environment = {k: v for k, v in os.environ.items() if k not in drop}
+        environment |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        done = subprocess.run(
+            [sys.executable, str(script), f"{scratch}/request.json"],
+            env=environment,
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise ParityError(f"the exported folder {folder} could not be reloaded:\n{done.stderr[-3000:]}")
+        logits = load_file(request["logits"])
+        result = json.loads(Path(scratch, "result.json").read_text())
+    return Reloaded(logits, result.get("latency"))
+
+
+def compare_logits(masked: Tensor, exported: Tensor) -> tuple[float, float]:
+    """max |difference| and what is allowed: float32 [N, C] twice."""
+    tolerance = TOLERANCE * max(1.0, float(masked.abs().max()))
+    return float((masked - exported).abs().max()), tolerance

@@ -1,0 +1,157 @@
+"""Gates: a trained scale and a decided mask per unit, on the input of each output projection.
+
+Legend: B samples, T tokens, U units of a sub-layer, W width of a unit.
+
+    y[b,t,u,:] = x[b,t,u,:] * g[u] * m[u]          g = 1 + delta (trained), m in {0, 1} (decided)
+
+The backward pass of the same product yields, besides the gradients, the exact gradient of every sample's own loss with
+respect to every mask entry (section 3 of the design; Michel et al., arXiv 1905.10650, for heads):
+
+    d[b,u] = sum_{t,w} x[b,t,u,w] * g[u] * dL/dy[b,t,u,w]
+
+For m = 1 that is r[b,u] = sum_{t,w} y * dL/dy, and the gradient of delta is sum_b r[b,u] / g[u]. So one reduction over
+`y`, which the LoRA matrix behind the gate keeps alive anyway, serves both. Only for units that are cut, where y is zero,
+are the columns of x kept as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from prunadapt_ds.models.modeling_prunadapt import Layout
+from prunadapt_ds.models.structure import Structure, layers_of
+
+GATE_NAME = "prune_gate"
+_SMALLEST_GATE = 1e-6  # below this |g| the quotient r / g says nothing; the unit then has no gradient
+
+
+class SampleStatistics(Protocol):
+    """What a gate tells about the samples it sees; `importance.Recorder` is one."""
+
+    active: bool
+
+    @property
+    def wants_activations(self) -> bool: ...
+
+    def add(self, start: int, d: Tensor) -> None: ...
+
+    def add_activations(self, start: int, x: Tensor) -> None: ...
+
+
+class _Gating(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, gate: Gate) -> Tensor:
+        g = 1 + delta.float()  # [U]
+        scale = g * gate.mask.float()  # [U]
+        units = x.unflatten(-1, (gate.num_units, gate.width))  # [B, T, U, W]
+        y = (units * scale[:, None]).to(x.dtype)
+        ctx.recorder = gate.recorder if gate.recorder is not None and gate.recorder.active else None
+        cut = gate.cut if ctx.recorder is not None else None
+        ctx.save_for_backward(y, g, scale, cut, None if cut is None else units.index_select(2, cut))
+        ctx.start = gate.start
+        return y.flatten(2)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        y, g, scale, cut, x_cut = ctx.saved_tensors
+        dy = grad_outputs[0].view_as(y)  # [B, T, U, W]
+        dx = (dy * scale[:, None]).to(dy.dtype).flatten(2) if ctx.needs_input_grad[0] else None
+        r = sum_products(y, dy)  # [B, U]
+        if ctx.recorder is not None:
+            d = r
+            if cut is not None:
+                d = r.clone()
+                d[:, cut] = sum_products(x_cut, dy.index_select(2, cut)) * g[cut]
+            ctx.recorder.add(ctx.start, d)
+        d_delta = None
+        if ctx.needs_input_grad[1]:
+            safe = torch.where(g.abs() < _SMALLEST_GATE, torch.inf, g)
+            d_delta = r.sum(0) / safe
+        return dx, d_delta, None
+
+
+def sum_products(a: Tensor, b: Tensor) -> Tensor:
+    """Per sample and unit, the fp32 sum of a * b over tokens and width: [B, T, U, W] x 2 -> [B, U]."""
+    product = a.to(torch.float32, copy=True).mul_(b)
+    return product.sum(dim=(1, 3))
+
+
+class Gate(nn.Module):
+    """Scale and mask of one sub-layer's units.
+
+    A module of its own, so that ZeRO-3 fetches `delta` for it like any other parameter. `start`: position of its first
+    unit in the model's flat order, where the recorder wants its statistics.
+    """
+
+    mask: Tensor
+
+    def __init__(self, num_units: int, width: int, start: int, *, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.num_units, self.width, self.start = num_units, width, start
+        self.delta = nn.Parameter(torch.zeros(num_units, dtype=dtype, device=device))
+        self.register_buffer("mask", torch.ones(num_units, dtype=dtype, device=device), persistent=False)
+        self.cut: Tensor | None = None  # indices of units with mask 0, or None: known on the host, no sync
+        self.recorder: SampleStatistics | None = None
+        self.hook: RemovableHandle | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, U * W] -> [B, T, U * W]."""
+        if self.recorder is not None and self.recorder.wants_activations:
+            self.recorder.add_activations(self.start, x.detach().unflatten(-1, (self.num_units, self.width)))
+        return _Gating.apply(x, self.delta, self)
+
+    def set_mask(self, keep: Tensor) -> None:
+        """keep: bool [U]."""
+        self.mask.copy_(keep)
+        cut = (~keep).nonzero().flatten()
+        self.cut = cut.to(self.mask.device) if len(cut) else None
+
+    def extra_repr(self) -> str:
+        return f"num_units={self.num_units}, width={self.width}"
+
+
+def _gate_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    gate: Gate = getattr(module, GATE_NAME)
+    return (gate(args[0]), *args[1:])
+
+
+def attach(model: nn.Module, layout: Layout, structure: Structure, recorder: SampleStatistics | None = None) -> None:
+    """Put a gate in front of every output projection (after LoRA was put around it, if it is). In place."""
+    dtype, device = next((p.dtype, p.device) for p in model.parameters())
+    widths = {s.kind: (s.output.path, s.width) for s in layout.sublayers}
+    for index, layer in layers_of(model, layout):
+        for sublayer in (s for s in structure.sublayers if s.layer == index):
+            path, width = widths[sublayer.kind]
+            projection = layer.get_submodule(path)
+            gate = Gate(sublayer.num_units, width, sublayer.start, dtype=dtype, device=device)
+            gate.recorder = recorder
+            projection.add_module(GATE_NAME, gate)
+            gate.hook = projection.register_forward_pre_hook(_gate_input)
+
+
+def detach(model: nn.Module) -> None:
+    """Take every gate off again: the pair of `attach`. What the gates computed is lost unless it was folded before."""
+    for module in list(model.modules()):
+        gate = getattr(module, GATE_NAME, None)
+        if isinstance(gate, Gate):
+            assert gate.hook is not None
+            gate.hook.remove()
+            delattr(module, GATE_NAME)
+
+
+def gates_of(model: nn.Module) -> Iterator[Gate]:
+    """Every gate of a model, in flat order."""
+    yield from (module for module in model.modules() if isinstance(module, Gate))
+
+
+def apply_mask(model: nn.Module, keep: Tensor) -> None:
+    """Set the masks of all gates: `keep` is bool [U] in the model's flat order."""
+    for gate in gates_of(model):
+        gate.set_mask(keep[gate.start : gate.start + gate.num_units])
+
+

@@ -1,0 +1,179 @@
+"""Importance of units to the task: what the gates record, how ranks add it up, and the criteria that read it.
+
+Legend: B samples of a micro-batch, U units of the whole model in flat order, S statistics.
+
+Every sample counts once and with its own loss at weight 1, whatever the micro-batch size, gradient accumulation or the
+number of ranks: the recorder undoes the coefficient with which autograd saw each sample's loss, and the sums of all
+ranks are added before anything is squared away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunadapt_ds.distributed import dist_sum
+
+STATISTICS = ("grad_sq", "grad_abs", "activation_abs")
+
+
+@dataclass(frozen=True)
+class WindowSums:
+    """Sums over all samples of a decision window, on all ranks: each statistic float32 [U], and the sample count.
+
+    grad_sq: sum_b d[b,u]^2.  grad_abs: sum_b |d[b,u]|.  activation_abs: sum_b of the mean |x| over the real tokens and
+    the width of the unit.
+    """
+
+    sums: dict[str, Tensor]
+    count: float
+    seed: int = 0
+
+    def mean(self, statistic: str) -> Tensor:
+        return self.sums[statistic] / self.count
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """`score(window)` gives one float per unit [U], larger = more important; `reads` names the statistics it needs."""
+
+    name: str
+    reads: tuple[str, ...]
+    score: Callable[[WindowSums], Tensor]
+
+
+CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(*reads: str) -> Callable[[Callable[[WindowSums], Tensor]], Callable[[WindowSums], Tensor]]:
+    """Register a criterion under its function's name. Refuses a name that is taken or a statistic nobody records."""
+
+    def register(function: Callable[[WindowSums], Tensor]) -> Callable[[WindowSums], Tensor]:
+        name = function.__name__
+        if name in CRITERIA:
+            raise ValueError(f"criterion {name!r} is registered already")
+        if unknown := set(reads) - set(STATISTICS):
+            raise ValueError(f"criterion {name!r} reads {sorted(unknown)}; recorded are {STATISTICS}")
+        CRITERIA[name] = Criterion(name, reads, function)
+        return function
+
+    return register
+
+
+@criterion("grad_sq")
+def fisher(window: WindowSums) -> Tensor:
+    """Diagonal empirical Fisher information of the mask: mean over samples of d^2 (Kwon et al., arXiv 2204.09656)."""
+    return window.mean("grad_sq")
+
+
+@criterion("grad_abs")
+def taylor(window: WindowSums) -> Tensor:
+    """First-order effect of removing a unit: mean over samples of |d| (Molchanov et al., arXiv 1906.10771)."""
+    return window.mean("grad_abs")
+
+
+@criterion("activation_abs")
+def magnitude(window: WindowSums) -> Tensor:
+    """Mean |x| of the unit over real tokens; no gradient. A floor that others have to beat."""
+    return window.mean("activation_abs")
+
+
+@criterion()
+def random(window: WindowSums) -> Tensor:
+    """Uniform noise, the same on every rank and at every decision of a run."""
+    num_units = next(iter(window.sums.values())).numel()
+    return torch.rand(num_units, generator=torch.Generator().manual_seed(window.seed))
+
+
+class Recorder:
+    """Collects the gates' per-sample statistics of one rank.
+
+    Around each micro-batch: `begin`, forward, backward, `end`. Several contributions to one sample (a chunked
+    feed-forward calls its gate more than once) are added before they are squared.
+    """
+
+    def __init__(self, num_units: int, *, activations: bool, device: torch.device | str = "cpu", seed: int = 0):
+        self.num_units, self.device, self.seed = num_units, torch.device(device), seed
+        self.activations = activations
+        self.active = False
+        self._sums = torch.zeros(len(STATISTICS), num_units, device=self.device)
+        self._count = torch.zeros(1, device=self.device)
+        self._d: Tensor | None = None  # [B, U], as autograd sees it
+        self._a: Tensor | None = None  # [B, U]
+        self._coefficients: Tensor | None = None  # [B]
+        self._token_mask: Tensor | None = None  # [B, T]
+        self._tokens_seen: dict[int, int] = {}  # by gate, in the present forward pass
+
+    def begin(self, coefficients: Tensor, attention_mask: Tensor) -> None:
+        """Start a micro-batch.
+
+        coefficients: float [B], the factor c_b in sum_b c_b * L_b that autograd differentiates; 0 marks a row that is
+        no sample. attention_mask: [B, T], 1 for real tokens.
+        """
+        size = len(coefficients)
+        self.active = True
+        self._coefficients, self._token_mask = coefficients.float(), attention_mask
+        self._tokens_seen = {}
+        self._d = torch.zeros(size, self.num_units, device=self.device)
+        self._a = torch.zeros(size, self.num_units, device=self.device) if self.activations else None
+
+    def add(self, start: int, d: Tensor) -> None:
+        """Add d: float [B, units of one gate], not yet divided by the samples' coefficients."""
+        assert self._d is not None
+        self._d[:, start : start + d.shape[1]] += d
+
+    @property
+    def wants_activations(self) -> bool:
+        """Whether this is a forward pass to count: recomputation under gradient checkpointing is not."""
+        recomputing = torch._C._current_graph_task_id() != -1
+        return self.active and self.activations and not recomputing
+
+    def add_activations(self, start: int, x: Tensor) -> None:
+        """Add the mean |x| over real tokens and width. x: [B, T, U, W]; T may be the next chunk of the tokens."""
+        assert self._a is not None and self._token_mask is not None
+        mask = self._token_mask.to(torch.float32)  # [B, all tokens]
+        first = self._tokens_seen.get(start, 0)
+        self._tokens_seen[start] = first + x.shape[1]
+        chunk = mask[:, first : first + x.shape[1]]  # [B, T]
+        per_token = x.abs().float().mean(dim=3)  # [B, T, U]
+        mean = torch.einsum("btu,bt->bu", per_token, chunk) / mask.sum(1, keepdim=True).clamp(min=1)
+        self._a[:, start : start + mean.shape[1]] += mean
+
+    def end(self) -> None:
+        """Finish a micro-batch: undo the coefficients and add its samples to the window."""
+        assert self._d is not None and self._coefficients is not None
+        real = self._coefficients > 0  # [B]
+        inverse = torch.where(real, 1 / self._coefficients.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
+        d = self._d * inverse[:, None]
+        self._sums[0] += d.square().sum(0)
+        self._sums[1] += d.abs().sum(0)
+        if self._a is not None:
+            self._sums[2] += (self._a * real[:, None]).sum(0)
+        self._count += real.sum()
+        self._d = self._a = self._coefficients = self._token_mask = None
+        self.active = False
+
+    def all_reduce(self) -> WindowSums:
+        """Sums over all ranks since the last call, in ONE collective; the next window starts empty."""
+        flat = torch.cat([self._sums.flatten(), self._count])
+        flat = dist_sum(flat).cpu()
+        self._sums.zero_()
+        self._count.zero_()
+        sums = flat[:-1].view(len(STATISTICS), self.num_units)
+        return WindowSums(dict(zip(STATISTICS, sums, strict=True)), float(flat[-1]), self.seed)
+
+
+@dataclass
+class ScoreAverage:
+    """Exponential moving average of scores over decision windows. decay 0 forgets all but the newest window."""
+
+    decay: float
+    value: Tensor | None = None
+
+    def update(self, scores: Tensor) -> Tensor:
+        """scores: float [U]."""
+        self.value = scores if self.value is None else self.decay * self.value + (1 - self.decay) * scores
+        return self.value

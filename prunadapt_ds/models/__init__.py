@@ -1,0 +1,1 @@
+"""Architecture records, layouts and the exported folder's own modelling file."""

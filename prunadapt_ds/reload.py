@@ -1,0 +1,103 @@
+"""Load an exported folder as a stranger would, compute logits, time it.
+
+Runs as a script in a process of its own that never imports the trainer: it needs torch, transformers and safetensors.
+Reads a request (JSON, rows to predict), writes logits and timings. One request, one answer:
+
+    python reload.py request.json
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def predict(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int, batch_size: int, device: Any) -> Any:
+    """float32 [N, C] in the order of `rows`; rows of like length share a batch."""
+    import torch
+
+    logits = None
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = -(-max(len(rows[i]["input_ids"]) for i in chosen) // 8) * 8
+        inputs = {}
+        for column in rows[0]:
+            fill = pad_token_id if column == "input_ids" else 0
+            padded = [rows[i][column] + [fill] * (longest - len(rows[i][column])) for i in chosen]
+            inputs[column] = torch.tensor(padded, device=device)
+        with torch.inference_mode():
+            output = model(**inputs).logits.float().cpu()
+        if logits is None:
+            logits = torch.empty(len(rows), output.shape[1])
+        logits[chosen] = output
+    return logits
+
+
+def latency(models: list[Any], batch_size: int, seq_length: int, repeats: int, device: Any) -> list[float]:
+    """Median milliseconds of a forward pass of each model, after warm-up, models taking turns."""
+    import torch
+
+    vocabulary = models[0].config.vocab_size
+    input_ids = torch.randint(0, vocabulary, (batch_size, seq_length), device=device)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    times: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for repeat in range(repeats + 3):
+            for model, taken in zip(models, times, strict=True):
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                model(**inputs)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if repeat >= 3:
+                    taken.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(taken) for taken in times]
+
+
+def answer(request: dict[str, Any]) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    device = torch.device(request["device"])
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+
+    def load(dtype: str) -> Any:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            request["folder"], trust_remote_code=request["needs_remote_code"], dtype=getattr(torch, dtype)
+        )
+        return model.to(device).eval()
+
+    model = load("float32")
+    tensors, result = {}, {}
+    for name, rows in request["rows"].items():
+        tensors[name] = predict(model, rows, request["pad_token_id"], request["batch_size"], device)
+    if request["latency"]:
+        dtype = request["latency"]["dtype"]
+        config = AutoConfig.from_pretrained(request["folder"], trust_remote_code=False)
+        dense = AutoModelForSequenceClassification.from_config(config).to(getattr(torch, dtype)).to(device).eval()
+        model = load(dtype)
+        options = {k: request["latency"][k] for k in ("batch_size", "seq_length", "repeats")}
+        dense_ms, exported_ms = latency([dense, model], **options, device=device)
+        result["latency"] = {
+            "dense_ms": dense_ms,
+            "exported_ms": exported_ms,
+            **options,
+            "dtype": dtype,
+            "threads": torch.get_num_threads(),
+            "speedup": dense_ms / exported_ms,
+        }
+    assert "prunadapt_ds" not in sys.modules, "the exported folder must load without the trainer"
+    save_file(tensors, request["logits"])
+    Path(request["result"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    answer(json.loads(Path(sys.argv[1]).read_text()))

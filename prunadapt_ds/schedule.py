@@ -1,0 +1,62 @@
+"""What happens at which step: sparsity, decisions, phases and learning rates, all pure functions of the global step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PruningSchedule:
+    """Sparsity rises along a cubic from `start_step` to `end_step`, in `num_decisions` evenly spaced decisions.
+
+    Steps count optimizer steps done: `decides_at(step)` is asked after step number `step`.
+    """
+
+    start_step: int
+    end_step: int
+    num_decisions: int
+    target_sparsity: float
+
+    @classmethod
+    def from_fractions(cls, total: int, start: float, end: float, decisions: int, target: float) -> PruningSchedule:
+        """`start` and `end` are fractions of the `total` steps; there is at most one decision per step."""
+        end_step = max(1, round(end * total))
+        start_step = min(round(start * total), end_step - 1)
+        return cls(start_step, end_step, min(decisions, end_step - start_step), target)
+
+    @property
+    def decision_steps(self) -> tuple[int, ...]:
+        span = self.end_step - self.start_step
+        return tuple(self.start_step + round(k * span / self.num_decisions) for k in range(1, self.num_decisions + 1))
+
+    def decides_at(self, step: int) -> bool:
+        return step in self.decision_steps
+
+    def sparsity(self, step: int) -> float:
+        """Cubic schedule (Zhu & Gupta, arXiv 1710.01878): s_T * (1 - (1 - (t - t0) / (t1 - t0))^3)."""
+        progress = (step - self.start_step) / (self.end_step - self.start_step)
+        return self.target_sparsity * (1 - (1 - min(max(progress, 0.0), 1.0)) ** 3)
+
+    def records_after(self, step: int) -> bool:
+        """Whether statistics of the step that follows `step` are read by a later decision."""
+        return self.start_step <= step < self.end_step
+
+    def phase(self, step: int) -> str:
+        """Name of the phase that the step after `step` belongs to."""
+        if step < self.start_step:
+            return "dense"
+        return "prune" if step < self.end_step else "recover"
+
+
+@dataclass(frozen=True)
+class LearningRateSchedule:
+    """Linear warm-up over `warmup_steps`, then linear decay to zero at `total_steps`; one factor for every group."""
+
+    warmup_steps: int
+    total_steps: int
+
+    def factor(self, step: int) -> float:
+        """Multiplier in [0, 1] for the step that follows `step` finished ones. The first warm-up step is not zero."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        return max(0.0, (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps))

@@ -1,0 +1,122 @@
+"""Cutting: every family's layout, the cost model against really cut models, and masked == resized."""
+
+import pytest
+import torch
+
+from prunadapt_ds import adapters, gates
+from prunadapt_ds.budget import PruningPlan
+from prunadapt_ds.export import pruned_tensors
+from prunadapt_ds.models.families import FAMILIES, layout_of
+from prunadapt_ds.models.modeling_prunadapt import Layout, narrow
+from prunadapt_ds.models.structure import measure
+from prunadapt_ds.resize import resize
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.fast
+TOKENS = 10
+
+
+def adapted(model_type, seed=0):
+    """A tiny model with LoRA and gates, everything random, biases too."""
+    model = tiny_model(model_type, num_labels=3, seed=seed)
+    layout = layout_of(FAMILIES[model_type], model.config, model.base_model_prefix)
+    structure = measure(model, layout, TOKENS)
+    torch.manual_seed(seed)
+    adapters.add_lora(model, layout, adapters.target_modules(layout), r=2, lora_alpha=4)
+    gates.attach(model, layout, structure)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "delta" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, 0, 0.1)
+    return model, layout, structure
+
+
+def plan_of(structure, how):
+    """Unequal counts in every layer, or whole sub-layers gone, or everything."""
+    keep = torch.ones(structure.num_units, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(7)
+    for i, sub in enumerate(structure.sublayers):
+        if how == "unequal":
+            keep[sub.span] = torch.rand(sub.num_units, generator=generator) > 0.15 + 0.12 * i
+            keep[sub.start + i % sub.num_units] = True
+        elif how == "no-heads" and sub.kind == "heads" and sub.layer == 1:
+            keep[sub.span] = False
+        elif how == "no-neurons" and sub.kind == "neurons" and sub.layer != 1:
+            keep[sub.span] = False
+    return PruningPlan.from_mask(structure, torch.zeros_like(keep) if how == "nothing" else keep)
+
+
+def inputs():
+    input_ids = torch.randint(5, 150, (4, TOKENS), generator=torch.Generator().manual_seed(3))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 6:] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@pytest.mark.parametrize("how", ["unequal", "no-heads", "no-neurons", "nothing"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_masked_equals_resized(model_type, how):
+    model, layout, structure = adapted(model_type)
+    plan = plan_of(structure, how)
+    dense = model(**inputs()).logits
+    gates.apply_mask(model, plan.mask())
+    masked = model(**inputs()).logits
+    resize(model, layout, plan)
+    resized = model(**inputs()).logits
+    torch.testing.assert_close(resized, masked, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(dense, masked, atol=1e-4), "the cut must matter, or this test proves nothing"
+
+
+@pytest.mark.parametrize("how", ["unequal", "no-heads", "no-neurons", "nothing"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_cost_model_counts_what_is_really_left(model_type, how):
+    model, layout, structure = adapted(model_type)
+    plan = plan_of(structure, how)
+    resize(model, layout, plan)
+    blocks = model.get_submodule(layout.layers)
+    left = sum(p.numel() for n, p in blocks.named_parameters() if "lora_" not in n and "prune_gate" not in n)
+    assert left == plan.cost("params")
+    assert PruningPlan.dense(structure).cost("params") == structure.dense_cost("params")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_macs_are_linear_maps_and_attention(model_type):
+    """Counted by hooks on a dense and a really cut model: weights of every projection times tokens, plus attention."""
+    model, layout, structure = adapted(model_type)
+    plan = plan_of(structure, "unequal")
+    resize(model, layout, plan)
+    gates.detach(model)
+    head_width = layout.sublayers[0].width
+    macs = 0
+    for layer, counts in zip(model.get_submodule(layout.layers), plan.counts(), strict=True):
+        macs += 2 * TOKENS * TOKENS * head_width * counts["heads"]
+        for sub in layout.sublayers:
+            for projection in (*sub.inputs, sub.output):
+                macs += TOKENS * layer.get_submodule(projection.path).base_layer.weight.numel()
+    assert macs == plan.cost("macs")
+
+
+@pytest.mark.parametrize("how", ["unequal", "no-heads", "no-neurons", "nothing"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_folded_and_narrowed_equals_masked(model_type, how):
+    """The export's tensors fit the model that the export's own file builds, and compute the same."""
+    model, layout, structure = adapted(model_type)
+    plan = plan_of(structure, how)
+    gates.apply_mask(model, plan.mask())
+    masked = model(**inputs()).logits
+    stock = tiny_model(model_type, num_labels=3, seed=99)
+    kept = [[c["heads"], c["neurons"]] for c in plan.counts()]
+    narrow(stock, Layout.from_dict(layout.to_dict()), kept)
+    stock.load_state_dict(dict(pruned_tensors(model, layout, plan)), strict=True)
+    torch.testing.assert_close(stock(**inputs()).logits, masked, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", [n for n, f in FAMILIES.items() if f.trainable])
+def test_resized_model_trains(model_type):
+    model, layout, structure = adapted(model_type)
+    resize(model, layout, plan_of(structure, "unequal"))
+    model(**inputs()).logits.sum().backward()
+    for gate in gates.gates_of(model):
+        assert gate.delta.grad.shape == (gate.num_units,)
+    assert [g.start for g in gates.gates_of(model)] == sorted(g.start for g in gates.gates_of(model))

@@ -1,0 +1,34 @@
+import pytest
+
+from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
+
+pytestmark = pytest.mark.fast
+
+
+def test_cubic():
+    s = PruningSchedule(10, 30, 4, 0.6)
+    assert s.sparsity(10) == 0 and s.sparsity(0) == 0
+    assert s.sparsity(20) == pytest.approx(0.6 * (1 - 0.5**3))
+    assert s.sparsity(30) == pytest.approx(0.6) and s.sparsity(99) == pytest.approx(0.6)
+    assert s.decision_steps == (15, 20, 25, 30)
+
+
+def test_recording_covers_the_windows_of_all_decisions_and_no_more():
+    s = PruningSchedule(10, 30, 4, 0.6)
+    assert [step for step in range(40) if s.records_after(step)] == list(range(10, 30))
+    assert [s.phase(step) for step in (9, 10, 29, 30)] == ["dense", "prune", "prune", "recover"]
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 1000])
+def test_every_run_length_ends_at_the_target(total):
+    s = PruningSchedule.from_fractions(total, 0.25, 0.6, 8, 0.5)
+    assert 1 <= len(s.decision_steps) == len(set(s.decision_steps)) <= total
+    assert s.sparsity(s.decision_steps[-1]) == 0.5
+    assert all(s.records_after(step - 1) for step in s.decision_steps)
+
+
+def test_learning_rate_factor():
+    r = LearningRateSchedule(4, 20)
+    assert r.factor(0) == 0.25 and r.factor(3) == 1.0 and r.factor(4) == 1.0
+    assert r.factor(12) == pytest.approx(0.5) and r.factor(19) == pytest.approx(1 / 16) and r.factor(20) == 0
+    assert LearningRateSchedule(0, 10).factor(0) == 1.0

@@ -1,0 +1,51 @@
+"""TMP's selection rule."""
+
+import pytest
+import torch
+
+from prunadapt_ds import tmp
+
+pytestmark = pytest.mark.fast
+
+# Heads cut per layer and the four layers with the higher LoRA rank, as published for BERT-base.
+PUBLISHED = {
+    "mnli": ([4, 1, 3, 3, 1, 6, 5, 3, 7, 6, 1, 3], [4, 1, 10, 2]),
+    "sst2": ([3, 2, 4, 2, 2, 4, 6, 2, 6, 5, 4, 3], [1, 7, 3, 4]),
+}
+
+
+def ranks_with(cut_per_layer, important):
+    """A rank matrix [12, 12] that has this many of the 43 lowest ranks in each layer and these layers on top."""
+    ranks = torch.full((12, 12), -1)
+    low, high = iter(range(43)), iter(range(43, 144))
+    others = [layer for layer in range(12) if layer not in important]
+    for layer in [*others, *reversed(important)]:  # both the lowest and the other ranks: most important layers last
+        count = cut_per_layer[layer]
+        ranks[layer, :count] = torch.tensor([next(low) for _ in range(count)])
+        ranks[layer, count:] = torch.tensor([next(high) for _ in range(12 - count)])
+    return ranks
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_published_counts(task):
+    cut, important = PUBLISHED[task]
+    assert sum(cut) == 43
+    ranks = ranks_with(cut, important)
+    selection = tmp.select_from_ranks(ranks)
+    assert (~selection.keep).sum(1).tolist() == cut
+    assert set(tmp.important_layers(ranks)) == set(important)
+    assert [selection.rank_per_layer[i] for i in important] == [8] * 4
+    assert sorted(selection.rank_per_layer.values()) == [4] * 8 + [8] * 4
+
+
+def test_layers_are_normalised_before_heads_are_compared():
+    scores = torch.tensor([[100.0, 300.0], [0.002, 0.001]])
+    assert tmp.head_ranks(scores).tolist() == [[0, 3], [2, 1]]
+    scaled = scores * torch.tensor([[1.0], [1e6]])
+    assert torch.equal(tmp.head_ranks(scores), tmp.head_ranks(scaled))
+
+
+def test_fractions_for_other_sizes():
+    selection = tmp.select(torch.rand(6, 12, generator=torch.Generator().manual_seed(0)))
+    assert int((~selection.keep).sum()) == round(43 / 144 * 72)
+    assert sorted(selection.rank_per_layer.values()) == [4, 4, 4, 4, 8, 8]
