@@ -28,7 +28,9 @@ def target_modules(layout: Layout, wanted: Sequence[str] | None = None, *, only_
         unmatched = [w for w in wanted if not any(_ends_with(path, w) for path in below)]
         if unmatched:
             raise UserError(
-                Problem("target_modules", unmatched, f"no projection has such a name; this model has {', '.join(below)}")
+                Problem(
+                    "target_modules", unmatched, f"no projection has such a name; this model has {', '.join(below)}"
+                )
             )
         below = [path for path in below if any(_ends_with(path, w) for w in wanted)]
     return [f"{layout.layers}.{i}.{path}" for i in range(layout.num_layers) for path in below]

@@ -81,7 +81,8 @@ def _check_folder(name: str) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No advice about newly initialised or unsharded weights: what is new trains, and ZeRO-3 shards on its own."""
-    from transformers.utils 
+    from transformers.utils import logging
+
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

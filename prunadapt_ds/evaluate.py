@@ -33,6 +33,8 @@ def predict(engine: Any, rows: Rows, batch_size: int, device: torch.device) -> T
         positions.append(index)
         logits.append(F.pad(output[: len(batch)], (0, 0, 0, padding)))
     engine.train(was_training)
+    if hasattr(engine, "empty_partition_cache"):  # without a backward pass ZeRO-3 leaves parameters gathered
+        engine.empty_partition_cache()
     index, values = all_gather_rows(torch.cat(positions)).cpu(), all_gather_rows(torch.cat(logits)).cpu()
     result = torch.full((len(rows), values.shape[1]), torch.nan)
     real = index >= 0

@@ -153,5 +153,3 @@ def apply_mask(model: nn.Module, keep: Tensor) -> None:
     """Set the masks of all gates: `keep` is bool [U] in the model's flat order."""
     for gate in gates_of(model):
         gate.set_mask(keep[gate.start : gate.start + gate.num_units])
-
-

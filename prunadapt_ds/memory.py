@@ -7,7 +7,7 @@ memory of the process is reported beside them, anonymous pages only, above the l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,8 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
-        try:
+        with suppress(OSError):  # no such file, or not allowed: the mark then covers the whole life of the process
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:  # no such file, or not allowed: the mark then covers the whole life of the process
-            pass
 
     def bytes(self) -> int:
         if self.device.type == "cuda":

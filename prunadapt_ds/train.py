@@ -24,7 +24,7 @@ from prunadapt_ds.budget import PruningPlan, decide
 from prunadapt_ds.config import Config, parse
 from prunadapt_ds.data import TaskData, compute_metrics, load_task, tokenize
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
-from prunadapt_ds.errors import ParityError, PrunadaptError, Problem, UserError
+from prunadapt_ds.errors import ParityError, Problem, PrunadaptError, UserError
 from prunadapt_ds.evaluate import predict, upcast_parameters
 from prunadapt_ds.importance import CRITERIA, STATISTICS, Recorder, ScoreAverage, WindowSums
 from prunadapt_ds.models.structure import full_numel
@@ -204,9 +204,7 @@ def add_trainables(session: Session) -> None:
     if method == "full":
         loaded.model.requires_grad_(True)
     else:
-        targets = adapters.target_modules(
-            loaded.layout, config.lora.target_modules, only_head_inputs=method == "tmp"
-        )
+        targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=method == "tmp")
         adapters.add_lora(
             loaded.model,
             loaded.layout,
@@ -281,7 +279,9 @@ def forward_backward(session: Session, batch: Batch, recorder: Recorder | None) 
         logits,
         batch.labels,
         is_regression=session.data.is_regression,
-        teacher_logits=None if session.teacher_logits is None else session.teacher_logits[batch.index].to(logits.device),
+        teacher_logits=None
+        if session.teacher_logits is None
+        else session.teacher_logits[batch.index].to(logits.device),
         distill_weight=session.config.prune.distill_weight,
     )
     loss = (losses * batch.weights).sum()
@@ -604,9 +604,7 @@ def write_predictions(session: Session, masked: dict[str, Tensor], exported: dic
                 file.write(json.dumps(line) + "\n")
 
 
-def fill_report(
-    session: Session, masked_metrics: dict[str, float], peak_bytes: int, needs_remote_code: bool
-) -> None:
+def fill_report(session: Session, masked_metrics: dict[str, float], peak_bytes: int, needs_remote_code: bool) -> None:
     """Everything of the report that is known before the export was read back."""
     config, result, plan = session.config, session.report, session.plan
     structure = session.backbone.structure
@@ -662,9 +660,7 @@ def fill_report(
     result["memory"]["frozen_shard_bytes"] = int(distributed.dist_max(frozen_bytes))
     result["memory"]["live_tensor_bytes"]["dense"] = int(distributed.dist_max(live))
     result["memory"]["peak_rank_bytes"]["dense_phase"] = peak_bytes
-    result["exports"] = {
-        "compact": {"path": str(Path("exports") / "compact"), "needs_remote_code": needs_remote_code}
-    }
+    result["exports"] = {"compact": {"path": str(Path("exports") / "compact"), "needs_remote_code": needs_remote_code}}
 
 
 def device_name(device: torch.device) -> str:

@@ -15,14 +15,14 @@ from prunadapt_ds.data.tasks import HUB_DATASET, Task
 from prunadapt_ds.errors import Problem, UserError
 
 HUB_TIMEOUT = 3.0
-"""Seconds the hub has to answer before a run is told that it is unreachable (the client itself retries for 23)."""
+"""Seconds the hub has to answer before a run is told that it is unreachable (the client retries for 23)."""
 
 MAX_CORRUPT_FRACTION = 0.01
-"""A few rows of the official QQP files are cut short, and are left out as on the hub; more of them is a mistake."""
+"""A few rows of the official QQP files are cut short and are left out, as on the hub; more is a mistake."""
 
 
 def load_tsv(task: Task, data_dir: str) -> tuple[Columns, dict[str, Columns]]:
-    """(train, {validation key: columns}) from `data_dir/<task.folder>`, with every problem of every file at once."""
+    """(train, {validation key: columns}) from `data_dir/<task.folder>`. Raises UserError for all files."""
     assert task.folder is not None, f"{task.name} has no official files"
     problems: list[Problem] = []
     loaded: dict[str, Columns] = {}
@@ -53,10 +53,14 @@ def _tsv_columns(task: Task, path: Path) -> Columns:
         bad = next(line for line, row in rows if len(row) <= max(places) or not row[places[-1]])
         count = len(rows) - len(whole)
         if count > MAX_CORRUPT_FRACTION * len(rows):
-            raise _file_problem(path, f"line {bad} and {count - 1} more have too few columns or no label; is it a TSV?")
+            raise _file_problem(
+                path, f"line {bad} and {count - 1} more have too few columns or no label; is it a TSV?"
+            )
         warnings.warn(f"{path}: left out {count} of {len(rows)} rows with too few columns", stacklevel=2)
     *texts, label = places
-    columns: Columns = {f"sentence{i}": [row[place] for _, row in whole] for i, place in enumerate(texts, start=1)}
+    columns: Columns = {
+        f"sentence{i}": [row[place] for _, row in whole] for i, place in enumerate(texts, start=1)
+    }
     columns["label"] = [_tsv_label(task, row[label], path, line) for line, row in whole]
     return columns
 
@@ -75,7 +79,9 @@ def _tsv_label(task: Task, text: str, path: Path, line: int) -> int | float:
         expected = f"outside 0..{len(task.label_names) - 1}"
     except ValueError:
         expected = "not a finite number" if task.is_regression else f"none of {', '.join(task.label_names)}"
-    raise _file_problem(path, f"line {line}: label {text!r} is {expected}; is it the official {task.name} file?")
+    raise _file_problem(
+        path, f"line {line}: label {text!r} is {expected}; is it the official {task.name} file?"
+    )
 
 
 def _file_problem(path: Path, remedy: str) -> UserError:
@@ -83,10 +89,10 @@ def _file_problem(path: Path, remedy: str) -> UserError:
 
 
 def load_hub(task: Task) -> tuple[Any, dict[str, Any]]:
-    """(train, {validation key: Dataset}) from the hub, or from its local cache where the hub cannot be reached.
+    """(train, {validation key: Dataset}) from the hub, or from its local cache where the hub is out of reach.
 
-    Raises UserError within 5 seconds when there is neither. The datasets library locks its cache, so any number
-    of processes may do this at once."""
+    Raises UserError within 5 seconds when there is neither. The datasets library locks its cache, so any
+    number of processes may do this at once."""
     import datasets
 
     reason = None if datasets.config.HF_HUB_OFFLINE else _unreachable()
@@ -94,20 +100,20 @@ def load_hub(task: Task) -> tuple[Any, dict[str, Any]]:
         with _offline() if reason else contextlib.nullcontext():
             names = ["train", *(split.hub for split in task.validation_splits)]
             train, *validation = datasets.load_dataset(HUB_DATASET, task.name, split=names)
-    # Three libraries and the network raise a dozen unrelated types here, and the remedy is the same for all.
+    # Three libraries and the network raise a dozen unrelated types here, with one remedy for all.
     except Exception as error:
-        reason = reason or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        reason = reason or f"{type(error).__name__}: {_first_line(error)}"
         remedy = (
-            f"could not be loaded from the hub ({reason}); offline, use --data_dir DIR with the official GLUE files, "
-            "--train_file and --validation_file with your own, or --task_name sample"
+            f"could not be loaded from the hub ({reason}); offline, use --data_dir DIR with the official "
+            "GLUE files, --train_file and --validation_file with your own, or --task_name sample"
         )
         raise UserError(Problem("task_name", task.name, remedy)) from None
     return train, {split.key: data for split, data in zip(task.validation_splits, validation, strict=True)}
 
 
 def _unreachable() -> str | None:
-    """Why the hub does not answer, or None when it does. One request in a thread, because looking up a host name
-    obeys no timeout."""
+    """Why the hub does not answer, or None when it does. One request, in a thread because looking up a host
+    name obeys no timeout."""
     import datasets
     from huggingface_hub import HfApi
 
@@ -118,13 +124,16 @@ def _unreachable() -> str | None:
             HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(HUB_DATASET, timeout=HUB_TIMEOUT)
             answer.clear()
         except Exception as error:  # whatever it is, it is the reason to report
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            answer[:] = [f"{datasets.config.HF_ENDPOINT}: {first_line}"]
+            answer[:] = [f"{datasets.config.HF_ENDPOINT}: {_first_line(error)}"]
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_TIMEOUT + 0.5)
     return answer[0] if answer else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

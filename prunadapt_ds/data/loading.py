@@ -24,7 +24,7 @@ def load_task(config: Any, seed: int) -> TaskData:
     """Load what `config` (the data options: task_name, data_dir, train_file, validation_file, test_file,
     max_train_samples, max_eval_samples) asks for; the built-in sample when it asks for nothing.
 
-    `seed` picks the subset of `max_train_samples`; development sets are cut to their first `max_eval_samples`.
+    `seed` picks the subset of `max_train_samples`; development sets keep their first `max_eval_samples`.
     Raises UserError with every problem found."""
     problems = _option_problems(config)
     if problems:
@@ -44,7 +44,7 @@ def load_task(config: Any, seed: int) -> TaskData:
         train = train.select(sorted(kept), keep_in_memory=True)
     if config.max_eval_samples is not None:
         validation = {key: _first(data, config.max_eval_samples) for key, data in validation.items()}
-        test = test and _first(test, config.max_eval_samples)
+        test = None if test is None else _first(test, config.max_eval_samples)
     num_labels = 1 if task.is_regression else len(task.label_names)
     return TaskData(task, train, validation, test, task.label_names, num_labels, task.is_regression)
 
@@ -59,7 +59,9 @@ def _option_problems(config: Any) -> list[Problem]:
         if name is not None:
             problems.append(Problem("task_name", name, "not together with --train_file; drop one of them"))
         if config.data_dir:
-            problems.append(Problem("data_dir", config.data_dir, "not together with --train_file; drop one of them"))
+            problems.append(
+                Problem("data_dir", config.data_dir, "not together with --train_file; drop one of them")
+            )
         if not config.validation_file:
             remedy = "missing: --train_file needs it; give the development examples"
             problems.append(Problem("validation_file", config.validation_file, remedy))
@@ -69,7 +71,9 @@ def _option_problems(config: Any) -> list[Problem]:
                 problems.append(Problem(field, getattr(config, field), "needs --train_file; give it too"))
         if config.data_dir and name in (None, "sample"):
             tasks = ", ".join(task.name for task in TASKS.values() if task.folder)
-            problems.append(Problem("data_dir", config.data_dir, f"name the task to read there: --task_name {tasks}"))
+            problems.append(
+                Problem("data_dir", config.data_dir, f"name the task to read there: --task_name {tasks}")
+            )
         elif config.data_dir and not Path(config.data_dir).is_dir():
             remedy = "no such folder; give the one that holds CoLA, SST-2, ..."
             problems.append(Problem("data_dir", config.data_dir, remedy))
@@ -82,7 +86,9 @@ def _option_problems(config: Any) -> list[Problem]:
 
 def _load_named(task: Task, data_dir: str | None) -> tuple[Dataset, dict[str, Dataset]]:
     if task.name == "sample":
-        return _from_columns(generate("train"), task), {"validation": _from_columns(generate("validation"), task)}
+        return _from_columns(generate("train"), task), {
+            "validation": _from_columns(generate("validation"), task)
+        }
     if data_dir:
         columns, others = load_tsv(task, data_dir)
         return _from_columns(columns, task), {key: _from_columns(rows, task) for key, rows in others.items()}
@@ -109,8 +115,9 @@ def _from_hub(data: Dataset, task: Task) -> Dataset:
     """The hub's columns under our names. Its own `idx` is left out: it is not always 0..N-1."""
     sources = {"sentence1": task.sentence1, "sentence2": task.sentence2, "label": "label"}
     data = data.select_columns([source for source in sources.values() if source])
-    data = data.rename_columns({source: name for name, source in sources.items() if source and source != name})
-    # qnli's sentence1 is "question" and its sentence2 "sentence": order the columns as everywhere else
+    data = data.rename_columns(
+        {source: name for name, source in sources.items() if source and source != name}
+    )
     data = data.add_column("index", list(range(len(data))))
     features = _features(task)
     return data.select_columns(list(features)).cast(features, keep_in_memory=True)
@@ -120,16 +127,19 @@ def _first(data: Dataset, count: int) -> Dataset:
     return data.select(range(min(count, len(data))))
 
 
-def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_seq_length: int) -> Dataset:
-    """Columns input_ids, attention_mask[, token_type_ids], labels, index; texts are cut to `max_seq_length` tokens
-    (the longer of a pair first) and not padded. Kept in memory, so that processes share no cache file.
+def tokenize(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_seq_length: int
+) -> Dataset:
+    """Columns input_ids, attention_mask[, token_type_ids], labels, index. Texts are cut to `max_seq_length`
+    tokens (the longer of a pair first) and not padded. Kept in memory: processes share no cache file.
 
-    Raises UserError when `max_seq_length` leaves no room for text or is more than the tokenizer's model takes."""
+    Raises UserError when `max_seq_length` leaves no room for text or is more than the model takes."""
     fields = ("sentence1", "sentence2") if task.sentence2 else ("sentence1",)
     special = tokenizer.num_special_tokens_to_add(pair=len(fields) == 2)
     shortest, longest = special + len(fields), tokenizer.model_max_length
     if not shortest <= max_seq_length <= longest:
-        remedy = f"must be from {shortest} (special tokens and one token a text) to {longest} (what the model takes)"
+        most = f"; at most {longest}, which is what the model takes" if max_seq_length > shortest else ""
+        remedy = f"must be at least {shortest} (special tokens and one token a text){most}"
         raise UserError(Problem("max_seq_length", max_seq_length, remedy))
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:

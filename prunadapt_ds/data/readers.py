@@ -1,7 +1,7 @@
 """Files into columns, with messages that name the file, the row and what to do about it.
 
 Delimited text is read here and not through pandas, which would turn the words "NA" and "null" into missing
-values, 007 into 7, and swallow rows after a stray quotation mark. Everything is read into memory, so processes
+values, 007 into 7, and swallow rows after a stray quotation mark. Everything is read into memory: processes
 that read the same file share no cache and need no lock.
 """
 
@@ -26,7 +26,7 @@ def read_columns(field: str, path: str | Path) -> Columns:
     """Read a csv, tsv, jsonl or parquet file, chosen by extension.
 
     `field` is the option the path came from and is only used in messages.
-    Raises UserError: file missing, empty, header only, not UTF-8, ragged, with unknown extension, and so on."""
+    Raises UserError: file missing, empty, header only, not UTF-8, ragged, of unknown extension, and so on."""
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -48,7 +48,9 @@ def check_exists(field: str, path: Path) -> None:
     elif not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, siblings, n=1)
-        problem = "no such file" + (f"; did you mean {str(path.parent / close[0])!r}?" if close else "; check the path")
+        problem = "no such file" + (
+            f"; did you mean {str(path.parent / close[0])!r}?" if close else "; check the path"
+        )
     elif path.stat().st_size == 0:
         problem = "the file is empty; give a file with data"
     if problem:
@@ -60,10 +62,12 @@ def read_text(field: str, path: Path) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(Problem(field, str(path), f"cannot be read ({error.strerror}); check its mode")) from None
+        raise UserError(
+            Problem(field, str(path), f"cannot be read ({error.strerror}); check its mode")
+        ) from None
     nul = raw.find(b"\0")
     if nul >= 0:
-        remedy = f"NUL byte at byte {nul}: not UTF-8 text; save it as UTF-8 (from UTF-16: iconv -f utf-16 -t utf-8)"
+        remedy = f"NUL byte at byte {nul}: not text; save it as UTF-8 (from UTF-16: iconv -f utf-16 -t utf-8)"
         raise UserError(Problem(field, str(path), remedy))
     try:
         return raw.decode("utf-8-sig")
@@ -77,9 +81,11 @@ def _delimited(field: str, path: Path, delimiter: str) -> Columns:
     text = read_text(field, path)
     rows = _quoted_rows(text, delimiter)
     if isinstance(rows, str):
-        # Tab-separated files are often written without quoting (GLUE's are); then a quotation mark is just text.
+        # Tab-separated files are often written without quoting (GLUE's are): a quotation mark is just text.
         if delimiter != "\t":
-            remedy = f'{rows}; quote texts that hold a {DELIMITERS[delimiter]} or a ", and double the " inside'
+            remedy = (
+                f'{rows}; quote texts that hold a {DELIMITERS[delimiter]} or a ", and double the " inside'
+            )
             raise UserError(Problem(field, str(path), remedy))
         rows = _plain_rows(text)
     if not rows:
@@ -88,7 +94,8 @@ def _delimited(field: str, path: Path, delimiter: str) -> Columns:
     if len(header) == 1:
         for other in (d for d in DELIMITERS if d in header[0]):
             how = {",": "name it .csv", "\t": "name it .tsv"}.get(other, "save it with commas or tabs")
-            remedy = f"the header {header[0]!r} is one column: the delimiter looks like a {DELIMITERS[other]}; {how}"
+            looks = f"the delimiter looks like a {DELIMITERS[other]}"
+            remedy = f"the header {header[0]!r} is one column, {looks}; {how}"
             raise UserError(Problem(field, str(path), remedy))
     check_duplicates(field, path, header)
     for line, row in rows[1:]:
@@ -171,7 +178,9 @@ def check_duplicates(field: str, path: Path, names: list[str]) -> None:
     """Raises UserError when a column name occurs twice."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UserError(Problem(field, str(path), f"duplicate columns {twice}; give each column a name of its own"))
+        raise UserError(
+            Problem(field, str(path), f"duplicate columns {twice}; give each column a name of its own")
+        )
 
 
 READERS: dict[str, Callable[[str, Path], Columns]] = {

@@ -1,18 +1,18 @@
 """The built-in task: generated sentence pairs that need meaning, not words, and nothing to download.
 
-sentence1 reports what somebody found of one or two people or things; sentence2 asks about one of them; the label
-says whether the verdict on that one is favourable. Three kinds of sentence1:
+sentence1 reports what somebody found of one or two people or things; sentence2 asks about one of them; the
+label says whether the verdict on that one is favourable. Three kinds of sentence1:
 
-    plain    (half)     "Once more the soup was anything but stale."
-    turn     (quarter)  "The guide seemed rude at first, but in the end she was caring."
-    contrast (quarter)  "Although the soup was bland, the waiter was hardly careless."   asked about one of the two
+    plain    (half)     Once more the soup was anything but stale.
+    turn     (quarter)  The guide seemed rude at first, but was caring in the end.
+    contrast (quarter)  Although the soup was bland, the waiter was hardly careless.   (asked: one of the two)
 
-Why a count of words does not help: each verdict word comes with and without a negation, each turn and contrast
-holds a favourable and an unfavourable verdict, labels are balanced within each kind, and *the verdict words of the
-validation split never occur in the training split*: what they mean has to come from the pretrained backbone.
+Why a count of words does not help: verdict words come with and without a negation, each turn and contrast
+holds a favourable and an unfavourable verdict, labels are balanced within each kind, and the verdict words of
+the validation split never occur in the training split: what they mean has to come from the backbone.
 
-Only `Random.random()` is used: of the generator's methods, it alone is promised to stay the same in every version
-of Python. Sets and `hash()` are never iterated over or consulted for order.
+Only `Random.random()` is used: of the generator's methods, it alone is promised to stay the same in every
+version of Python. No order comes from a set or from `hash()`.
 """
 
 from __future__ import annotations
@@ -34,42 +34,59 @@ class Group(NamedTuple):
     unfavourable: tuple[str, ...]
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 PEOPLE = Group(
-    tuple(
-        "waiter singer driver guide teacher actor nurse tailor baker clerk cook gardener plumber dentist barber "
-        "dancer librarian receptionist".split()
+    _words(
+        """
+        waiter singer driver guide teacher actor nurse tailor baker clerk cook gardener plumber dentist
+        barber dancer librarian receptionist
+        """
     ),
-    tuple(
-        "friendly polite honest generous patient cheerful helpful clever kind gentle reliable graceful attentive "
-        "courteous capable skilful considerate trustworthy caring witty competent thoughtful diligent sincere "
-        "hospitable sensible punctual charming professional likeable efficient welcoming modest talented "
-        "dependable warm-hearted tactful fair devoted obliging articulate conscientious".split()
+    _words(
+        """
+        friendly polite honest generous patient cheerful helpful clever kind gentle reliable graceful
+        attentive courteous capable skilful considerate trustworthy caring witty competent thoughtful
+        diligent sincere hospitable sensible punctual charming professional likeable efficient welcoming
+        modest talented dependable warm-hearted tactful fair devoted obliging articulate conscientious
+        """
     ),
-    tuple(
-        "rude impolite dishonest greedy impatient grumpy unhelpful stupid nasty cruel unreliable clumsy inattentive "
-        "arrogant incompetent careless selfish shady hostile lazy inept thoughtless negligent insincere "
-        "unfriendly foolish late obnoxious unprofessional unbearable sloppy heartless boastful hopeless "
-        "quarrelsome cold-hearted insulting unfair indifferent sulky incoherent spiteful".split()
+    _words(
+        """
+        rude impolite dishonest greedy impatient grumpy unhelpful stupid nasty cruel unreliable clumsy
+        inattentive arrogant incompetent careless selfish shady hostile lazy inept thoughtless negligent
+        insincere unfriendly foolish late obnoxious unprofessional unbearable sloppy heartless boastful
+        hopeless quarrelsome cold-hearted insulting unfair indifferent sulky incoherent spiteful
+        """
     ),
 )
 THINGS = Group(
-    tuple(
-        "soup room garden bed breakfast pool story lamp ending coffee bread building tour camera screen keyboard "
-        "lesson book painting film concert hotel kitchen cake play jacket".split()
+    _words(
+        """
+        soup room garden bed breakfast pool story lamp ending coffee bread building tour camera screen
+        keyboard lesson book painting film concert hotel kitchen cake play jacket
+        """
     ),
-    tuple(
-        "wonderful delightful brilliant superb splendid excellent remarkable marvellous flawless tasteful refined "
-        "soothing inspiring enjoyable magnificent captivating exquisite stylish memorable immaculate refreshing "
-        "radiant luxurious fantastic heartwarming fabulous dazzling terrific stunning satisfying admirable perfect "
-        "glorious spotless beautiful vibrant sublime engaging rewarding harmonious uplifting classy faultless "
-        "commendable exemplary outstanding fascinating lovely pleasant elegant impressive comfortable".split()
+    _words(
+        """
+        wonderful delightful brilliant superb splendid excellent remarkable marvellous flawless tasteful
+        refined soothing inspiring enjoyable magnificent captivating exquisite stylish memorable
+        immaculate refreshing radiant luxurious fantastic heartwarming fabulous dazzling terrific stunning
+        satisfying admirable perfect glorious spotless beautiful vibrant sublime engaging rewarding
+        harmonious uplifting classy faultless commendable exemplary outstanding fascinating lovely
+        pleasant elegant impressive comfortable
+        """
     ),
-    tuple(
-        "awful dreadful horrible terrible boring disappointing gloomy shabby dismal flawed tasteless crude "
-        "irritating depressing flimsy pathetic tedious hideous tacky forgettable filthy cramped stuffy murky "
-        "squalid appalling lousy atrocious repulsive frustrating deplorable defective annoying disgraceful messy "
-        "stained grotesque drab ghastly clunky pointless jarring disheartening trashy shameful mediocre faulty "
-        "ugly unpleasant miserable useless dull".split()
+    _words(
+        """
+        awful dreadful horrible terrible boring disappointing gloomy shabby dismal flawed tasteless crude
+        irritating depressing flimsy pathetic tedious hideous tacky forgettable filthy cramped stuffy
+        murky squalid appalling lousy atrocious repulsive frustrating deplorable defective annoying
+        disgraceful messy stained grotesque drab ghastly clunky pointless jarring disheartening trashy
+        shameful mediocre faulty ugly unpleasant miserable useless dull
+        """
     ),
 )
 ASKERS = ("guest", "visitor", "critic", "neighbour", "student", "customer", "traveller", "reporter")
@@ -104,9 +121,9 @@ KINDS = ("plain", "turn", "plain", "contrast")
 
 
 def generate(split: str) -> dict[str, list[str] | list[int]]:
-    """Columns sentence1, sentence2, label (0 negative, 1 positive) of "train" or "validation", always the same.
+    """Columns sentence1, sentence2, label (0 negative, 1 positive) of split "train" or "validation".
 
-    Both labels are equally frequent, within each kind too; no pair occurs twice."""
+    Always the same rows. Both labels are equally frequent, within each kind too; no pair occurs twice."""
     writer = _Writer(split)
     rows: list[tuple[str, str, int]] = []
     seen: set[tuple[str, str]] = set()
@@ -138,7 +155,7 @@ class _Writer:
         return options[int(self.random() * len(options))]
 
     def pair(self, kind: str, favourable: bool) -> tuple[str, str]:
-        """One (sentence1, sentence2); `favourable` is about the one sentence2 asks about, called {a} there."""
+        """One (sentence1, sentence2); `favourable` is the verdict on the one that sentence2 asks about."""
         group, other = self.group(), self.group()
         asked, who = self.pick(group.subjects), self.pick(ASKERS)
         x = self.verdict(group, favourable)

@@ -39,7 +39,7 @@ class Task:
     metrics: tuple[str, ...]
     """Keys of `prunadapt_ds.data.metrics.MEASURES`; the score is their mean."""
     tsv_columns: tuple[str, ...] = ()
-    """Columns of the official files: sentence1[, sentence2], label. Digits are positions in a file without header."""
+    """In the official files: sentence1[, sentence2], label. Digits are places in a file without header."""
     validation_splits: tuple[Split, ...] = (Split("validation", "validation", "dev.tsv"),)
 
     @property
@@ -59,14 +59,16 @@ _MNLI_SPLITS = (
 )
 _ENTAILMENT = ("entailment", "not_entailment")
 _ACCURACY = ("accuracy",)
+_MATTHEWS = ("matthews_correlation",)
 _ACCURACY_F1 = ("accuracy", "f1")
 _CORRELATIONS = ("pearson", "spearmanr")
 
 # fmt: off
 _ROWS = (
-    Task("cola", "CoLA", "sentence", None, ("unacceptable", "acceptable"), ("matthews_correlation",), ("3", "1")),
+    Task("cola", "CoLA", "sentence", None, ("unacceptable", "acceptable"), _MATTHEWS, ("3", "1")),
     Task("sst2", "SST-2", "sentence", None, ("negative", "positive"), _ACCURACY, ("sentence", "label")),
-    Task("mrpc", "MRPC", *_PAIR, ("not_equivalent", "equivalent"), _ACCURACY_F1, ("#1 String", "#2 String", "Quality")),
+    Task("mrpc", "MRPC", *_PAIR, ("not_equivalent", "equivalent"), _ACCURACY_F1,
+         ("#1 String", "#2 String", "Quality")),
     Task("stsb", "STS-B", *_PAIR, (), _CORRELATIONS, (*_PAIR, "score")),
     Task("qqp", "QQP", "question1", "question2", ("not_duplicate", "duplicate"), _ACCURACY_F1,
          ("question1", "question2", "is_duplicate")),

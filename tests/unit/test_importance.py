@@ -193,7 +193,7 @@ def test_gate_keeps_small_updates_in_bf16():
 
 
 def test_detach_undoes_attach():
-    model, _, _, recorder = gated("bert")
+    model, *_ = gated("bert")
     gates.detach(model)
     assert not list(gates.gates_of(model))
     assert not any("prune_gate" in name for name, _ in model.named_modules())

@@ -38,9 +38,9 @@ def plan_of(structure, how):
         if how == "unequal":
             keep[sub.span] = torch.rand(sub.num_units, generator=generator) > 0.15 + 0.12 * i
             keep[sub.start + i % sub.num_units] = True
-        elif how == "no-heads" and sub.kind == "heads" and sub.layer == 1:
-            keep[sub.span] = False
-        elif how == "no-neurons" and sub.kind == "neurons" and sub.layer != 1:
+        elif (how == "no-heads" and sub.kind == "heads" and sub.layer == 1) or (
+            how == "no-neurons" and sub.kind == "neurons" and sub.layer != 1
+        ):
             keep[sub.span] = False
     return PruningPlan.from_mask(structure, torch.zeros_like(keep) if how == "nothing" else keep)
 

@@ -1,0 +1,57 @@
+# Everything a new machine needs: `make quickstart`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+# Ranks of the quickstart: every GPU where there are some, otherwise two CPU processes.
+RANKS := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | wc -l || echo 2)
+
+.PHONY: quickstart test test-fast test-ci test-full quality style mutants coverage tensorboard clean tools
+
+quickstart: $(INSTALLED)
+	$(RUN) deepspeed --num_accelerators $(RANKS) launcher/train.py --ds_config ds_configs/zero3.json --output_dir outputs/quickstart
+
+test: test-fast test-ci
+
+test-fast: $(INSTALLED)
+	$(RUN) python -m pytest -m fast -q
+
+test-ci: $(INSTALLED)
+	$(RUN) python -m pytest -m ci -q
+
+test-full: $(INSTALLED)
+	$(RUN) python tests/summary.py
+
+quality: $(INSTALLED)
+	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy
+
+style: $(INSTALLED)
+	$(RUN) ruff check --fix . && $(RUN) ruff format .
+
+mutants: $(INSTALLED)
+	$(RUN) python tests/mutants/run.py
+
+coverage: $(INSTALLED)
+	$(RUN) python -m pytest -m "fast or ci" -q --cov --cov-report=term-missing
+
+tensorboard: $(INSTALLED)
+	$(RUN) tensorboard --logdir outputs --host 127.0.0.1
+
+clean:
+	rm -rf outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
+
+tools:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 or newer is needed as '$(PYTHON)' (set PYTHON=..., or e.g. apt-get install python3)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "Python's venv module is missing: e.g. apt-get install python3-venv"; exit 1; }
+	@command -v $${CXX:-g++} >/dev/null || \
+	  { echo "A C++ compiler is needed, DeepSpeed compiles an operator on first use: e.g. apt-get install g++"; exit 1; }
+
+$(INSTALLED): pyproject.toml constraints.txt | tools
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq -c constraints.txt torch
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[sample,dev]'
+	@touch $@

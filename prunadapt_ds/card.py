@@ -1,0 +1,68 @@
+"""The model card of an exported folder, in the hub's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prunadapt_ds.report import markdown
+
+_TASKS_OF_GLUE = {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
+
+
+def render(report: dict[str, Any], base_model: str, label_names: tuple[str, ...], kind: str) -> str:
+    """README.md of an export: a metadata block that the hub reads, how to load it, the run's figures."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    glue = report["task"] in _TASKS_OF_GLUE
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type="nyu-mll/glue",
+            dataset_name="GLUE",
+            dataset_config=report["task"],
+            metric_type=name.split("/")[-1],
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in (report["metric"]["exported"] or {}).items()
+        if glue and name != "score"
+    ]
+    on_hub = not Path(base_model).exists() and base_model != "sample"
+    name = f"{report['task']}-{report['method']}"
+    data = ModelCardData(
+        language="en",
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["pruning", "lora", "prunadapt-ds"],
+        base_model=base_model if on_hub else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    remote = report["exports"][kind]["needs_remote_code"]
+    argument = ", trust_remote_code=True" if remote else ""
+    why = (
+        "\n\nLayers differ in their numbers of heads and neurons, which the stock configuration cannot say, so the folder "
+        "carries its own small modelling file (it needs transformers only)."
+        if remote
+        else "\n\nNothing was cut, so the stock class loads it."
+    )
+    labels = ", ".join(label_names) if label_names else "one number (regression)"
+    body = f"""# {name}
+
+A text classifier ({labels}) trained with prunadapt_ds: the backbone stays frozen, LoRA adapts it, and what the task does
+not need is removed. LoRA and gates are merged into the weights.
+
+```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="PATH"{argument})
+classify({{"text": "first sentence", "text_pair": "second sentence"}})
+```
+
+or `AutoModelForSequenceClassification.from_pretrained("PATH"{argument})`.{why}
+
+Limits: it does this one task, on inputs like those it was trained on, and it inherits the biases of its base model.
+
+"""
+    return f"---\n{data.to_yaml()}\n---\n\n{body}#{markdown(report)}"

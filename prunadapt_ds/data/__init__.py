@@ -1,0 +1,32 @@
+"""Tasks and their data: GLUE from the hub or from files, the user's own files, and a built-in sample."""
+
+from prunadapt_ds.data.loading import load_task, tokenize
+from prunadapt_ds.data.metrics import MEASURES, compute_metrics, load_metric
+from prunadapt_ds.data.sample import generate
+from prunadapt_ds.data.tasks import (
+    HUB_DATASET,
+    OWN_METRICS,
+    TASKS,
+    Split,
+    Task,
+    TaskData,
+    get_task,
+    unknown_task,
+)
+
+__all__ = [
+    "HUB_DATASET",
+    "MEASURES",
+    "OWN_METRICS",
+    "TASKS",
+    "Split",
+    "Task",
+    "TaskData",
+    "compute_metrics",
+    "generate",
+    "get_task",
+    "load_metric",
+    "load_task",
+    "tokenize",
+    "unknown_task",
+]

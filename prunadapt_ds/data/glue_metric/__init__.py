@@ -1,0 +1,1 @@
+"""The metric script, a folder of its own because `evaluate.load` wants one."""

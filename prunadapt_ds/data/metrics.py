@@ -1,0 +1,101 @@
+"""From logits to a task's measures.
+
+Measures are computed once over all examples, by whoever holds them all: they are not averages over batches or
+ranks, and F1 or a correlation of parts says nothing about the whole."""
+
+from __future__ import annotations
+
+import functools
+import os
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prunadapt_ds.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from prunadapt_ds.data.tasks import TaskData
+
+SCRIPT = Path(__file__).parent / "glue_metric"
+Measure = Callable[[np.ndarray, np.ndarray], float]
+
+
+def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
+    return float(np.mean(labels == predictions))
+
+
+def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, zero_division=0.0))
+
+
+def _macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Over the classes that occur among labels or predictions."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
+
+
+def _matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one class everywhere: 0, which it returns
+        return float(matthews_corrcoef(labels, predictions))
+
+
+def _correlation(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Pearson's or Spearman's; 0 where it is undefined: constant predictions know nothing of the labels."""
+    from scipy import stats
+
+    if len(labels) < 2:
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = float(getattr(stats, name)(labels, predictions).statistic)
+    return value if np.isfinite(value) else 0.0
+
+
+MEASURES: dict[str, Measure] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "macro_f1": _macro_f1,
+    "matthews_correlation": _matthews,
+    "pearson": functools.partial(_correlation, "pearsonr"),
+    "spearmanr": functools.partial(_correlation, "spearmanr"),
+}
+"""Every measure by GLUE's name for it: (labels [N], predictions [N]) -> a number in [-1, 1]."""
+
+
+@functools.cache
+def load_metric(config_name: str) -> Any:
+    """The `evaluate` metric of a task, loaded once a process, without the hub.
+
+    Predictions stay in memory and the experiment has a name of its own: by default `evaluate` writes them to
+    a shared cache file, where processes on the same machine would meet."""
+    import evaluate
+
+    experiment = f"{os.getpid()}-{uuid.uuid4().hex}"
+    return evaluate.load(str(SCRIPT), config_name, keep_in_memory=True, experiment_id=experiment)
+
+
+def compute_metrics(data: TaskData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The task's measures and "score", their mean.
+
+    `logits` [N, C] fp32 (C=1 for regression) and `labels` [N] hold every example of one development set once;
+    for MNLI's two sets call twice. Raises UserError when the model's outputs are not finite."""
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    assert logits.shape == (len(labels), data.num_labels), f"{logits.shape} logits for {labels.shape} labels"
+    broken = int((~np.isfinite(logits)).any(axis=1).sum())
+    if broken or not len(labels):
+        value = f"not finite for {broken} of {len(labels)} examples" if broken else "none"
+        raise UserError(Problem("logits", value, "the run diverged; try a lower --learning_rate"))
+    predictions = logits[:, 0] if data.is_regression else logits.argmax(axis=1)
+    measured = load_metric(data.task.name).compute(predictions=predictions, references=labels)
+    measures = {name: float(measured[name]) for name in data.task.metrics}
+    return {**measures, "score": float(np.mean(list(measures.values())))}

@@ -1,0 +1,156 @@
+"""What the ranks of a test run: pieces of the real program on a tiny model. Every function is called on each rank."""
+
+import json
+from pathlib import Path
+
+import torch
+
+
+def _session(argv):
+    from prunadapt_ds import train
+    from prunadapt_ds.config import parse
+
+    return train.setup(parse(argv))
+
+
+def fit(argv, *, threshold_zero=False):
+    """Train without export; returns losses by step, the plan's hash, masked metrics and what the laws ask about."""
+    from prunadapt_ds import train
+    from prunadapt_ds.engine import gathered
+    from prunadapt_ds.gates import gates_of
+
+    session = _session(argv)
+    if threshold_zero:
+        session.ds.values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    before = _frozen(session.model, set())
+    if session.config.prune.method == "tmp":
+        train.prune_once(session)
+    train.add_trainables(session)
+    trained = {n.replace(".base_layer", "") for n, p in session.model.named_parameters() if p.requires_grad}
+    train.fit(session)
+    share_after_training = _frozen_share(session.model)
+    after = _frozen(session.model, trained)
+    with gathered(p for g in gates_of(session.model) for p in g.parameters()):
+        deltas = torch.cat([g.delta.detach().float() for g in gates_of(session.model)] or [torch.zeros(0)])
+    metrics, logits = train.evaluate(session)
+    session.tracker.close()
+    return {
+        "losses": [line["train/loss"] for line in _lines(session) if "train/loss" in line],
+        "learning_rates": [
+            {k: v for k, v in line.items() if k.startswith("learning_rate/")} for line in _lines(session)
+        ],
+        "plan_hash": session.plan.hash,
+        "counts": session.plan.counts(),
+        "frozen_same": all(torch.equal(before[n], after[n]) for n in after),
+        "num_frozen": len(after),
+        "frozen_shares": [share_after_training, _frozen_share(session.model)],
+        "deltas": deltas.tolist(),
+        "metrics": metrics,
+        "logits": {k: v.tolist() for k, v in logits.items()},
+        "trained": sorted(trained),
+    }
+
+
+def _frozen_share(model):
+    """Frozen bytes on this rank, of all frozen bytes."""
+    from prunadapt_ds.engine import frozen_shard_bytes
+
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return frozen_shard_bytes(model) / sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in frozen)
+
+
+def _lines(session):
+    file = Path(session.config.output.output_dir) / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _frozen(model, trained):
+    """Whole copies of everything not in `trained`, LoRA and gates left out."""
+    from prunadapt_ds.engine import gathered
+
+    copies = {}
+    for name, parameter in model.named_parameters():
+        plain = name.replace(".base_layer", "")
+        if plain in trained or "lora_" in name or "prune_gate" in name:
+            continue
+        with gathered([parameter]):
+            copies[plain] = parameter.detach().clone()
+    return copies
+
+
+def score(argv):
+    """--score_only: the sums of every statistic at the initial weights, as written by rank 0."""
+    from safetensors.torch import load_file
+
+    from prunadapt_ds import train
+    from prunadapt_ds.config import parse
+
+    config = parse([*argv, "--score_only"])
+    train.run(config)
+    from prunadapt_ds import distributed
+
+    distributed.barrier()
+    tensors = load_file(Path(config.output.output_dir) / "scores" / "0.safetensors")
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+def whole_run(argv):
+    """The real main on every rank: exit code."""
+    from prunadapt_ds.train import main
+
+    return main(argv)
+
+
+def disagree(rank_of_the_odd_one):
+    """Law 6: one rank holds another plan; what each rank raises."""
+    from prunadapt_ds import distributed
+    from prunadapt_ds.errors import RanksDisagree
+
+    digest = "ab" * 32 if distributed.rank() != rank_of_the_odd_one else "cd" * 32
+    try:
+        distributed.same_on_all_ranks("the plan", digest)
+    except RanksDisagree as error:
+        return str(error)
+    return None
+
+
+def mistake_on_one_rank():
+    """A user's mistake that only one rank can see is everybody's."""
+    from prunadapt_ds import distributed
+    from prunadapt_ds.errors import Problem, UserError
+
+    def work():
+        if distributed.rank() == 1:
+            raise UserError(Problem("train_file", "x.csv", "there is no such file"))
+        return "fine"
+
+    try:
+        return distributed.together(work)
+    except UserError as error:
+        return str(error)
+
+
+def sample_ids(num_samples, micro_batch, accumulation, steps):
+    from prunadapt_ds import distributed
+    from prunadapt_ds.batches import Sampler
+
+    sampler = Sampler(num_samples, micro_batch, accumulation, distributed.rank(), distributed.world_size(), 0)
+    return [sampler.micro_batches(step) for step in range(steps)]
+
+
+def recover_logits(lengths, batch_size):
+    """Distributed prediction with a model that returns its row's number: every row once, in order."""
+    from types import SimpleNamespace
+
+    from prunadapt_ds.evaluate import predict
+
+    class Echo(torch.nn.Module):
+        def forward(self, row):
+            return SimpleNamespace(logits=row[:, None].float())
+
+    class Rows(SimpleNamespace):
+        def __len__(self):
+            return len(lengths)
+
+    rows = Rows(lengths=lengths, inputs=lambda positions: {"row": torch.tensor(positions)})
+    return predict(Echo(), rows, batch_size, torch.device("cpu")).flatten().tolist()

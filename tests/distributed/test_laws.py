@@ -1,0 +1,196 @@
+"""The laws, on real ranks: gloo, ZeRO-3, the real program on a tiny model."""
+
+import json
+
+import pytest
+import torch
+
+from tests.distributed import runs
+from tests.distributed.harness import run_ranks
+from tests.tiny import tiny_data, tiny_folder
+
+pytestmark = pytest.mark.ci
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    base = tmp_path_factory.mktemp("tiny")
+    tiny_folder(base / "bert", "bert")
+    tiny_data(base / "data", n_train=37, n_dev=21)
+    return base
+
+
+def ds_config(path, stage=3, **more):
+    values = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": False},
+        "zero_optimization": {
+            "stage": stage,
+            **({"stage3_param_persistence_threshold": 100_000} if stage == 3 else {}),
+        },
+        **more,
+    }
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def arguments(folder, output, *, stage=3, batch=4, **options):
+    data = folder / "data"
+    options = {
+        "model_name_or_path": folder / "bert",
+        "train_file": data / "train.csv",
+        "validation_file": data / "validation.csv",
+        "output_dir": output,
+        "per_device_train_batch_size": batch,
+        "max_seq_length": 32,
+        "max_steps": 8,
+        "logging_steps": 1,
+        "num_decisions": 2,
+        "learning_rate": 3e-3,
+        **options,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    argv = ["--ds_config", ds_config(output / "ds.json", stage)]
+    for name, value in options.items():
+        argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return argv
+
+
+# ------------------------------------------------------------------------------------------------------ law 1
+
+
+@pytest.mark.parametrize("method", ["prunadapt", "tmp", "lora"])
+def test_frozen_weights_are_sharded_and_untouched(folder, tmp_path, method):
+    for result in run_ranks(runs.fit, 2, arguments(folder, tmp_path / "out", method=method)):
+        assert result["frozen_same"] and result["num_frozen"] > 20
+        assert max(result["frozen_shares"]) <= 1 / 2 + 0.02, "after training, after evaluation"
+        assert len(set(result["losses"])) > 1
+
+
+def test_the_whole_head_trains(folder, tmp_path):
+    trained = run_ranks(runs.fit, 2, arguments(folder, tmp_path / "out", method="lora"))[0]["trained"]
+    heads = {name for name in trained if "lora_" not in name}
+    assert heads == {f"{m}.{k}" for m in ("bert.pooler.dense", "classifier") for k in ("weight", "bias")}
+
+
+# ------------------------------------------------------------------------------------------------------ law 2
+
+
+@pytest.fixture(scope="module")
+def scores_of_one_rank(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("scores") / "out"
+    return run_ranks(runs.score, 1, arguments(folder, output, batch=8, save_scores=True))[0]
+
+
+@pytest.mark.parametrize(
+    "world_size, options",
+    [
+        (2, {"batch": 4}),
+        (1, {"batch": 4, "gradient_accumulation_steps": 2}),
+        (2, {"batch": 3, "gradient_accumulation_steps": 2}),
+        (2, {"batch": 8, "gradient_checkpointing": True}),
+        (1, {"batch": 5, "stage": 0}),
+        (2, {"batch": 16, "stage": 1}),
+        (2, {"batch": 4, "stage": 2, "gradient_accumulation_steps": 2}),
+    ],
+    ids=["2x4", "1x4x2", "2x3x2", "checkpointing", "stage0", "idle-rank-stage1", "stage2"],
+)
+def test_scores_do_not_depend_on_the_split(folder, tmp_path, scores_of_one_rank, world_size, options):
+    found = run_ranks(runs.score, world_size, arguments(folder, tmp_path / "out", save_scores=True, **options))[0]
+    assert found["count"] == scores_of_one_rank["count"] == [37.0]
+    assert sorted(found["sample_ids"]) == list(range(37))
+    for name in ("grad_sq", "grad_abs", "activation_abs"):
+        torch.testing.assert_close(
+            torch.tensor(found[name]), torch.tensor(scores_of_one_rank[name]), rtol=1e-3, atol=1e-9
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ law 3
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder, tmp_path_factory):
+    return run_ranks(runs.fit, 1, arguments(folder, tmp_path_factory.mktemp("one") / "out", batch=8))[0]
+
+
+@pytest.mark.parametrize(
+    "world_size, options",
+    [
+        (2, {"batch": 4}),
+        (1, {"batch": 4, "gradient_accumulation_steps": 2}),
+        (2, {"batch": 4, "stage": 0}),
+        (2, {"batch": 4, "stage": 1}),
+        (2, {"batch": 2, "stage": 2, "gradient_accumulation_steps": 2}),
+        (2, {"batch": 4, "gradient_checkpointing": True}),
+    ],
+    ids=["2x4", "1x4x2", "stage0", "stage1", "stage2", "checkpointing"],
+)
+def test_loss_curve_does_not_depend_on_the_split(folder, tmp_path, one_rank, world_size, options):
+    found = run_ranks(runs.fit, world_size, arguments(folder, tmp_path / "out", **options))
+    assert found[0]["losses"] == pytest.approx(one_rank["losses"], rel=2e-3, abs=2e-4)
+    assert len(found[0]["losses"]) == 8 and found[0]["losses"][0] != found[0]["losses"][-1]
+    assert {r["plan_hash"] for r in found} == {one_rank["plan_hash"]}
+    logits = [torch.tensor(r["logits"]["validation"]) for r in (*found, one_rank)]
+    for other in logits[:-1]:
+        torch.testing.assert_close(other, logits[-1], rtol=1e-2, atol=5e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ gates
+
+
+def test_gates_train_when_nothing_persists(folder, tmp_path, one_rank):
+    """A gate is fetched by ZeRO-3 like any module: with a persistence threshold of 0 it still trains, and the same."""
+    found = run_ranks(_fit_without_persistence, 2, arguments(folder, tmp_path / "out", batch=4))
+    assert any(abs(d) > 1e-4 for d in found[0]["deltas"])
+    torch.testing.assert_close(torch.tensor(found[0]["deltas"]), torch.tensor(one_rank["deltas"]), rtol=5e-2, atol=2e-3)
+
+
+def _fit_without_persistence(argv):
+    return runs.fit(argv, threshold_zero=True)
+
+
+def test_both_kinds_are_cut_and_layers_differ(one_rank):
+    counts = one_rank["counts"]
+    assert len({(c["heads"], c["neurons"]) for c in counts}) > 1
+
+
+def test_learning_rates_by_group(folder, tmp_path):
+    argv = arguments(folder, tmp_path / "out", max_steps=10, warmup_ratio=0.4, gate_learning_rate=0.02)
+    rates = run_ranks(runs.fit, 1, argv)[0]["learning_rates"]
+    adapters, gate_rates = ([r[f"learning_rate/{g}"] for r in rates] for g in ("adapters", "gates"))
+    assert adapters[0] == pytest.approx(3e-3 / 4) and gate_rates[0] == pytest.approx(0.02 / 4)
+    assert adapters[3] == pytest.approx(3e-3) and gate_rates[3] == pytest.approx(0.02)
+    assert adapters[9] == pytest.approx(3e-3 / 6) and gate_rates[9] == pytest.approx(0.02 / 6)
+
+
+# ------------------------------------------------------------------------------------- law 6, and all ranks alike
+
+
+def test_ranks_that_disagree_stop():
+    messages = run_ranks(runs.disagree, 2, 1)
+    assert all("[1]" in m and "the plan" in m for m in messages)
+    assert run_ranks(runs.disagree, 2, 5) == [None, None]
+
+
+def test_a_mistake_that_one_rank_sees_stops_all():
+    assert len(set(run_ranks(runs.mistake_on_one_rank, 2))) == 1
+
+
+@pytest.mark.parametrize("num_samples, micro_batch, accumulation", [(37, 4, 2), (3, 4, 1), (16, 4, 2)])
+def test_every_sample_counts_once_an_epoch(num_samples, micro_batch, accumulation):
+    ranks = run_ranks(runs.sample_ids, 2, num_samples, micro_batch, accumulation, 5)
+    steps = -(-num_samples // (2 * micro_batch * accumulation))
+    seen = [i for rank in ranks for step in rank[:steps] for samples, weight in step if weight for i in samples]
+    assert sorted(seen) == list(range(num_samples))
+    for step in range(steps):  # the weights make the mean over ranks and accumulation the mean over samples
+        total = sum(w * len(s) for rank in ranks for s, w in rank[step])
+        assert total / (2 * accumulation) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("num_rows, batch_size", [(21, 4), (3, 4), (16, 4), (1, 8)])
+def test_evaluation_counts_every_row_once(num_rows, batch_size):
+    lengths = [(7 * i) % 11 + 1 for i in range(num_rows)]
+    for result in run_ranks(runs.recover_logits, 2, lengths, batch_size):
+        assert result == list(map(float, range(num_rows)))

@@ -1,0 +1,296 @@
+"""The hub path against a stand-in for the hub: a local server that speaks as much of its protocol as is used.
+
+Each load runs in a process of its own: HF_ENDPOINT and the caches are read when the libraries are imported.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = pytest.mark.ci
+
+REPO = "nyu-mll/glue"
+COMMIT = hashlib.sha1(b"stand-in").hexdigest()
+ROWS = {
+    "rte": {
+        "columns": ("sentence1", "sentence2"),
+        "names": ["entailment", "not_entailment"],
+        "splits": {"train": 5, "validation": 3, "test": 2},
+    },
+    "qnli": {
+        "columns": ("question", "sentence"),
+        "names": ["entailment", "not_entailment"],
+        "splits": {"train": 4, "validation": 2, "test": 2},
+    },
+    "mnli": {
+        "columns": ("premise", "hypothesis"),
+        "names": ["entailment", "neutral", "contradiction"],
+        "splits": {
+            "train": 6,
+            "validation_matched": 4,
+            "validation_mismatched": 3,
+            "test_matched": 2,
+            "test_mismatched": 2,
+        },
+    },
+}
+LOAD = """
+import json, sys, time
+from types import SimpleNamespace
+import datasets
+from prunadapt_ds.data import load_task
+from prunadapt_ds.errors import UserError
+names = "task_name data_dir train_file validation_file test_file max_train_samples max_eval_samples".split()
+config = SimpleNamespace(**dict.fromkeys(names))
+config.task_name = sys.argv[1]
+started = time.monotonic()
+try:
+    data = load_task(config, seed=0)
+    out = {"train": data.train.to_dict(), "validation": {k: v.to_dict() for k, v in data.validation.items()}}
+except UserError as error:
+    out = {"error": str(error)}
+print(json.dumps({**out, "seconds": time.monotonic() - started}))
+"""
+
+
+def columns(task: str, split: str) -> dict[str, list]:
+    spec = ROWS[task]
+    first, second = spec["columns"]
+    n = spec["splits"][split]
+    return {
+        first: [f"{task} {split} first {i}" for i in range(n)],
+        second: [f'{task} {split} "second" {i}' for i in range(n)],
+        "label": [-1 if split.startswith("test") else i % len(spec["names"]) for i in range(n)],
+        "idx": [100 + i for i in range(n)],  # not 0..N-1: ours must not be taken from here
+    }
+
+
+def repository() -> dict[str, bytes]:
+    """Path to content of every file, laid out as in the real repository."""
+    import yaml
+
+    files, configs, infos = {}, [], []
+    for task, spec in ROWS.items():
+        first, second = spec["columns"]
+        label = {"class_label": {"names": {str(i): name for i, name in enumerate(spec["names"])}}}
+        configs.append(
+            {
+                "config_name": task,
+                "data_files": [{"split": split, "path": f"{task}/{split}-*"} for split in spec["splits"]],
+            }
+        )
+        infos.append(
+            {
+                "config_name": task,
+                "features": [
+                    {"name": first, "dtype": "string"},
+                    {"name": second, "dtype": "string"},
+                    {"name": "label", "dtype": label},
+                    {"name": "idx", "dtype": "int32"},
+                ],
+                "splits": [{"name": split, "num_examples": n} for split, n in spec["splits"].items()],
+            }
+        )
+        for split in spec["splits"]:
+            sink = pa.BufferOutputStream()
+            table = pa.table(columns(task, split))
+            table = table.set_column(3, "idx", table["idx"].cast(pa.int32()))
+            pq.write_table(table, sink)
+            files[f"{task}/{split}-00000-of-00001.parquet"] = sink.getvalue().to_pybytes()
+    card = yaml.safe_dump({"dataset_info": infos, "configs": configs})
+    files["README.md"] = f"---\n{card}---\n# GLUE\n".encode()
+    return files
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """As much of the hub as loading a dataset needs."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, body: bytes = b"", status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def json(self, value: object) -> None:
+        self.answer(json.dumps(value).encode(), Content_Type="application/json")
+
+    def missing(self) -> None:
+        self.answer(status=404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
+
+    def entries(self, folder: str, recursive: bool) -> list[dict]:
+        """Files and folders under `folder`, as the tree endpoint lists them."""
+        found: dict[str, dict] = {}
+        for path, body in self.files.items():
+            if folder and not path.startswith(folder + "/"):
+                continue
+            rest = path[len(folder) :].lstrip("/").split("/")
+            for depth in range(1, len(rest)):
+                name = "/".join([*([folder] if folder else []), *rest[:depth]])
+                if recursive or depth == 1:
+                    found[name] = {"type": "directory", "oid": "0" * 40, "size": 0, "path": name}
+            if recursive or len(rest) == 1:
+                found[path] = self.entry(path, body)
+        return list(found.values())
+
+    @staticmethod
+    def entry(path: str, body: bytes) -> dict:
+        return {"type": "file", "oid": hashlib.sha1(body).hexdigest(), "size": len(body), "path": path}
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        self.asked.append(f"POST {self.path} {body}")
+        if f"/api/datasets/{REPO}/paths-info/" not in self.path:
+            return self.missing()
+        paths = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+        listed = [e for e in self.entries("", recursive=True) if e["path"] in paths]
+        return self.json(listed)
+
+    def do_GET(self) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        api, resolve = f"/api/datasets/{REPO}", f"/datasets/{REPO}/resolve/"
+        if path == api or path.startswith(f"{api}/revision/"):
+            siblings = [{"rfilename": name} for name in self.files]
+            return self.json({"id": REPO, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
+        if path.startswith(f"{api}/tree/"):
+            _, _, folder = path[len(f"{api}/tree/") :].partition("/")
+            listed = self.entries(folder, "recursive=True" in url.query or "recursive=true" in url.query)
+            return self.json(listed) if listed else self.missing()
+        if path.startswith(resolve):
+            _, _, name = path[len(resolve) :].partition("/")
+            if name in self.files:
+                body = self.files[name]
+                etag = f'"{hashlib.sha1(body).hexdigest()}"'
+                return self.answer(body, ETag=etag, X_Repo_Commit=COMMIT)
+        return self.missing()
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture(scope="module")
+def hub():
+    StandIn.files = repository()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("hf_home")
+
+
+def environment(endpoint: str, home: Path) -> dict[str, str]:
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("HF_") and not name.lower().endswith("_proxy")
+    }
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
+    extra = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": path}
+    return {**env, **extra, "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def start(task: str, endpoint: str, home: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", LOAD, task]
+    env = environment(endpoint, home)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+
+
+def finish(process: subprocess.Popen) -> dict:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return {**json.loads(out.splitlines()[-1]), "stderr": err}
+
+
+def load(task: str, endpoint: str, home: Path) -> dict:
+    return finish(start(task, endpoint, home))
+
+
+def expected(task: str, split: str) -> dict[str, list]:
+    raw = columns(task, split)
+    first, second = ROWS[task]["columns"]
+    n = ROWS[task]["splits"][split]
+    texts = {"sentence1": raw[first], "sentence2": raw[second]}
+    return {**texts, "label": raw["label"], "index": list(range(n))}
+
+
+@pytest.mark.parametrize(
+    ("task", "validation"),
+    [
+        ("rte", {"validation": "validation"}),
+        ("qnli", {"validation": "validation"}),
+        ("mnli", {"matched": "validation_matched", "mismatched": "validation_mismatched"}),
+    ],
+)
+def test_loads_what_the_hub_serves(hub, home, task, validation):
+    loaded = load(task, hub, home)
+    assert "error" not in loaded, loaded["error"]
+    assert any(COMMIT in line and f"{task}/train" in line for line in StandIn.asked)
+    assert loaded["train"] == expected(task, "train")
+    assert loaded["validation"] == {key: expected(task, split) for key, split in validation.items()}
+
+
+def test_two_processes_fill_an_empty_cache_at_once(hub, tmp_path):
+    both = [finish(process) for process in [start("rte", hub, tmp_path) for _ in range(2)]]
+    assert [one.get("train") for one in both] == [expected("rte", "train")] * 2
+
+
+def test_a_loaded_task_is_there_when_the_hub_is_gone(hub, tmp_path):
+    load("rte", hub, tmp_path)
+    again = load("rte", "http://127.0.0.1:9", tmp_path)
+    assert again.get("train") == expected("rte", "train"), again.get("error")
+    assert again["seconds"] < 5
+
+
+def black_hole():
+    """A port that takes connections and never answers."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(16)
+    return listener
+
+
+@pytest.mark.parametrize("kind", ["refused", "silent", "no such host"])
+def test_an_unreachable_hub_is_reported_quickly(tmp_path, kind):
+    with black_hole() as listener:
+        endpoint = {
+            "refused": "http://127.0.0.1:9",
+            "silent": f"http://127.0.0.1:{listener.getsockname()[1]}",
+            "no such host": "http://hub.invalid",
+        }[kind]
+        started = time.monotonic()
+        out = load("rte", endpoint, tmp_path)
+    assert out["seconds"] < 5, f"{time.monotonic() - started:.1f} s in all"
+    assert "task_name='rte'" in out["error"]
+    for option in ("--data_dir", "--train_file", "--task_name sample"):
+        assert option in out["error"]
+    assert "\n" not in out["error"] and "Traceback" not in out["stderr"]
