@@ -64,7 +64,7 @@ def upcast_parameters(model: nn.Module) -> Iterator[None]:
 
     This is how a bf16 model is compared with its export: same numbers, no rounding in between.
     """
-    adapters = [m for m in model.modules() if hasattr(m, "cast_input_dtype_enabled")]
+    adapters: list[Any] = [m for m in model.modules() if hasattr(m, "cast_input_dtype_enabled")]
     for module in adapters:  # PEFT would round the input of LoRA to the dtype of its matrices
         module.cast_input_dtype_enabled = False
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +46,7 @@ def resize(model: nn.Module, layout: Layout, plan: PruningPlan) -> None:
     renumber_gates(model)
 
 
-def resize_projection(module: nn.Module, layout: ProjectionLayout, units: Tensor, num_units: int, side: str) -> None:
+def resize_projection(module: Any, layout: ProjectionLayout, units: Tensor, num_units: int, side: str) -> None:
     """Slice one projection with its LoRA: rows of B for outputs, columns of A for inputs.
 
     units: int64 [K], the units that stay, of `num_units`.
@@ -53,13 +55,13 @@ def resize_projection(module: nn.Module, layout: ProjectionLayout, units: Tensor
     if not is_lora(module):
         slice_linear(module, index, side, layout.unit_axis(side))
         return
-    slice_linear(module.base_layer, index, side, layout.unit_axis(side))  # type: ignore[arg-type]
+    slice_linear(module.base_layer, index, side, layout.unit_axis(side))
     if side == "out":
-        slice_linear(module.lora_B[ADAPTER], index, "out", 0)  # type: ignore[index]
-        module.out_features = len(index)  # type: ignore[assignment]
+        slice_linear(module.lora_B[ADAPTER], index, "out", 0)
+        module.out_features = len(index)
     else:
-        slice_linear(module.lora_A[ADAPTER], index, "in", 1)  # type: ignore[index]
-        module.in_features = len(index)  # type: ignore[assignment]
+        slice_linear(module.lora_A[ADAPTER], index, "in", 1)
+        module.in_features = len(index)
 
 
 def resize_gate(gate: Gate, units: Tensor) -> None:

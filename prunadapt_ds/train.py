@@ -6,6 +6,7 @@ The only module that calls all the others. Nothing imports it but the launchers.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import sys
 import time
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor, nn
 
@@ -122,7 +124,10 @@ def setup(config: Config) -> Session:
     distributed.init()
     device = distributed.device()
     ds = distributed.together(lambda: resolve_ds_config(config, distributed.world_size()))
+    if distributed.rank() != 0:
+        datasets.disable_progress_bars()
     data = distributed.together(lambda: load_task(config.data, config.train.seed))
+    same_data(data)
     if len(data.train) < distributed.world_size():
         raise UserError(
             Problem("train_file", len(data.train), f"fewer examples than the {distributed.world_size()} ranks")
@@ -178,6 +183,14 @@ def setup(config: Config) -> Session:
     )
     announce(session)
     return session
+
+
+def same_data(data: TaskData) -> None:
+    """Every rank must hold the same examples: one that fell back to an old cache would train on something else."""
+    digest = hashlib.sha256()
+    for split in (data.train, *data.validation.values()):
+        digest.update(json.dumps(split.to_dict(), sort_keys=True).encode())
+    distributed.same_on_all_ranks("the data", digest.hexdigest())
 
 
 def announce(session: Session) -> None:
@@ -300,7 +313,7 @@ def fit(session: Session) -> None:
     pruning = pruning_schedule(session)
     rates = LearningRateSchedule(round(config.train.warmup_ratio * session.total_steps), session.total_steps)
     average = ScoreAverage(config.prune.score_ema)
-    window_start, interval, losses = 0, _Interval(), []
+    window_start, interval, losses = pruning.start_step if pruning else 0, _Interval(), []
     phase = "dense"
     for step in range(session.total_steps):
         phase = pruning.phase(step) if pruning else "dense"
@@ -373,7 +386,7 @@ def mean_loss(losses: list[Tensor], step: int) -> float:
 
 def pruning_schedule(session: Session) -> PruningSchedule | None:
     prune = session.config.prune
-    if prune.method != "prunadapt" or prune.target_sparsity == 0:
+    if prune.method != "prunadapt" or not prune.target_sparsity:
         return None
     return PruningSchedule.from_fractions(
         session.total_steps, prune.prune_start, prune.prune_end, prune.num_decisions, prune.target_sparsity

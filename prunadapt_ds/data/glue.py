@@ -53,14 +53,10 @@ def _tsv_columns(task: Task, path: Path) -> Columns:
         bad = next(line for line, row in rows if len(row) <= max(places) or not row[places[-1]])
         count = len(rows) - len(whole)
         if count > MAX_CORRUPT_FRACTION * len(rows):
-            raise _file_problem(
-                path, f"line {bad} and {count - 1} more have too few columns or no label; is it a TSV?"
-            )
+            raise _file_problem(path, f"line {bad} and {count - 1} more have too few columns or no label; is it a TSV?")
         warnings.warn(f"{path}: left out {count} of {len(rows)} rows with too few columns", stacklevel=2)
     *texts, label = places
-    columns: Columns = {
-        f"sentence{i}": [row[place] for _, row in whole] for i, place in enumerate(texts, start=1)
-    }
+    columns: Columns = {f"sentence{i}": [row[place] for _, row in whole] for i, place in enumerate(texts, start=1)}
     columns["label"] = [_tsv_label(task, row[label], path, line) for line, row in whole]
     return columns
 
@@ -79,9 +75,7 @@ def _tsv_label(task: Task, text: str, path: Path, line: int) -> int | float:
         expected = f"outside 0..{len(task.label_names) - 1}"
     except ValueError:
         expected = "not a finite number" if task.is_regression else f"none of {', '.join(task.label_names)}"
-    raise _file_problem(
-        path, f"line {line}: label {text!r} is {expected}; is it the official {task.name} file?"
-    )
+    raise _file_problem(path, f"line {line}: label {text!r} is {expected}; is it the official {task.name} file?")
 
 
 def _file_problem(path: Path, remedy: str) -> UserError:

@@ -59,9 +59,7 @@ def _option_problems(config: Any) -> list[Problem]:
         if name is not None:
             problems.append(Problem("task_name", name, "not together with --train_file; drop one of them"))
         if config.data_dir:
-            problems.append(
-                Problem("data_dir", config.data_dir, "not together with --train_file; drop one of them")
-            )
+            problems.append(Problem("data_dir", config.data_dir, "not together with --train_file; drop one of them"))
         if not config.validation_file:
             remedy = "missing: --train_file needs it; give the development examples"
             problems.append(Problem("validation_file", config.validation_file, remedy))
@@ -71,9 +69,7 @@ def _option_problems(config: Any) -> list[Problem]:
                 problems.append(Problem(field, getattr(config, field), "needs --train_file; give it too"))
         if config.data_dir and name in (None, "sample"):
             tasks = ", ".join(task.name for task in TASKS.values() if task.folder)
-            problems.append(
-                Problem("data_dir", config.data_dir, f"name the task to read there: --task_name {tasks}")
-            )
+            problems.append(Problem("data_dir", config.data_dir, f"name the task to read there: --task_name {tasks}"))
         elif config.data_dir and not Path(config.data_dir).is_dir():
             remedy = "no such folder; give the one that holds CoLA, SST-2, ..."
             problems.append(Problem("data_dir", config.data_dir, remedy))
@@ -86,9 +82,7 @@ def _option_problems(config: Any) -> list[Problem]:
 
 def _load_named(task: Task, data_dir: str | None) -> tuple[Dataset, dict[str, Dataset]]:
     if task.name == "sample":
-        return _from_columns(generate("train"), task), {
-            "validation": _from_columns(generate("validation"), task)
-        }
+        return _from_columns(generate("train"), task), {"validation": _from_columns(generate("validation"), task)}
     if data_dir:
         columns, others = load_tsv(task, data_dir)
         return _from_columns(columns, task), {key: _from_columns(rows, task) for key, rows in others.items()}
@@ -115,9 +109,7 @@ def _from_hub(data: Dataset, task: Task) -> Dataset:
     """The hub's columns under our names. Its own `idx` is left out: it is not always 0..N-1."""
     sources = {"sentence1": task.sentence1, "sentence2": task.sentence2, "label": "label"}
     data = data.select_columns([source for source in sources.values() if source])
-    data = data.rename_columns(
-        {source: name for name, source in sources.items() if source and source != name}
-    )
+    data = data.rename_columns({source: name for name, source in sources.items() if source and source != name})
     data = data.add_column("index", list(range(len(data))))
     features = _features(task)
     return data.select_columns(list(features)).cast(features, keep_in_memory=True)
@@ -127,9 +119,7 @@ def _first(data: Dataset, count: int) -> Dataset:
     return data.select(range(min(count, len(data))))
 
 
-def tokenize(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_seq_length: int
-) -> Dataset:
+def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_seq_length: int) -> Dataset:
     """Columns input_ids, attention_mask[, token_type_ids], labels, index. Texts are cut to `max_seq_length`
     tokens (the longer of a pair first) and not padded. Kept in memory: processes share no cache file.
 

@@ -52,9 +52,7 @@ def load_files(train: str, validation: str, test: str | None) -> tuple[Task, dic
     for file, has_pair in zip(files[1:], paired[1:], strict=True):
         if has_pair != paired[0]:
             have, lack = (file, files[0]) if has_pair else (files[0], file)
-            problems.append(
-                lack.problem(f"has no column 'sentence2' but {have.field} has one; use it in all or none")
-            )
+            problems.append(lack.problem(f"has no column 'sentence2' but {have.field} has one; use it in all or none"))
     kinds = [_kind(file.columns["label"]) for file in files]
     regression = kinds[0] == "float"
     encode = _scores if regression else _classes
@@ -82,14 +80,10 @@ def _column_problems(file: _File) -> list[Problem]:
     for name in ("sentence1", "sentence2"):
         for row, text in enumerate(file.columns.get(name, ()), start=1):
             if not isinstance(text, str):
-                problems.append(
-                    file.problem(f"row {row}: {name} is {text!r}, not a text; write it as a string")
-                )
+                problems.append(file.problem(f"row {row}: {name} is {text!r}, not a text; write it as a string"))
                 break
             if SURROGATE.search(text):
-                problems.append(
-                    file.problem(f"row {row}: {name} holds half a surrogate pair; remove the character")
-                )
+                problems.append(file.problem(f"row {row}: {name} holds half a surrogate pair; remove the character"))
                 break
     labels = file.columns["label"]
     without = [row for row, label in enumerate(labels, start=1) if label is None or str(label).strip() == ""]
@@ -97,13 +91,9 @@ def _column_problems(file: _File) -> list[Problem]:
         first = f"the first is row {without[0]}"
         remedy = f"{len(without)} of {len(labels)} rows have no label, {first}; label or drop them"
         problems.append(file.problem(remedy))
-    strange = next(
-        (row for row, x in enumerate(labels, start=1) if not isinstance(x, str | int | float | None)), 0
-    )
+    strange = next((row for row, x in enumerate(labels, start=1) if not isinstance(x, str | int | float | None)), 0)
     if strange:
-        remedy = (
-            f"row {strange}: label {labels[strange - 1]!r} is neither a name nor a number; write one of these"
-        )
+        remedy = f"row {strange}: label {labels[strange - 1]!r} is neither a name nor a number; write one of these"
         problems.append(file.problem(remedy))
     return problems
 
@@ -120,36 +110,26 @@ def _kind(labels: list[Any]) -> str:
     return "float" if all(FLOAT.fullmatch(text) for text in texts) else "name"
 
 
-def _scores(
-    files: list[_File], kinds: list[str], problems: list[Problem]
-) -> tuple[tuple[str, ...], list[list[Any]]]:
+def _scores(files: list[_File], kinds: list[str], problems: list[Problem]) -> tuple[tuple[str, ...], list[list[Any]]]:
     """Labels as floats; problems are appended."""
     encoded = []
     for file, kind in zip(files, kinds, strict=True):
         if kind == "name":
             odd = next(text for text in map(_text, file.columns["label"]) if not FLOAT.fullmatch(text))
-            problems.append(
-                file.problem(f"label {odd!r} is a name, but labels in train_file are floats; use one kind")
-            )
+            problems.append(file.problem(f"label {odd!r} is a name, but labels in train_file are floats; use one kind"))
             encoded.append([0.0])
             continue
         scores = [float(_text(label)) for label in file.columns["label"]]
         bad = next((row for row, score in enumerate(scores, start=1) if not math.isfinite(score)), 0)
         if bad:
-            problems.append(
-                file.problem(f"row {bad}: label {scores[bad - 1]} is not finite; give a number or drop it")
-            )
+            problems.append(file.problem(f"row {bad}: label {scores[bad - 1]} is not finite; give a number or drop it"))
         elif file.field == "train_file" and len(set(scores)) == 1:
-            problems.append(
-                file.problem(f"every label is {scores[0]}: there is nothing to learn; give varied labels")
-            )
+            problems.append(file.problem(f"every label is {scores[0]}: there is nothing to learn; give varied labels"))
         encoded.append(scores)
     return (), encoded
 
 
-def _classes(
-    files: list[_File], kinds: list[str], problems: list[Problem]
-) -> tuple[tuple[str, ...], list[list[Any]]]:
+def _classes(files: list[_File], kinds: list[str], problems: list[Problem]) -> tuple[tuple[str, ...], list[list[Any]]]:
     """Labels as 0..C-1 in the order of the sorted names of train_file; problems are appended."""
     numeric = kinds[0] == "integer"
 

@@ -48,9 +48,7 @@ def check_exists(field: str, path: Path) -> None:
     elif not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, siblings, n=1)
-        problem = "no such file" + (
-            f"; did you mean {str(path.parent / close[0])!r}?" if close else "; check the path"
-        )
+        problem = "no such file" + (f"; did you mean {str(path.parent / close[0])!r}?" if close else "; check the path")
     elif path.stat().st_size == 0:
         problem = "the file is empty; give a file with data"
     if problem:
@@ -62,9 +60,7 @@ def read_text(field: str, path: Path) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(
-            Problem(field, str(path), f"cannot be read ({error.strerror}); check its mode")
-        ) from None
+        raise UserError(Problem(field, str(path), f"cannot be read ({error.strerror}); check its mode")) from None
     nul = raw.find(b"\0")
     if nul >= 0:
         remedy = f"NUL byte at byte {nul}: not text; save it as UTF-8 (from UTF-16: iconv -f utf-16 -t utf-8)"
@@ -83,9 +79,7 @@ def _delimited(field: str, path: Path, delimiter: str) -> Columns:
     if isinstance(rows, str):
         # Tab-separated files are often written without quoting (GLUE's are): a quotation mark is just text.
         if delimiter != "\t":
-            remedy = (
-                f'{rows}; quote texts that hold a {DELIMITERS[delimiter]} or a ", and double the " inside'
-            )
+            remedy = f'{rows}; quote texts that hold a {DELIMITERS[delimiter]} or a ", and double the " inside'
             raise UserError(Problem(field, str(path), remedy))
         rows = _plain_rows(text)
     if not rows:
@@ -178,9 +172,7 @@ def check_duplicates(field: str, path: Path, names: list[str]) -> None:
     """Raises UserError when a column name occurs twice."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UserError(
-            Problem(field, str(path), f"duplicate columns {twice}; give each column a name of its own")
-        )
+        raise UserError(Problem(field, str(path), f"duplicate columns {twice}; give each column a name of its own"))
 
 
 READERS: dict[str, Callable[[str, Path], Columns]] = {

@@ -135,7 +135,10 @@ class RemovedAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         nothing = hidden_states[..., :0]
-        return (nothing if self.output_name is None else self.get_submodule(self.output_name)(nothing)), None
+        if self.output_name is None:
+            return nothing, None
+        output: Any = self.get_submodule(self.output_name)
+        return output(nothing), None
 
 
 def select(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
@@ -144,7 +147,7 @@ def select(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def slice_linear(module: nn.Module, index: Tensor, side: str, axis: int) -> None:
+def slice_linear(module: Any, index: Tensor, side: str, axis: int) -> None:
     """Keep the features `index` of an `nn.Linear` or `Conv1D`, in place. A bias follows its outputs only."""
     module.weight = select(module.weight, index, axis)
     if side == "out" and module.bias is not None:
@@ -162,7 +165,7 @@ def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
 
 def remove_sublayer(layer: nn.Module, sublayer: SubLayerLayout) -> None:
     """Replace a sub-layer that has no units left by what remains of it: the bias of its output projection."""
-    output = layer.get_submodule(sublayer.output.path)
+    output: Any = layer.get_submodule(sublayer.output.path)
     output = getattr(output, "base_layer", output)
     axis = 1 - sublayer.output.unit_axis("in")
     remains = BiasOnly(output.weight.shape[axis], output.bias)
@@ -191,7 +194,8 @@ def update_attributes(layer: nn.Module, sublayer: SubLayerLayout, num_kept: int)
 
 def narrow(model: nn.Module, layout: Layout, kept: list[list[int]]) -> None:
     """Give a freshly built stock model the widths `kept[layer][sublayer]`, in place. Values are loaded afterwards."""
-    for layer, counts in zip(model.get_submodule(layout.layers), kept, strict=True):
+    layers: Any = model.get_submodule(layout.layers)
+    for layer, counts in zip(layers, kept, strict=True):
         for sublayer, count in zip(layout.sublayers, counts, strict=True):
             if count == sublayer.num_units:
                 continue
@@ -210,7 +214,7 @@ class _Pruned:
     """Mixed into a stock model class: builds the stock model, then narrows it to `config.pruned_structure`."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         structure = config.pruned_structure
         narrow(self, Layout.from_dict(structure["layout"]), structure["kept"])  # type: ignore[arg-type]
 

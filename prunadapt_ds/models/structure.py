@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def measure(model: nn.Module, layout: Layout, seq_length: int) -> Structure:
     """
     sublayers: list[SubLayer] = []
     start = block_params = 0
-    for index, layer in enumerate(model.get_submodule(layout.layers)):  # type: ignore[arg-type]
+    for index, layer in layers_of(model, layout):
         block_params += sum(full_numel(p) for p in layer.parameters())
         for sub in layout.sublayers:
             params = weights = 0
@@ -103,4 +104,5 @@ def measure(model: nn.Module, layout: Layout, seq_length: int) -> Structure:
 
 
 def layers_of(model: nn.Module, layout: Layout) -> Iterator[tuple[int, nn.Module]]:
-    yield from enumerate(model.get_submodule(layout.layers))  # type: ignore[arg-type]
+    layers: Any = model.get_submodule(layout.layers)
+    yield from enumerate(layers)

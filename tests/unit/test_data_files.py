@@ -61,9 +61,7 @@ def good(tmp_path):
 def test_reads_each_kind_as_it_stands(kind, tmp_path):
     train, dev = (write(tmp_path / f"{name}.{kind}", ROWS) for name in ("train", "dev"))
     data = load(train, dev, dev)
-    assert (
-        data.task.name == "own_classification" and data.label_names == ("no", "yes") and data.num_labels == 2
-    )
+    assert data.task.name == "own_classification" and data.label_names == ("no", "yes") and data.num_labels == 2
     for split in (data.train, data.validation["validation"], data.test):
         assert split.column_names == ["sentence1", "sentence2", "label", "index"]
         assert split["sentence1"][:] == [row["sentence1"] for row in ROWS]

@@ -21,9 +21,7 @@ from prunadapt_ds.errors import UserError
 pytestmark = pytest.mark.fast
 
 OWN = {
-    "own_classification": Task(
-        "own_classification", None, "a", None, ("x", "y", "z"), ("accuracy", "macro_f1")
-    ),
+    "own_classification": Task("own_classification", None, "a", None, ("x", "y", "z"), ("accuracy", "macro_f1")),
     "own_regression": Task("own_regression", None, "a", None, (), ("pearson", "spearmanr")),
 }
 REFERENCE = {
@@ -49,9 +47,7 @@ def drawn(data, n, seed):
         labels = rng.uniform(0, 5, n).round(2)
         return (labels + rng.normal(0, 2, n)).astype(np.float32)[:, None], labels
     labels = rng.integers(0, data.num_labels, n)
-    return (rng.normal(size=(n, data.num_labels)) + np.eye(data.num_labels)[labels]).astype(
-        np.float32
-    ), labels
+    return (rng.normal(size=(n, data.num_labels)) + np.eye(data.num_labels)[labels]).astype(np.float32), labels
 
 
 def test_glues_own_measures():
@@ -93,9 +89,7 @@ def test_constant_predictions_and_labels_give_a_number_and_no_warning(task, n):
     logits = np.ones((n, data.num_labels), dtype=np.float32)  # argmax 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        wrong = compute_metrics(
-            data, logits, np.arange(n) if data.is_regression else np.ones(n, dtype=np.int64)
-        )
+        wrong = compute_metrics(data, logits, np.arange(n) if data.is_regression else np.ones(n, dtype=np.int64))
     assert all(np.isfinite(value) for value in wrong.values())
     assert wrong["score"] == 0.0
 
@@ -131,14 +125,13 @@ def test_processes_may_score_at_once_with_an_empty_offline_cache(tmp_path):
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
 
     def run(_):
-        return subprocess.run(
-            [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120
-        )
+        return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
 
     with ThreadPoolExecutor(2) as pool:
         for result in pool.map(run, range(2)):
             assert result.returncode == 0, result.stderr
             assert result.stdout.splitlines()[-1] == str([0.0, 1.0] * 10)
+    assert not list(tmp_path.rglob("*.arrow"))  # predictions never touch the disk
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +194,5 @@ def test_tokenize_leaves_nothing_in_the_cache(tokenizer):
 
 def test_same_input_same_output(tokenizer):
     config = SimpleNamespace(rows={"sentence1": numbered(4, 2), "label": [0, 1], "index": [0, 1]})
-    first, second = (
-        tokenize(Dataset.from_dict(config.rows), tokenizer, SINGLE, 16).to_dict() for _ in range(2)
-    )
+    first, second = (tokenize(Dataset.from_dict(config.rows), tokenizer, SINGLE, 16).to_dict() for _ in range(2))
     assert first == second

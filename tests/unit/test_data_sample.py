@@ -61,9 +61,7 @@ def test_word_lists_are_disjoint_and_validation_has_words_of_its_own():
         for favourable in (True, False):
             train, validation = (set(verdict_words(group, favourable, split)) for split in SIZES)
             assert train and validation and not train & validation
-    held_out = {
-        word for g in (PEOPLE, THINGS) for f in (True, False) for word in verdict_words(g, f, "validation")
-    }
+    held_out = {word for g in (PEOPLE, THINGS) for f in (True, False) for word in verdict_words(g, f, "validation")}
     said = set(" ".join(generate("train")["sentence1"]).lower().replace(",", " ").replace(".", " ").split())
     assert not said & held_out
 

@@ -143,7 +143,7 @@ def test_real_glue(name):
 def test_a_corrupt_row_in_a_hundred_is_left_out_with_a_warning(tmp_path):
     folder = write_official(tmp_path, "qqp", rows=300)
     lines = (folder / "train.tsv").read_text().split("\n")
-    lines[8] = "7\t1\t2\tcut short"
+    lines[8] = "7\t1\t2\tOne.\tTwo, and cut short"
     (folder / "train.tsv").write_text("\n".join(lines))
     with pytest.warns(UserWarning, match="left out 1 of 300 rows"):
         data = load_task(options(task_name="qqp", data_dir=str(tmp_path)), seed=0)
@@ -194,9 +194,7 @@ def test_official_files_that_are_not_text(tmp_path):
     assert "line 1 is not UTF-8" in train and "NUL byte" in dev
 
 
-@pytest.mark.parametrize(
-    ("typed", "meant"), [("SST-2", "sst2"), ("mnlii", "mnli"), ("cloa", "cola"), ("MRPC", "mrpc")]
-)
+@pytest.mark.parametrize(("typed", "meant"), [("SST-2", "sst2"), ("mnlii", "mnli"), ("cloa", "cola"), ("MRPC", "mrpc")])
 def test_did_you_mean(typed, meant):
     (problem,) = problems(task_name=typed)
     assert f"did you mean '{meant}'?" in problem

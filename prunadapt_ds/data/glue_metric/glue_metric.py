@@ -19,9 +19,7 @@ CITATION = """\
   year={2019}
 }
 """
-DESCRIPTION = (
-    "The measures GLUE reports for each of its tasks, and their like for other classification and regression."
-)
+DESCRIPTION = "The measures GLUE reports for each of its tasks, and their like for other classification and regression."
 INPUTS = """
 Args:
     predictions: class numbers, or scores for regression.

@@ -1,0 +1,208 @@
+"""The whole program on tiny models: every family, every method, launchers, and what a run leaves behind."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from prunadapt_ds import report as reports
+from prunadapt_ds.models.families import FAMILIES
+from tests.conftest import ROOT
+from tests.distributed import runs
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_laws import arguments
+from tests.tiny import tiny_data, tiny_folder
+
+pytestmark = pytest.mark.ci
+TRAINABLE = [name for name, family in FAMILIES.items() if family.trainable]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_data(folder / "data", n_train=64, n_dev=300)
+    tiny_data(folder / "numbers", n_train=40, n_dev=40, regression=True)
+    for model_type in TRAINABLE:
+        tiny_folder(folder / model_type, model_type)
+    return folder
+
+
+def run(base, output, *, world_size=2, model_type="bert", data="data", **options):
+    argv = arguments(
+        base,
+        output,
+        model_name_or_path=base / model_type,
+        train_file=base / data / "train.csv",
+        validation_file=base / data / "validation.csv",
+        **{"batch": 8, "max_steps": 10, "logging_steps": 5, **options},
+    )
+    assert run_ranks(runs.whole_run, world_size, argv) == [0] * world_size
+    return json.loads((output / "report.json").read_text())
+
+
+@pytest.mark.parametrize("model_type", TRAINABLE)
+def test_every_family_exports_what_it_trained(base, tmp_path, model_type):
+    """Law 4: masked == exported and reloaded by a fresh process without this package, on 300 examples."""
+    report = run(base, tmp_path / "out", model_type=model_type, prune_start=0.1)
+    reports.validate(report)
+    assert report["status"] == "complete"
+    assert report["parity"]["examples"] == 300
+    assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
+    assert report["exports"]["compact"]["needs_remote_code"]
+    dense, kept = report["params"]["encoder_dense"], report["params"]["encoder_kept"]
+    assert report["sparsity"]["achieved"] == pytest.approx(1 - kept / dense)
+    assert abs(report["sparsity"]["achieved"] - 0.5) * dense <= 8 * 32 * 4 + 100 * 8
+    assert len({(r["heads"], r["neurons"]) for r in report["structure"]}) > 1
+    assert sum(r["heads"] for r in report["structure"]) < 12 and sum(r["neurons"] for r in report["structure"]) < 144
+
+
+def encoder_parameters_in(folder, layers="layer."):
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = [n for n in file.keys() if f".{layers}" in n]  # noqa: SIM118
+        return sum(math.prod(file.get_slice(n).get_shape()) for n in names)
+
+
+@pytest.mark.parametrize("method", ["tmp", "lora", "full"])
+def test_other_methods(base, tmp_path, method):
+    report = run(base, tmp_path / "out", method=method)
+    assert report["status"] == "complete" and report["metric"]["teacher"] is None
+    assert report["criterion"] is None and report["sparsity"]["target"] is None
+    cut = 12 - sum(r["heads"] for r in report["structure"])
+    assert cut == (round(43 / 144 * 12) if method == "tmp" else 0)
+    assert report["exports"]["compact"]["needs_remote_code"] == (method == "tmp")
+    exported = tmp_path / "out" / "exports" / "compact"
+    assert encoder_parameters_in(exported) == report["params"]["encoder_kept"]
+    if method == "full":
+        assert report["params"]["trainable"] == report["params"]["total_dense"]
+
+
+def test_what_a_run_leaves_behind(base, tmp_path):
+    out = tmp_path / "out"
+    report = run(base, out, save_scores=True, eval_steps=5)
+    assert encoder_parameters_in(out / "exports" / "compact") == report["params"]["encoder_kept"]
+    names = {p.name for p in out.iterdir()} - {"ds.json"}
+    assert names == {
+        "report.json", "report.md", "plan.json", "predictions.jsonl", "metrics.jsonl", "exports", "runs", "scores"
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(300))
+    accuracy = sum(line["exported"]["prediction"] == line["label"] for line in lines) / 300
+    assert report["metric"]["exported"]["accuracy"] == pytest.approx(accuracy)
+    assert report["metric"]["teacher"] and report["metric"]["masked"]["score"] <= 1
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {line["phase"] for line in metrics} <= {"dense", "prune", "recover"}
+    assert any("eval/score" in line for line in metrics)
+    assert list((out / "runs").glob("events.*"))
+    assert "pipeline_tag: text-classification" in (out / "exports" / "compact" / "README.md").read_text()
+    import hashlib
+
+    plan = json.loads((out / "plan.json").read_text())
+    canonical = json.dumps(plan, sort_keys=True, separators=(",", ":")).encode()
+    assert hashlib.sha256(canonical).hexdigest() == report["plan_hash"]
+    from safetensors.torch import load_file
+
+    windows = [load_file(p) for p in (out / "scores").iterdir()]
+    assert len(windows) == 2
+    assert all(len(w["sample_ids"]) == w["count"].item() for w in windows)
+
+
+def test_regression_and_macs_budget(base, tmp_path):
+    report = run(base, tmp_path / "out", data="numbers", budget="macs", criterion="taylor", world_size=1)
+    assert set(report["metric"]["masked"]) == {"pearson", "spearmanr", "score"}
+    assert report["macs"]["kept"] / report["macs"]["dense"] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_floors_to_beat(base, tmp_path, criterion):
+    report = run(base, tmp_path / "out", criterion=criterion, world_size=1)
+    assert report["criterion"] == criterion and report["sparsity"]["achieved"] > 0.4
+
+
+def test_dropout_and_bf16(base, tmp_path):
+    """Dropout everywhere; bf16: the same bound with parameters upcast."""
+    tiny_folder(tmp_path / "bert", "bert", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    out = tmp_path / "out"
+    argv = arguments(
+        base, out, batch=8, model_name_or_path=tmp_path / "bert", lora_dropout=0.1, gradient_checkpointing=True
+    )
+    config = json.loads((out / "ds.json").read_text()) | {"bf16": {"enabled": True}}
+    (out / "ds.json").write_text(json.dumps(config))
+    assert run_ranks(runs.whole_run, 2, argv) == [0, 0]
+    report = json.loads((out / "report.json").read_text())
+    assert report["dtype"] == "bf16" and report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    differ = sum(line["masked"]["prediction"] != line["exported"]["prediction"] for line in lines)
+    assert differ <= 0.005 * len(lines) + 1
+
+
+def test_an_export_that_computes_something_else_fails(base, tmp_path):
+    argv = arguments(base, tmp_path / "out", batch=8)
+    assert run_ranks(_run_with_damaged_export, 1, argv) == [3]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["status"] == "failed"
+
+
+def _run_with_damaged_export(argv):
+    from prunadapt_ds import export
+    from prunadapt_ds.train import main
+
+    honest = export.fold_gate
+    export.fold_gate = lambda weight, gate, cut: honest(weight, gate, cut) * 1.05
+    try:
+        return main(argv)
+    finally:
+        export.fold_gate = honest
+
+
+# -------------------------------------------------------------------------------------------------- launchers
+
+
+def launch(command, timeout=300):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")}
+    return subprocess.run(
+        [str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_deepspeed_launcher_and_plain_python_agree(base, tmp_path):
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29611"]
+    two = launch([*deepspeed, "launcher/train.py", *arguments(base, tmp_path / "two", batch=4)])
+    one = launch([sys.executable, "launcher/train.py", *arguments(base, tmp_path / "one", batch=8)])
+    assert two.returncode == 0 and one.returncode == 0, two.stderr[-2000:] + one.stderr[-2000:]
+    first, second = (json.loads((tmp_path / n / "report.json").read_text()) for n in ("one", "two"))
+    assert first["plan_hash"] == second["plan_hash"]
+    assert first["metric"]["exported"]["score"] == pytest.approx(second["metric"]["exported"]["score"], abs=0.01)
+    assert (first["world_size"], second["world_size"]) == (1, 2)
+
+
+def test_two_ranks_one_message_and_exit_code_2(base, tmp_path):
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29613"]
+    argv = arguments(base, tmp_path / "out", batch=4)
+    (tmp_path / "out" / "ds.json").write_text(json.dumps({"train_batch_size": 7}))
+    done = launch([*deepspeed, "launcher/train.py", *argv])
+    assert done.returncode == 2
+    text = done.stdout + done.stderr
+    assert text.count("train_batch_size=7") == 1 and "Traceback" not in text
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"ds.json"}
+
+
+def test_own_loop(base, tmp_path):
+    done = launch([sys.executable, "examples/own_loop.py", base / "bert", tmp_path / "exported"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+
+
+def test_pipeline_loads_an_export(base, tmp_path):
+    run(base, tmp_path / "out", world_size=1, max_steps=3, prune_end=0.9)
+    code = (
+        "import sys; from transformers import pipeline;"
+        f"p = pipeline('text-classification', model={str(tmp_path / 'out/exports/compact')!r}, trust_remote_code=True);"
+        "print(p({'text': 'sun joy', 'text_pair': 'the day'})); assert 'prunadapt_ds' not in sys.modules"
+    )
+    done = launch([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'label': 'good'" in done.stdout or "'label': 'bad'" in done.stdout

@@ -1,0 +1,140 @@
+"""Plant one defect at a time in a copy of the project; a named test must catch each.
+
+    make mutants            all of them
+    python tests/mutants/run.py gate-not-folded ...      some
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`find` stands exactly once in `file`, below prunadapt_ds; `test` passes without and fails with the defect."""
+
+    name: str
+    file: str
+    find: str
+    replace: str
+    test: str
+
+
+IMPORTANCE = "tests/unit/test_importance.py"
+RESIZE = "tests/unit/test_resize.py"
+BUDGET = "tests/unit/test_budget.py"
+LAWS = "tests/distributed/test_laws.py"
+
+MUTANTS = (
+    Mutant("coefficient not undone", "importance.py", "d = self._d * inverse[:, None]", "d = self._d",
+           f"{IMPORTANCE}::test_same_for_every_split[halves-bert]"),
+    Mutant("accumulation not undone", "train.py", "batch.weights / session.sampler.accumulation_steps", "batch.weights",
+           f"{LAWS}::test_scores_do_not_depend_on_the_split[1x4x2]"),
+    Mutant("square of the mean", "importance.py", "self._sums[0] += d.square().sum(0)",
+           "self._sums[0] += d.mean(0).square() * real.sum()",
+           f"{IMPORTANCE}::test_equals_autograd_sample_by_sample[bert]"),
+    Mutant("missing all-reduce", "importance.py", "flat = dist_sum(flat).cpu()", "flat = flat.cpu()",
+           f"{LAWS}::test_scores_do_not_depend_on_the_split[2x4]"),
+    Mutant("idle row counted as a sample", "importance.py", "real = self._coefficients > 0  # [B]",
+           "real = self._coefficients >= 0", f"{IMPORTANCE}::test_same_for_every_split[idle-rank-bert]"),
+    Mutant("tail samples dropped", "batches.py", "return -(-self.num_samples // self.samples_per_step)",
+           "return self.num_samples // self.samples_per_step", f"{LAWS}::test_every_sample_counts_once_an_epoch[37-4-2]"),
+    Mutant("tail weighted like a full step", "batches.py", "weight = self.world_size * self.accumulation_steps / len(samples)",
+           "weight = 1 / self.micro_batch_size", f"{LAWS}::test_every_sample_counts_once_an_epoch[37-4-2]"),
+    Mutant("padding counted", "importance.py", "mask = self._token_mask.to(torch.float32)  # [B, all tokens]",
+           "mask = torch.ones_like(self._token_mask, dtype=torch.float32)",
+           f"{IMPORTANCE}::test_activations_ignore_padding"),
+    Mutant("counted again in recomputation", "importance.py", "and self.activations and not recomputing",
+           "and self.activations", f"{IMPORTANCE}::test_same_under_gradient_checkpointing[False-bert]"),
+    Mutant("cut units not scored", "gates.py", "d[:, cut] = sum_products(x_cut, dy.index_select(2, cut)) * g[cut]", "pass",
+           f"{IMPORTANCE}::test_equals_autograd_sample_by_sample[bert]"),
+    Mutant("gate gradient not divided by g", "gates.py", "d_delta = r.sum(0) / safe", "d_delta = r.sum(0)",
+           f"{IMPORTANCE}::test_gate_gradient_equals_autograd"),
+    Mutant("gate rounded to bf16", "gates.py", "g = 1 + delta.float()  # [U]", "g = (1 + delta).float()",
+           f"{IMPORTANCE}::test_gate_keeps_small_updates_in_bf16"),
+    Mutant("LoRA rows not sliced", "resize.py", 'slice_linear(module.lora_B[ADAPTER], index, "out", 0)',
+           'slice_linear(module.lora_B[ADAPTER], torch.arange(len(index)), "out", 0)',
+           f"{RESIZE}::test_masked_equals_resized[bert-unequal]"),
+    Mutant("LoRA columns not sliced", "resize.py", 'slice_linear(module.lora_A[ADAPTER], index, "in", 1)',
+           'slice_linear(module.lora_A[ADAPTER], torch.arange(len(index)), "in", 1)',
+           f"{RESIZE}::test_masked_equals_resized[bert-unequal]"),
+    Mutant("gate entries not sliced", "resize.py", "gate.delta = select(gate.delta, units, 0)",
+           "gate.delta = select(gate.delta, torch.arange(len(units)), 0)",
+           f"{RESIZE}::test_masked_equals_resized[bert-unequal]"),
+    Mutant("bias not sliced", "models/modeling_prunadapt.py", "module.bias = select(module.bias, index, 0)",
+           "module.bias = select(module.bias, torch.arange(len(index)), 0)",
+           f"{RESIZE}::test_masked_equals_resized[bert-unequal]"),
+    Mutant("parts not offset", "models/modeling_prunadapt.py", "offset += num_units * width", "offset += 0",
+           f"{RESIZE}::test_masked_equals_resized[gpt2-unequal]"),
+    Mutant("split size not reset", "models/families.py", '(("attn", "split_size", "q"), ("attn", "num_heads", "heads"))',
+           '(("attn", "num_heads", "heads"),)', f"{RESIZE}::test_masked_equals_resized[gpt2-unequal]"),
+    Mutant("output bias lost with its sub-layer", "models/modeling_prunadapt.py",
+           "remains = BiasOnly(output.weight.shape[axis], output.bias)",
+           "remains = BiasOnly(output.weight.shape[axis], None)", f"{RESIZE}::test_masked_equals_resized[bert-no-heads]"),
+    Mutant("gate not folded", "export.py", "weight = fold_gate(weight, gate, cut)", "pass",
+           f"{RESIZE}::test_folded_and_narrowed_equals_masked[bert-unequal]"),
+    Mutant("LoRA not merged", "export.py", "update = module.scaling[ADAPTER] * (b @ a)", "update = 0 * (b @ a)",
+           f"{RESIZE}::test_folded_and_narrowed_equals_masked[bert-unequal]"),
+    Mutant("bias missing in the cost", "models/structure.py", "return sum(projection.parts) * (other_features + bias)",
+           "return sum(projection.parts) * other_features",
+           f"{RESIZE}::test_cost_model_counts_what_is_really_left[bert-unequal]"),
+    Mutant("layers ranked one after another", "budget.py", "order = torch.argsort(densities, stable=True)",
+           "order = torch.arange(len(densities))", f"{BUDGET}::test_ranking_is_global_over_layers_and_kinds"),
+    Mutant("score not divided by cost", "budget.py", "scores[flat]) / item_costs", "scores[flat])",
+           f"{BUDGET}::test_ranking_is_global_over_layers_and_kinds"),
+    Mutant("unstable ties", "budget.py", "order = torch.argsort(scores, stable=True)",
+           "order = torch.argsort(scores.flip(0), stable=True).flip(0)", f"{BUDGET}::test_equal_scores_are_cut_by_index"),
+    Mutant("disagreement ignored", "distributed.py", "if not torch.equal(row, everyone[0])]", "if False]",
+           f"{LAWS}::test_ranks_that_disagree_stop"),
+    Mutant("frozen tensors persist", "engine.py", '"stage3_param_persistence_threshold": 0}}',
+           '"stage3_param_persistence_threshold": 100_000}}',
+           f"{LAWS}::test_frozen_weights_are_sharded_and_untouched[lora]"),
+    Mutant("head left at random", "backbone.py", "if n in new or n.startswith(_prefixes(family.head)))", "if False)",
+           f"{LAWS}::test_the_whole_head_trains"),
+    Mutant("first warm-up step is zero", "schedule.py", "return (step + 1) / self.warmup_steps",
+           "return step / self.warmup_steps", "tests/unit/test_schedule.py::test_learning_rate_factor"),
+    Mutant("TMP does not normalise layers", "tmp.py", "scores.double().norm(dim=1, keepdim=True).clamp(min=1e-20)", "1",
+           "tests/unit/test_tmp.py::test_layers_are_normalised_before_heads_are_compared"),
+)  # fmt: skip
+
+
+def passes(project: Path, test: str) -> bool:
+    environment = {**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, timeout=900).returncode == 0
+
+
+def main(names: list[str]) -> int:
+    chosen = [m for m in MUTANTS if not names or m.name in names]
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder) / "project"
+        shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".venv", ".git", "outputs", "*_cache", "__pycache__"))
+        sound = {test: passes(project, test) for test in {m.test for m in chosen}}
+        failures = 0
+        for mutant in chosen:
+            path = project / "prunadapt_ds" / mutant.file
+            text = path.read_text()
+            start = time.monotonic()
+            if text.count(mutant.find) != 1:
+                verdict = f"NOT APPLIED: the line stands {text.count(mutant.find)} times in {mutant.file}"
+            elif not sound[mutant.test]:
+                verdict = "NO PROOF: the test fails without the defect too"
+            else:
+                path.write_text(text.replace(mutant.find, mutant.replace))
+                verdict = "SURVIVED" if passes(project, mutant.test) else "caught"
+                path.write_text(text)
+            failures += verdict != "caught"
+            print(f"{verdict:10} {mutant.name:40} {mutant.test}  ({time.monotonic() - start:.0f} s)", flush=True)
+    print(f"{len(chosen) - failures} of {len(chosen)} caught")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

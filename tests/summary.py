@@ -1,0 +1,42 @@
+"""Run every tier and write what came out to tests/results/: commit, counts, duration."""
+
+import datetime
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    start = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "fast or ci or full", "-p", "no:cacheprovider"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        sys.stdout.write(line)
+        lines.append(line.strip())
+    code = process.wait()
+    counts = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error)", line)), "no test ran")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
+    today = datetime.date.today().isoformat()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
+    text = [
+        f"# Full tier, {today}",
+        f"- commit {commit}{' with uncommitted changes' if dirty else ''}",
+        f"- {counts.strip('= ')}",
+        f"- {time.monotonic() - start:.0f} s, exit code {code}",
+        *(f"- {line}" for line in failed),
+    ]
+    folder = ROOT / "tests" / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"full-{today}.md").write_text("\n".join(text) + "\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

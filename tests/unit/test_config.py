@@ -1,0 +1,180 @@
+"""Options: everything wrong is said at once, with field, value and remedy."""
+
+import json
+
+import pytest
+
+from prunadapt_ds.config import CRITERION_NAMES, OPTIONS, TASK_NAMES, parse
+from prunadapt_ds.ds_config import resolve_ds_config
+from prunadapt_ds.errors import UserError
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.fast
+
+
+def fields(argv):
+    with pytest.raises(UserError) as caught:
+        parse(argv)
+    assert caught.value.exit_code == 2
+    return {p.field: p for p in caught.value.problems}
+
+
+def test_tables_agree():
+    from prunadapt_ds.data import TASKS
+    from prunadapt_ds.importance import CRITERIA
+
+    assert set(CRITERION_NAMES) == set(CRITERIA)
+    assert set(TASK_NAMES) == set(TASKS)
+
+
+def test_defaults():
+    config = parse([])
+    assert config.uses_sample and config.data.task_name == "sample"
+    assert config.prune.target_sparsity == 0.5 and config.train.learning_rate == 1e-3
+    assert json.dumps(config.to_dict())
+
+
+def out_of_range():
+    for o in OPTIONS.values():
+        if o.kind not in (int, float) or o.is_list:
+            continue
+        step = 1 if o.kind is int else 1e-3
+        for limit, value in (
+            ("least", lambda b, s=step: b - s),
+            ("above", lambda b: b),
+            ("most", lambda b, s=step: b + s),
+            ("below", lambda b: b),
+        ):
+            if o.limits[limit] is not None:
+                yield o.name, o.kind(value(o.limits[limit]))
+        yield o.name, "abc"
+        if o.kind is float:
+            yield o.name, "nan"
+            yield o.name, "inf"
+        else:
+            yield o.name, "1.5"
+
+
+@pytest.mark.parametrize("name, value", list(out_of_range()))
+def test_every_number_has_its_range(name, value):
+    problem = fields([f"--{name}={value}"])[name]
+    assert problem.remedy.startswith("must be")
+
+
+@pytest.mark.parametrize("name", [o.name for o in OPTIONS.values() if o.limits["choices"]])
+def test_every_choice_suggests(name):
+    choice = OPTIONS[name].limits["choices"][0]
+    assert f"did you mean {choice!r}" in fields([f"--{name}", choice[:-1] + "_"])[name].remedy
+
+
+@pytest.mark.parametrize(
+    "argv, field",
+    [
+        (["--learning_rat", "1"], "learning_rat"),
+        (["--method", "tmp", "--target_sparsity", "0.5"], "target_sparsity"),
+        (["--method", "lora", "--score_only"], "score_only"),
+        (["--prune_start", "0.7"], "prune_start"),
+        (["--max_steps", "0"], "max_steps"),
+        (["--task_name", "mrpc", "--train_file", "a.csv", "--validation_file", "b.csv"], "task_name"),
+        (["--train_file", "a.csv"], "validation_file"),
+        (["--validation_file", "a.csv"], "train_file"),
+        (["--data_dir", "nowhere", "--task_name", "mrpc"], "data_dir"),
+        (["--checkpoint_steps", "5"], "checkpoint_steps"),
+        (["--resume", "auto"], "resume"),
+        (["--gradient_checkpointing", "perhaps"], "gradient_checkpointing"),
+        (["--r"], "command line"),
+        (["stray"], "command line"),
+        (["--config", "nowhere.yaml"], "config"),
+    ],
+)
+def test_contradictions(argv, field):
+    assert field in fields(argv)
+
+
+def test_all_at_once():
+    found = fields(["--r", "0", "--methd", "x", "--budget", "flops", "--seed", "-1", "--learning_rate", "zero"])
+    assert set(found) == {"r", "methd", "budget", "seed", "learning_rate"}
+    assert "did you mean --method?" in found["methd"].remedy
+
+
+def test_yaml_under_command_line(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("r: 4\nseed: 3\ngradient_checkpointing: true\ntarget_modules: [query, value]\n")
+    config = parse(["--config", str(file), "--r", "2"])
+    assert (config.lora.r, config.train.seed, config.train.gradient_checkpointing) == (2, 3, True)
+    assert config.lora.target_modules == ["query", "value"]
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just text", "a: [", "lerning_rate: 1"])
+def test_bad_yaml(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    fields(["--config", str(file)])
+
+
+def test_the_launcher_rank_is_taken_silently():
+    assert parse(["--local_rank=1", "--r", "3"]).lora.r == 3
+
+
+# --------------------------------------------------------------------------------------------------- ds_config
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
+def test_shipped_files_resolve(file, world_size):
+    config = parse(["--ds_config", str(ROOT / "ds_configs" / file), "--gradient_accumulation_steps", "2"])
+    ds = resolve_ds_config(config, world_size, probe=lambda: True)
+    assert "auto" not in json.dumps(ds.values)
+    assert ds.values["train_batch_size"] == 64 * world_size == ds.resolved["train_batch_size"]
+    assert ds.stage == int(file[4]) and ds.dtype == "bf16"
+    assert resolve_ds_config(config, world_size, probe=lambda: False).dtype == "fp32"
+
+
+def ds(tmp_path, values, *argv, world_size=2):
+    file = tmp_path / "ds.json"
+    file.write_text(values if isinstance(values, str) else json.dumps(values))
+    return resolve_ds_config(parse(["--ds_config", str(file), *argv]), world_size, probe=lambda: False)
+
+
+@pytest.mark.parametrize(
+    "values, argv, field",
+    [
+        ("{", [], "ds_config"),
+        ("[1]", [], "ds_config"),
+        ('{"bf16": {}, "bf16": {}}', [], "ds_config"),
+        ({"train_batch_size": 7}, [], "train_batch_size"),
+        (
+            {"train_micro_batch_size_per_gpu": 4},
+            ["--per_device_train_batch_size", "8"],
+            "train_micro_batch_size_per_gpu",
+        ),
+        ({"gradient_accumulation_steps": 0}, [], "gradient_accumulation_steps"),
+        ({"optimizer": {"type": "Lamb"}}, [], "optimizer.type"),
+        ({"optimizer": {"type": "AdamW", "params": {"momentum": 1}}}, [], "optimizer.params.momentum"),
+        ({"scheduler": {"type": "WarmupLR"}}, [], "scheduler"),
+        ({"fp16": {"enabled": True}}, [], "fp16.enabled"),
+        ({"bf16": {"enabled": "yes"}}, [], "bf16.enabled"),
+        ({"zero_optimization": {"stage": 4}}, [], "zero_optimization.stage"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+            [],
+            "zero_optimization.offload_param.device",
+        ),
+        ({"zero_optimizaton": {"stage": 3}}, [], "zero_optimizaton"),
+        ({"aio": {"block_size": "auto"}}, [], "aio.block_size"),
+    ],
+)
+def test_bad_ds_configs(tmp_path, values, argv, field):
+    with pytest.raises(UserError) as caught:
+        ds(tmp_path, values, *argv)
+    assert field in {p.field for p in caught.value.problems}
+
+
+def test_missing_ds_config():
+    with pytest.raises(UserError, match="no such file"):
+        resolve_ds_config(parse(["--ds_config", "nowhere.json"]), 1)
+
+
+def test_adam_defaults_are_read(tmp_path):
+    found = ds(tmp_path, {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.98], "eps": 1e-6}}})
+    assert found.adam == {"betas": [0.9, 0.98], "eps": 1e-6} and "optimizer" not in found.values
