@@ -65,6 +65,7 @@ def _check_folder(name: str) -> None:
         return  # a hub id
     if not (folder / "config.json").is_file():
         raise UserError(Problem("model_name_or_path", name, "the folder has no config.json; is it a model's folder?"))
+    _check_weights(name, folder)
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
         found = f"only pickled weights ({', '.join(pickled)}), which are never loaded" if pickled else "no weights"
@@ -76,6 +77,19 @@ def _check_folder(name: str) -> None:
                 "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR), on a machine where you trust the file",
             )
         )
+
+
+def _check_weights(name: str, folder: Path) -> None:
+    """Read every header now: under ZeRO-3 only rank 0 reads the tensors, and its failure would leave the others waiting."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            remedy = f"{file.name} cannot be loaded, it is damaged or cut short ({error}); fetch it again"
+            raise UserError(Problem("model_name_or_path", name, remedy)) from error
 
 
 @contextmanager

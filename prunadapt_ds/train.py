@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from prunadapt_ds import adapters, backbone, card, distributed, export, gates, memory, report, tmp
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Batch, Rows, Sampler
-from prunadapt_ds.budget import PruningPlan, decide
+from prunadapt_ds.budget import PruningPlan, decide, max_sparsity
 from prunadapt_ds.config import Config, parse
 from prunadapt_ds.data import TaskData, compute_metrics, load_task, tokenize
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
 from prunadapt_ds.errors import ParityError, Problem, PrunadaptError, UserError
 from prunadapt_ds.evaluate import predict, upcast_parameters
 from prunadapt_ds.importance import CRITERIA, STATISTICS, Recorder, ScoreAverage, WindowSums
-from prunadapt_ds.models.structure import full_numel
+from prunadapt_ds.models.structure import Structure, full_numel
 from prunadapt_ds.objective import sample_losses
 from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
 from prunadapt_ds.tracking import Tracker
@@ -82,6 +82,7 @@ class Session:
     tracker: Tracker
     peak: memory.PeakMemory
     plan: PruningPlan
+    lora_targets: list[str]
     zero3: Any  # keeps transformers' weak reference to the ds_config alive
     report: dict[str, Any]
     recorder: Recorder | None = None
@@ -148,6 +149,10 @@ def setup(config: Config) -> Session:
         )
     )
 
+    check_target(config, loaded.structure)
+    only_head_inputs = config.prune.method == "tmp"
+    lora_targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=only_head_inputs)
+
     def rows(dataset: Any) -> Rows:
         tokens = tokenize(dataset, loaded.tokenizer, data.task, config.data.max_seq_length)
         return Rows(tokens, loaded.tokenizer)
@@ -178,11 +183,19 @@ def setup(config: Config) -> Session:
         tracker=Tracker(Path(config.output.output_dir), total, enabled=distributed.rank() == 0),
         peak=peak,
         plan=PruningPlan.dense(loaded.structure),
+        lora_targets=lora_targets,
         zero3=zero3,
         report=report.empty(),
     )
     announce(session)
     return session
+
+
+def check_target(config: Config, structure: Structure) -> None:
+    """A sparsity beyond what can be cut is said before training, not at the last decision."""
+    target, most = config.prune.target_sparsity or 0.0, max_sparsity(structure, config.prune.budget)
+    if target > most:
+        raise UserError(Problem("target_sparsity", target, f"more than can be cut from this model; at most {most:.4f}"))
 
 
 def same_data(data: TaskData) -> None:
@@ -217,11 +230,10 @@ def add_trainables(session: Session) -> None:
     if method == "full":
         loaded.model.requires_grad_(True)
     else:
-        targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=method == "tmp")
         adapters.add_lora(
             loaded.model,
             loaded.layout,
-            targets,
+            session.lora_targets,
             r=config.lora.r,
             lora_alpha=config.lora.lora_alpha,
             lora_dropout=config.lora.lora_dropout,

@@ -113,6 +113,8 @@ class RemovedProjection(nn.Module):
 class BiasOnly(nn.Module):
     """Stands where an output projection was whose units are all gone: its bias remains. [..., 0] -> [..., D]."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, out_features: int, bias: nn.Parameter | None):
         super().__init__()
         self.out_features = out_features

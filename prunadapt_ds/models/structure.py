@@ -71,9 +71,9 @@ def full_numel(parameter: nn.Parameter) -> int:
     return prod(full_shape(parameter))
 
 
-def projection_params(module: nn.Module, projection: ProjectionLayout, side: str) -> int:
+def projection_params(module: Any, projection: ProjectionLayout, side: str) -> int:
     """Parameters of one unit in a projection: its rows and their bias, or its columns."""
-    other_features = full_shape(module.weight)[1 - projection.unit_axis(side)]  # type: ignore[arg-type]
+    other_features = full_shape(module.weight)[1 - projection.unit_axis(side)]
     bias = 1 if side == "out" and module.bias is not None else 0
     return sum(projection.parts) * (other_features + bias)
 
@@ -91,7 +91,7 @@ def measure(model: nn.Module, layout: Layout, seq_length: int) -> Structure:
         for sub in layout.sublayers:
             params = weights = 0
             for side, p in [("out", p) for p in sub.inputs] + [("in", sub.output)]:
-                module = layer.get_submodule(p.path)
+                module: Any = layer.get_submodule(p.path)
                 params += projection_params(module, p, side)
                 weights += sum(p.parts) * full_shape(module.weight)[1 - p.unit_axis(side)]
             attention = 2 * seq_length * sub.width if sub.kind == "heads" else 0

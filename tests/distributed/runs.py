@@ -101,6 +101,19 @@ def whole_run(argv):
     return main(argv)
 
 
+def whole_run_said(argv):
+    """The real main: exit code and what it wrote to standard error."""
+    import contextlib
+    import io
+
+    from prunadapt_ds.train import main
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(argv)
+    return code, said.getvalue()
+
+
 def disagree(rank_of_the_odd_one):
     """Law 6: one rank holds another plan; what each rank raises."""
     from prunadapt_ds import distributed

