@@ -84,7 +84,11 @@ def _free_port() -> int:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    """This process's number; before `init`, as the launcher says it."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 def world_size() -> int:

@@ -21,7 +21,8 @@ FLOORS = (
     {"resize"},
     {"engine"},
     {"export", "tracking", "report"},
-    {"card"},
+    {"card", "session"},
+    {"finish"},
     {"train"},
 )
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}

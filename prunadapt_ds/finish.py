@@ -1,0 +1,173 @@
+"""The end of a run: score, export, reload in a fresh process, compare, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prunadapt_ds import card, distributed, export, memory, report
+from prunadapt_ds import engine as engines
+from prunadapt_ds.errors import ParityError
+from prunadapt_ds.evaluate import predict, upcast_parameters
+from prunadapt_ds.models.structure import full_numel
+from prunadapt_ds.session import Session, eval_batch, evaluate, measures
+
+PARITY_EXAMPLES = 512  # of each validation set, compared in fp32 where the run itself was not
+LATENCY = {"batch_size": 32, "seq_length": 128, "repeats": 20}
+
+
+def finish(session: Session) -> None:
+    """Score, export, reload in a fresh process, compare, report."""
+    config = session.config
+    peak_bytes = int(distributed.dist_max(session.peak.bytes()))
+    masked_metrics, masked = evaluate(session)
+    reference = parity_reference(session, masked)
+    folder = session.output_dir / "exports" / "compact"
+    needs_remote_code = export.export(
+        session.model,
+        session.backbone.layout,
+        session.plan,
+        session.backbone.tokenizer,
+        folder,
+        dtype=getattr(torch, config.output.export_dtype),
+    )
+    fill_report(session, masked_metrics, peak_bytes, needs_remote_code)
+    failure = ""
+    if distributed.rank() == 0:
+        failure = prove(session, folder, needs_remote_code, masked, reference)
+    failure = distributed.broadcast_object(failure)
+    session.tracker.close()
+    if failure:
+        raise ParityError(failure)
+
+
+def parity_reference(session: Session, masked: dict[str, Tensor]) -> dict[str, Tensor]:
+    """fp32 logits of the masked model: those at hand, or for a bf16 run those of the first rows, parameters upcast."""
+    if session.ds.dtype == "fp32":
+        return masked
+    with session.timed("evaluation"), upcast_parameters(session.model):
+        return {
+            name: predict(session.engine, rows.head(PARITY_EXAMPLES), eval_batch(session), session.device)
+            for name, rows in session.validation_rows.items()
+        }
+
+
+def prove(
+    session: Session, folder: Path, needs_remote_code: bool, masked: dict[str, Tensor], reference: dict[str, Tensor]
+) -> str:
+    """Rank 0: reload the export without this package, compare, complete and write the report. Returns what failed."""
+    result = session.report
+    low_precision = session.config.output.export_dtype != "float32"
+    reloaded = export.reload_in_fresh_process(
+        folder,
+        session.validation_rows,
+        needs_remote_code=needs_remote_code,
+        batch_size=eval_batch(session),
+        device=session.device,
+        latency={**LATENCY, "dtype": "bfloat16" if session.ds.dtype == "bf16" else "float32"},
+    )
+    difference, tolerance, examples = 0.0, export.TOLERANCE, 0
+    for name, logits in reference.items():
+        found, allowed = export.compare_logits(logits, reloaded.logits[name][: len(logits)])
+        difference, tolerance = max(difference, found), max(tolerance, allowed)
+        examples += len(logits)
+    result["parity"] = {"max_abs_logit_diff": difference, "tolerance": tolerance, "examples": examples}
+    result["metric"]["exported"] = measures(session, reloaded.logits)
+    result["latency"] |= reloaded.latency or {}
+    failed = difference > tolerance and not low_precision
+    result["status"] = "failed" if failed else "complete"
+    write_predictions(session, masked, reloaded.logits)
+    plan = json.dumps(session.plan.to_dict(), sort_keys=True)
+    (session.output_dir / "plan.json").write_text(plan)
+    (folder / "README.md").write_text(
+        card.render(result, session.config.model.model_name_or_path, session.data.label_names, "compact")
+    )
+    report.write(session.output_dir, result)
+    session.tracker.say(report.table(result))
+    if failed:
+        return f"the export's logits differ by {difference:.2e} from the trained model's; allowed is {tolerance:.2e}"
+    return ""
+
+
+def write_predictions(session: Session, masked: dict[str, Tensor], exported: dict[str, Tensor]) -> None:
+    """predictions.jsonl: a line per validation example."""
+    with (session.output_dir / "predictions.jsonl").open("w") as file:
+        for name, rows in session.validation_rows.items():
+            for i, label in enumerate(rows.labels.tolist()):
+                line = {"split": name, "index": i, "label": label}
+                for kind, logits in (("masked", masked[name][i]), ("exported", exported[name][i])):
+                    prediction = float(logits) if session.data.is_regression else int(logits.argmax())
+                    line[kind] = {"prediction": prediction, "logits": logits.tolist()}
+                file.write(json.dumps(line) + "\n")
+
+
+def fill_report(session: Session, masked_metrics: dict[str, float], peak_bytes: int, needs_remote_code: bool) -> None:
+    """Everything of the report that is known before the export was read back."""
+    config, result, plan = session.config, session.report, session.plan
+    structure = session.backbone.structure
+    seconds = session.seconds
+    phases = {name: seconds.get(f"{name}_phase", 0.0) for name in ("dense", "prune", "recover")}
+    train_s = sum(phases.values()) + seconds.get("teacher", 0.0) + seconds.get("importance", 0.0)
+    steps = session.total_steps
+    is_pruning = config.prune.method == "prunadapt"
+    trainable = sum(full_numel(p) for p in session.model.parameters() if p.requires_grad)
+    frozen_bytes = engines.frozen_shard_bytes(session.model)
+    live = memory.parameter_bytes(session.model) + memory.optimizer_bytes(session.engine) + session.activation_bytes
+    result |= {
+        "task": session.data.task.name,
+        "method": config.prune.method,
+        "criterion": config.prune.criterion if is_pruning else None,
+        "model": config.model.model_name_or_path,
+        "seed": config.train.seed,
+        "world_size": distributed.world_size(),
+        "zero_stage": session.ds.stage,
+        "dtype": session.ds.dtype,
+        "device": device_name(session.device),
+        "versions": versions(),
+        "structure": plan.counts(),
+        "plan_hash": plan.hash,
+    }
+    result["metric"]["masked"] = masked_metrics
+    result["params"] |= {
+        "encoder_dense": structure.dense_cost("params"),
+        "encoder_kept": plan.cost("params"),
+        "total_dense": structure.dense_cost("params") + structure.other_params,
+        "total_kept": plan.cost("params") + structure.other_params,
+        "trainable": trainable,
+    }
+    result["macs"] |= {
+        "dense": structure.dense_cost("macs"),
+        "kept": plan.cost("macs"),
+        "seq_length": structure.seq_length,
+    }
+    result["sparsity"] |= {
+        "target": config.prune.target_sparsity if is_pruning else None,
+        "achieved": plan.sparsity(config.prune.budget),
+    }
+    result["time"] |= {
+        "train_s": train_s,
+        "dense_phase_s": phases["dense"],
+        "prune_phase_s": phases["prune"] if is_pruning else None,
+        "recover_phase_s": phases["recover"] if is_pruning else None,
+        "teacher_s": seconds.get("teacher"),
+        "importance_s": seconds.get("importance"),
+        "steps": steps,
+        "samples_per_s": steps * session.sampler.samples_per_step / train_s,
+    }
+    result["memory"]["frozen_shard_bytes"] = int(distributed.dist_max(frozen_bytes))
+    result["memory"]["live_tensor_bytes"]["dense"] = int(distributed.dist_max(live))
+    result["memory"]["peak_rank_bytes"]["dense_phase"] = peak_bytes
+    result["exports"] = {"compact": {"path": str(Path("exports") / "compact"), "needs_remote_code": needs_remote_code}}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")}

@@ -1,0 +1,259 @@
+"""What a run holds on to: everything up to an engine that can train, and its evaluation.
+
+All ranks get through setup together or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+
+from prunadapt_ds import adapters, backbone, distributed, gates, memory, report
+from prunadapt_ds import engine as engines
+from prunadapt_ds.batches import Rows, Sampler
+from prunadapt_ds.budget import PruningPlan, max_sparsity
+from prunadapt_ds.config import Config
+from prunadapt_ds.data import TaskData, compute_metrics, load_task, tokenize
+from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
+from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.evaluate import predict
+from prunadapt_ds.importance import CRITERIA, Recorder
+from prunadapt_ds.models.structure import Structure
+from prunadapt_ds.tracking import Tracker
+
+
+@dataclass
+class Session:
+    """What a run holds on to from setup to the report."""
+
+    config: Config
+    ds: DsConfig
+    device: torch.device
+    data: TaskData
+    backbone: backbone.Backbone
+    train_rows: Rows
+    validation_rows: dict[str, Rows]
+    sampler: Sampler
+    total_steps: int
+    tracker: Tracker
+    peak: memory.PeakMemory
+    plan: PruningPlan
+    lora_targets: list[str]
+    zero3: Any  # keeps transformers' weak reference to the ds_config alive
+    report: dict[str, Any]
+    recorder: Recorder | None = None
+    rank_per_layer: dict[int, int] = field(default_factory=dict)
+    engine: Any = None
+    teacher_logits: Tensor | None = None
+    activation_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Any:
+        return self.backbone.model
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output.output_dir)
+
+    def timed(self, name: str) -> _Timer:
+        return _Timer(self.seconds, name)
+
+
+class _Timer:
+    """Adds the seconds a block took to a dictionary."""
+
+    def __init__(self, seconds: dict[str, float], name: str):
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
+
+
+def setup(config: Config) -> Session:
+    """Everything up to a frozen, sharded model and tokenised data. All ranks fail together or not at all."""
+    distributed.init()
+    device = distributed.device()
+    ds = distributed.together(lambda: resolve_ds_config(config, distributed.world_size()))
+    if distributed.rank() != 0:
+        datasets.disable_progress_bars()
+    data = distributed.together(lambda: load_task(config.data, config.train.seed))
+    same_data(data)
+    if len(data.train) < distributed.world_size():
+        raise UserError(
+            Problem("train_file", len(data.train), f"fewer examples than the {distributed.world_size()} ranks")
+        )
+    torch.manual_seed(config.train.seed)
+    zero3 = engines.shard_while_loading(ds.values)
+    peak = memory.PeakMemory(device)
+    loaded = distributed.together(
+        lambda: backbone.load(
+            config.model.model_name_or_path,
+            num_labels=data.num_labels,
+            label_names=data.label_names,
+            is_regression=data.is_regression,
+            dtype=torch.bfloat16 if ds.dtype == "bf16" else torch.float32,
+            device=device,
+            seq_length=config.data.max_seq_length,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    )
+
+    check_target(config, loaded.structure)
+    only_head_inputs = config.prune.method == "tmp"
+    lora_targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=only_head_inputs)
+
+    def rows(dataset: Any) -> Rows:
+        tokens = tokenize(dataset, loaded.tokenizer, data.task, config.data.max_seq_length)
+        return Rows(tokens, loaded.tokenizer)
+
+    train_rows = rows(data.train)
+    sampler = Sampler(
+        num_samples=len(train_rows),
+        micro_batch_size=ds.values["train_micro_batch_size_per_gpu"],
+        accumulation_steps=ds.values["gradient_accumulation_steps"],
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=config.train.seed,
+    )
+    steps = config.train.max_steps
+    total = steps if steps > 0 else max(1, round(config.train.num_train_epochs * sampler.steps_per_epoch))
+    if config.train.gradient_checkpointing:
+        loaded.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    session = Session(
+        config=config,
+        ds=ds,
+        device=device,
+        data=data,
+        backbone=loaded,
+        train_rows=train_rows,
+        validation_rows={name: rows(split) for name, split in data.validation.items()},
+        sampler=sampler,
+        total_steps=total,
+        tracker=Tracker(Path(config.output.output_dir), total, enabled=distributed.rank() == 0),
+        peak=peak,
+        plan=PruningPlan.dense(loaded.structure),
+        lora_targets=lora_targets,
+        zero3=zero3,
+        report=report.empty(),
+    )
+    announce(session)
+    return session
+
+
+def check_target(config: Config, structure: Structure) -> None:
+    """A sparsity beyond what can be cut is said before training, not at the last decision."""
+    target, most = config.prune.target_sparsity or 0.0, max_sparsity(structure, config.prune.budget)
+    if target > most:
+        raise UserError(Problem("target_sparsity", target, f"more than can be cut from this model; at most {most:.4f}"))
+
+
+def same_data(data: TaskData) -> None:
+    """Every rank must hold the same examples: one that fell back to an old cache would train on something else."""
+    digest = hashlib.sha256()
+    for split in (data.train, *data.validation.values()):
+        digest.update(json.dumps(split.to_dict(), sort_keys=True).encode())
+    distributed.same_on_all_ranks("the data", digest.hexdigest())
+
+
+def announce(session: Session) -> None:
+    """Say what will happen, and what the "auto" fields became."""
+    config, ds, say = session.config, session.ds, session.tracker.say
+    if config.uses_sample:
+        say(
+            "Built-in sample: for real work name --model_name_or_path and --task_name "
+            "(with --data_dir for local GLUE files), or --train_file and --validation_file."
+        )
+    resolved = ", ".join(f"{name}={value}" for name, value in ds.resolved.items()) or "nothing"
+    say(f"{ds.path}: ZeRO stage {ds.stage}, {ds.dtype}, {distributed.world_size()} ranks; auto: {resolved}")
+    session.tracker.text("config", json.dumps(config.to_dict(), indent=2))
+    session.tracker.text("ds_config", json.dumps(ds.values, indent=2))
+
+
+def add_trainables(session: Session) -> None:
+    """LoRA, gates and head, as the method wants them, and the engine around them."""
+    config, loaded = session.config, session.backbone
+    method = config.prune.method
+    if method == "full":
+        loaded.model.requires_grad_(True)
+    else:
+        adapters.add_lora(
+            loaded.model,
+            loaded.layout,
+            session.lora_targets,
+            r=config.lora.r,
+            lora_alpha=config.lora.lora_alpha,
+            lora_dropout=config.lora.lora_dropout,
+            rank_per_layer=session.rank_per_layer,
+        )
+    if method == "tmp":
+        train_norms(loaded.model)
+    if method == "prunadapt":
+        attach_gates(session, config.prune.criterion)
+    session.engine = build_engine(session)
+
+
+def train_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.requires_grad_(True)
+
+
+def attach_gates(session: Session, criterion: str) -> None:
+    """Gates on every sub-layer, recording what `criterion` reads."""
+    loaded, config = session.backbone, session.config
+    session.recorder = Recorder(
+        loaded.structure.num_units,
+        activations="activation_abs" in CRITERIA[criterion].reads or config.prune.save_scores,
+        device=session.device,
+        seed=config.train.seed,
+    )
+    gates.attach(loaded.model, loaded.layout, loaded.structure, session.recorder)
+
+
+def build_engine(session: Session) -> Any:
+    config, ds = session.config, session.ds
+    defaults = {k: v for k, v in ds.adam.items() if v is not None}
+    groups = engines.parameter_groups(
+        session.model,
+        session.backbone.head_names,
+        learning_rate=defaults.get("lr", config.train.learning_rate),
+        gate_learning_rate=config.prune.gate_learning_rate,
+        weight_decay=defaults.get("weight_decay", config.train.weight_decay),
+    )
+    return engines.build(session.model, groups, ds.values, ds.adam)
+
+
+def eval_batch(session: Session) -> int:
+    return session.config.train.per_device_eval_batch_size
+
+
+def evaluate(session: Session) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """The task's measures of the model as it is, and the logits behind them, by validation set."""
+    with session.timed("evaluation"):
+        logits = {
+            name: predict(session.engine, rows, eval_batch(session), session.device)
+            for name, rows in session.validation_rows.items()
+        }
+        return measures(session, logits), logits
+
+
+def measures(session: Session, logits: dict[str, Tensor]) -> dict[str, float]:
+    """All measures of all validation sets, prefixed by the set's name where there are several, and their mean "score"."""
+    several = len(logits) > 1
+    merged: dict[str, float] = {}
+    for name, values in logits.items():
+        found = compute_metrics(session.data, values.numpy(), session.validation_rows[name].labels.numpy())
+        merged |= {f"{name}/{k}" if several else k: v for k, v in found.items() if k != "score"}
+    return {**merged, "score": sum(merged.values()) / len(merged)}
