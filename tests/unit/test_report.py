@@ -1,0 +1,115 @@
+"""Tracker, report and model card."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from prunadapt_ds import card, report
+from prunadapt_ds.tracking import Tracker
+
+pytestmark = pytest.mark.fast
+
+
+def filled():
+    r = report.empty()
+    r |= {"status": "complete", "task": "mrpc", "method": "prunadapt", "model": "some/encoder", "seed": 0}
+    for kind in ("teacher", "masked", "exported"):
+        r["metric"][kind] = {"accuracy": 0.8123, "f1": 0.87, "score": 0.84}
+    r["params"] |= {"encoder_dense": 1000, "encoder_kept": 400}
+    r["macs"] |= {"dense": 4_000_000, "kept": 2_000_000, "seq_length": 128}
+    r["latency"] |= {"dense_ms": 10.0, "exported_ms": 5.0, "batch_size": 32}
+    r["structure"] = [{"layer": 0, "heads": 3, "neurons": 40}]
+    r["exports"] = {"compact": {"path": "exports/compact", "needs_remote_code": True}}
+    return r
+
+
+def test_keys_are_null_never_absent(tmp_path):
+    report.validate(report.empty())
+    report.write(tmp_path, report.empty())
+    assert json.loads((tmp_path / "report.json").read_text()) == report.empty()
+    assert (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("path", [("status",), ("time", "train_s"), ("memory", "peak_rank_bytes", "dense_phase")])
+def test_a_missing_or_unknown_key_is_refused(tmp_path, path):
+    broken = copy.deepcopy(filled())
+    inner = broken
+    for key in path[:-1]:
+        inner = inner[key]
+    inner["surprise"] = inner.pop(path[-1])
+    with pytest.raises(ValueError) as caught:
+        report.write(tmp_path, broken)
+    assert f"{path[-1]} is missing" in str(caught.value) and "surprise is unknown" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_table_says_what_the_report_says():
+    text = report.table(filled())
+    assert all(len(line) <= 100 for line in text.splitlines())
+    for figure in ("81.23", "87.00", "84.00", "400 (40.0%)", "2 (50.0%)", "5.0 (50.0%)"):
+        assert figure in text, figure
+    assert "40.0%" in report.markdown(filled())
+
+
+def test_card_is_valid_for_the_hub():
+    from huggingface_hub import ModelCard
+
+    text = card.render(filled(), "some/encoder", ("no", "yes"), "compact")
+    data = ModelCard(text).data
+    assert data.base_model == "some/encoder" and data.pipeline_tag == "text-classification"
+    assert {r.metric_type: r.metric_value for r in data.eval_results} == {"accuracy": 0.8123, "f1": 0.87}
+    assert "trust_remote_code=True" in text and "no, yes" in text
+
+
+def test_card_without_a_hub_model_names_none(tmp_path):
+    from huggingface_hub import ModelCard
+
+    r = filled()
+    r["task"], r["exports"]["compact"]["needs_remote_code"] = "own_classification", False
+    text = card.render(r, str(tmp_path), (), "compact")
+    assert ModelCard(text).data.base_model is None and "trust_remote_code=True" not in text
+
+
+def test_tracker_writes_all_three(tmp_path, capsys):
+    tracker = Tracker(tmp_path, 10, enabled=True)
+    tracker.log(5, "dense", {"train/loss": 0.5, "samples/s": float("nan")})
+    tracker.say("hello")
+    tracker.text("config", "{}")
+    tracker.close()
+    tracker.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 5, "phase": "dense", "train/loss": 0.5, "samples/s": None
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "step 5/10" in printed and "loss 0.5" in printed and "hello" in printed
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "runs")).Reload()
+    assert "train/loss" in events.Tags()["scalars"]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    tracker = Tracker(tmp_path / "out", 10, enabled=False)
+    tracker.log(1, "dense", {"train/loss": 1.0})
+    tracker.advance(1, "dense")
+    tracker.say("x")
+    tracker.text("x", "y")
+    tracker.close()
+    assert not (tmp_path / "out").exists()
+
+
+def test_matched_and_mismatched_are_both_reported():
+    from prunadapt_ds.data import TASKS
+    from prunadapt_ds.session import measures
+
+    logits = torch.eye(3)
+    sets = {"matched": torch.tensor([0, 1, 2]), "mismatched": torch.tensor([0, 0, 0])}
+    session = SimpleNamespace(
+        data=SimpleNamespace(task=TASKS["mnli"], is_regression=False, num_labels=3),
+        validation_rows={name: SimpleNamespace(labels=labels) for name, labels in sets.items()},
+    )
+    found = measures(session, dict.fromkeys(sets, logits))
+    assert found == pytest.approx({"matched/accuracy": 1.0, "mismatched/accuracy": 1 / 3, "score": 2 / 3})
