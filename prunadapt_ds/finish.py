@@ -24,6 +24,7 @@ def finish(session: Session) -> None:
     config = session.config
     peak_bytes = int(distributed.dist_max(session.peak.bytes()))
     masked_metrics, masked = evaluate(session)
+    session.tracker.log(session.total_steps, "finish", {"eval/score": masked_metrics["score"]})
     reference = parity_reference(session, masked)
     folder = session.output_dir / "exports" / "compact"
     needs_remote_code = export.export(

@@ -111,7 +111,7 @@ def decide_and_cut(
     """One all-reduce, one global decision, the same on every rank; the masks follow."""
     prune = session.config.prune
     if step == pruning.decision_steps[0]:
-        keep_teacher(session)
+        keep_teacher(session, step)
     assert session.recorder is not None
     with session.timed("importance"):
         window = session.recorder.all_reduce()
@@ -131,10 +131,11 @@ def decide_and_cut(
         save_scores(session, window, step, samples)
 
 
-def keep_teacher(session: Session) -> None:
+def keep_teacher(session: Session, step: int) -> None:
     """The dense model as it is now: its score, and its logits on the training set for distillation."""
     metrics, _ = evaluate(session)
     session.report["metric"]["teacher"] = metrics
+    session.tracker.log(step, "teacher", {"eval/score": metrics["score"]})
     if session.config.prune.distill_weight > 0:
         with session.timed("teacher"):
             session.teacher_logits = predict(session.engine, session.train_rows, eval_batch(session), session.device)

@@ -37,7 +37,9 @@ def fit(argv, *, threshold_zero=False):
     return {
         "losses": [line["train/loss"] for line in _lines(session) if "train/loss" in line],
         "learning_rates": [
-            {k: v for k, v in line.items() if k.startswith("learning_rate/")} for line in _lines(session)
+            {k: v for k, v in line.items() if k.startswith("learning_rate/")}
+            for line in _lines(session)
+            if "train/loss" in line
         ],
         "plan_hash": session.plan.hash,
         "counts": session.plan.counts(),

@@ -69,6 +69,14 @@ def test_frozen_weights_are_sharded_and_untouched(folder, tmp_path, method):
         assert len(set(result["losses"])) > 1
 
 
+def test_layers_beyond_the_persistence_threshold_are_sharded(folder, tmp_path):
+    """Matrices of 262,144 elements, which DeepSpeed shards, beside vectors, which it would keep whole."""
+    tiny_folder(tmp_path / "wide", "bert", hidden_size=256, intermediate_size=1024, num_hidden_layers=2)
+    argv = arguments(folder, tmp_path / "out", model_name_or_path=tmp_path / "wide", max_steps=4)
+    for result in run_ranks(runs.fit, 2, argv):
+        assert result["frozen_same"] and max(result["frozen_shares"]) <= 1 / 2 + 0.02
+
+
 def test_the_whole_head_trains(folder, tmp_path):
     trained = run_ranks(runs.fit, 2, arguments(folder, tmp_path / "out", method="lora"))[0]["trained"]
     heads = {name for name in trained if "lora_" not in name}

@@ -24,9 +24,9 @@ def test_every_family_with_every_method(base, tmp_path, model_type, method):  # 
 
 
 @pytest.mark.parametrize("method", ["prunadapt", "tmp", "full"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_every_stage(base, tmp_path, stage, method):  # noqa: F811
-    report = run(base, tmp_path / "out", stage=stage, method=method)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_shipped_ds_config(base, tmp_path, stage, method):  # noqa: F811
+    report = run(base, tmp_path / "out", method=method, ds_config=ROOT / "ds_configs" / f"zero{stage}.json")
     assert report["zero_stage"] == stage and report["status"] == "complete"
 
 

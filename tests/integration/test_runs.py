@@ -83,7 +83,7 @@ def test_other_methods(base, tmp_path, method):
 
 def test_what_a_run_leaves_behind(base, tmp_path):
     out = tmp_path / "out"
-    report = run(base, out, save_scores=True, eval_steps=5)
+    report = run(base, out, save_scores=True, eval_steps=5, logging_steps=2)
     assert encoder_parameters_in(out / "exports" / "compact") == report["params"]["encoder_kept"]
     names = {p.name for p in out.iterdir()} - {"ds.json"}
     assert names == {
@@ -95,7 +95,7 @@ def test_what_a_run_leaves_behind(base, tmp_path):
     assert report["metric"]["exported"]["accuracy"] == pytest.approx(accuracy)
     assert report["metric"]["teacher"] and report["metric"]["masked"]["score"] <= 1
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {line["phase"] for line in metrics} <= {"dense", "prune", "recover"}
+    assert {line["phase"] for line in metrics} == {"dense", "prune", "recover", "teacher", "finish"}
     assert any("eval/score" in line for line in metrics)
     assert list((out / "runs").glob("events.*"))
     assert "pipeline_tag: text-classification" in (out / "exports" / "compact" / "README.md").read_text()
