@@ -125,10 +125,8 @@ def export(
     plan: PruningPlan,
     tokenizer: Any,
     folder: Path,
-    *,
-    dtype: torch.dtype = torch.float32,
 ) -> bool:
-    """Write the pruned model to `folder` (rank 0 writes, all ranks must call). Returns whether it needs remote code.
+    """Write the pruned model in fp32 to `folder` (rank 0 writes, all ranks must call). Returns whether it needs remote code.
 
     The folder appears complete or not at all. A model of which nothing was cut loads with the stock class.
     """
@@ -136,7 +134,7 @@ def export(
     state = {}
     for name, tensor in pruned_tensors(model, layout, plan):
         if rank() == 0:
-            state[name] = tensor.to(dtype).cpu().contiguous().clone()
+            state[name] = tensor.cpu().contiguous().clone()
     if rank() != 0:
         return needs_remote_code
 
@@ -145,7 +143,7 @@ def export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     unfinished.chmod(0o755)
-    config = exported_config(model, layout, plan, dtype, needs_remote_code)
+    config = exported_config(model, layout, plan, needs_remote_code)
     config.save_pretrained(unfinished)
     if needs_remote_code:
         shutil.copyfile(Path(modeling_prunadapt.__file__), unfinished / MODELING_FILE)
@@ -159,11 +157,11 @@ def export(
     return needs_remote_code
 
 
-def exported_config(model: Any, layout: Layout, plan: PruningPlan, dtype: torch.dtype, needs_remote_code: bool) -> Any:
+def exported_config(model: Any, layout: Layout, plan: PruningPlan, needs_remote_code: bool) -> Any:
     """The model's configuration, with the structure and the class that reads it where something was cut."""
     config = copy.deepcopy(model.config)
     stock = type(model).__name__
-    config.dtype = dtype
+    config.dtype = torch.float32
     config.architectures = [f"Pruned{stock}" if needs_remote_code else stock]
     if needs_remote_code:
         kept = [len(units) for units in plan.kept]
@@ -190,10 +188,11 @@ def reload_in_fresh_process(
     needs_remote_code: bool,
     batch_size: int,
     device: torch.device,
+    dtype: str = "float32",
     latency: dict[str, Any] | None = None,
     threads: int | None = None,
 ) -> Reloaded:
-    """Load `folder` in a new Python process that does not import this package, in fp32, and predict `datasets`.
+    """Load `folder` in a new Python process that does not import this package and predict `datasets`.
 
     `latency`: {"batch_size", "seq_length", "repeats", "dtype"} to time it against the dense stock model as well.
     Raises ParityError with the process's last words if it fails.
@@ -210,6 +209,7 @@ def reload_in_fresh_process(
             "pad_token_id": next(iter(datasets.values())).tokenizer.pad_token_id,
             "batch_size": batch_size,
             "device": str(device),
+            "dtype": dtype,
             "threads": threads,
             "latency": latency,
             "logits": f"{scratch}/logits.safetensors",
@@ -234,7 +234,26 @@ def reload_in_fresh_process(
     return Reloaded(logits, result.get("latency"))
 
 
-def compare_logits(masked: Tensor, exported: Tensor) -> tuple[float, float]:
-    """max |difference| and what is allowed: float32 [N, C] twice."""
-    tolerance = TOLERANCE * max(1.0, float(masked.abs().max()))
-    return float((masked - exported).abs().max()), tolerance
+def compare_logits(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """The report's parity block over all datasets: (trained, exported) logits, float32 [N, C] twice. NaN is infinite."""
+    trained, exported = (torch.cat([pair[i].flatten() for pair in pairs.values()]) for i in (0, 1))
+    difference = float((trained - exported).abs().nan_to_num(nan=torch.inf).max())
+    return {
+        "max_abs_logit_diff": difference if difference < torch.inf else sys.float_info.max,
+        "tolerance": TOLERANCE * max(1.0, float(trained.abs().max())),
+        "examples": sum(len(logits) for logits, _ in pairs.values()),
+    }
+
+
+def cast(folder: Path, dtype: torch.dtype) -> None:
+    """Store the weights of an exported folder in another dtype, file by file."""
+    from safetensors.torch import load_file, save_file
+
+    for file in sorted(folder.glob("*.safetensors")):
+        unfinished = file.with_suffix(".tmp")
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, unfinished, {"format": "pt"})
+        unfinished.chmod(0o644)
+        unfinished.replace(file)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

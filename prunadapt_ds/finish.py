@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunadapt_ds import card, distributed, export, memory, report
 from prunadapt_ds import engine as engines
-from prunadapt_ds.errors import ParityError
+from prunadapt_ds.errors import ParityError, PrunadaptError
 from prunadapt_ds.evaluate import predict, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
 from prunadapt_ds.session import Session, eval_batch, evaluate, measures
@@ -21,7 +21,6 @@ LATENCY = {"batch_size": 32, "seq_length": 128, "repeats": 20}
 
 def finish(session: Session) -> None:
     """Score, export, reload in a fresh process, compare, report."""
-    config = session.config
     peak_bytes = int(distributed.dist_max(session.peak.bytes()))
     masked_metrics, masked = evaluate(session)
     session.tracker.log(session.total_steps, "finish", {"eval/score": masked_metrics["score"]})
@@ -33,12 +32,17 @@ def finish(session: Session) -> None:
         session.plan,
         session.backbone.tokenizer,
         folder,
-        dtype=getattr(torch, config.output.export_dtype),
     )
     fill_report(session, masked_metrics, peak_bytes, needs_remote_code)
     failure = ""
     if distributed.rank() == 0:
-        failure = prove(session, folder, needs_remote_code, masked, reference)
+        try:
+            prove(session, folder, needs_remote_code, masked, reference)
+        except PrunadaptError as error:  # the other ranks wait for the verdict
+            failure = str(error)
+            session.report["status"] = "failed"
+        report.write(session.output_dir, session.report)
+        session.tracker.say(report.table(session.report))
     failure = distributed.broadcast_object(failure)
     session.tracker.close()
     if failure:
@@ -58,39 +62,44 @@ def parity_reference(session: Session, masked: dict[str, Tensor]) -> dict[str, T
 
 def prove(
     session: Session, folder: Path, needs_remote_code: bool, masked: dict[str, Tensor], reference: dict[str, Tensor]
-) -> str:
-    """Rank 0: reload the export without this package, compare, complete and write the report. Returns what failed."""
-    result = session.report
-    low_precision = session.config.output.export_dtype != "float32"
-    reloaded = export.reload_in_fresh_process(
-        folder,
-        session.validation_rows,
-        needs_remote_code=needs_remote_code,
-        batch_size=eval_batch(session),
-        device=session.device,
-        latency={**LATENCY, "dtype": "bfloat16" if session.ds.dtype == "bf16" else "float32"},
-    )
-    difference, tolerance, examples = 0.0, export.TOLERANCE, 0
-    for name, logits in reference.items():
-        found, allowed = export.compare_logits(logits, reloaded.logits[name][: len(logits)])
-        difference, tolerance = max(difference, found), max(tolerance, allowed)
-        examples += len(logits)
-    result["parity"] = {"max_abs_logit_diff": difference, "tolerance": tolerance, "examples": examples}
-    result["metric"]["exported"] = measures(session, reloaded.logits)
-    result["latency"] |= reloaded.latency or {}
-    failed = difference > tolerance and not low_precision
-    result["status"] = "failed" if failed else "complete"
-    write_predictions(session, masked, reloaded.logits)
-    plan = json.dumps(session.plan.to_dict(), sort_keys=True)
-    (session.output_dir / "plan.json").write_text(plan)
-    (folder / "README.md").write_text(
-        card.render(result, session.config.model.model_name_or_path, session.data.label_names, "compact")
-    )
-    report.write(session.output_dir, result)
-    session.tracker.say(report.table(result))
-    if failed:
-        return f"the export's logits differ by {difference:.2e} from the trained model's; allowed is {tolerance:.2e}"
-    return ""
+) -> None:
+    """Rank 0: reload the export without this package and compare; complete the report and the folder's card.
+
+    The comparison is made on fp32 weights; a lower `--export_dtype` is cast afterwards. Raises ParityError.
+    """
+    config, result = session.config, session.report
+    export_dtype = config.output.export_dtype
+
+    def reloaded(dtype: str, latency: bool) -> export.Reloaded:
+        low = "bfloat16" if session.ds.dtype == "bf16" else "float32"
+        return export.reload_in_fresh_process(
+            folder,
+            session.validation_rows,
+            needs_remote_code=needs_remote_code,
+            batch_size=eval_batch(session),
+            device=session.device,
+            dtype=dtype,
+            latency={**LATENCY, "dtype": low} if latency else None,
+        )
+
+    (session.output_dir / "plan.json").write_text(json.dumps(session.plan.to_dict(), sort_keys=True))
+    exported = reloaded("float32", latency=export_dtype == "float32")
+    pairs = {name: (logits, exported.logits[name][: len(logits)]) for name, logits in reference.items()}
+    result["parity"] |= export.compare_logits(pairs)
+    if export_dtype != "float32":
+        export.cast(folder, getattr(torch, export_dtype))
+        exported = reloaded(export_dtype, latency=True)
+    result["latency"] |= exported.latency or {}
+    write_predictions(session, masked, exported.logits)
+    difference, tolerance = result["parity"]["max_abs_logit_diff"], result["parity"]["tolerance"]
+    if not difference <= tolerance:
+        raise ParityError(
+            f"the export's logits differ by {difference:.2e} from the trained model's; allowed is {tolerance:.2e}"
+        )
+    result["metric"]["exported"] = measures(session, exported.logits)
+    result["status"] = "complete"
+    model = config.model.model_name_or_path
+    (folder / "README.md").write_text(card.render(result, model, session.data.label_names, "compact"))
 
 
 def write_predictions(session: Session, masked: dict[str, Tensor], exported: dict[str, Tensor]) -> None:

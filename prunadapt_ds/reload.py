@@ -75,7 +75,7 @@ def answer(request: dict[str, Any]) -> None:
         )
         return model.to(device).eval()
 
-    model = load("float32")
+    model = load(request["dtype"])
     tensors, result = {}, {}
     for name, rows in request["rows"].items():
         tensors[name] = predict(model, rows, request["pad_token_id"], request["batch_size"], device)

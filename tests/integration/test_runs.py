@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from prunadapt_ds import report as reports
 from prunadapt_ds.models.families import FAMILIES
@@ -140,18 +141,33 @@ def test_dropout_and_bf16(base, tmp_path):
     assert differ <= 0.005 * len(lines) + 1
 
 
-def test_an_export_that_computes_something_else_fails(base, tmp_path):
+def test_low_precision_export(base, tmp_path):
+    """Proven in fp32 first, then cast; the cast model predicts the same on all but 0.5 % of examples."""
+    report = run(base, tmp_path / "out", world_size=1, export_dtype="bfloat16")
+    folder = tmp_path / "out" / "exports" / "compact"
+    from safetensors.torch import load_file
+
+    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    differ = sum(line["masked"]["prediction"] != line["exported"]["prediction"] for line in lines)
+    assert differ <= 0.005 * len(lines) + 1
+
+
+@pytest.mark.parametrize("factor", [20.0, float("nan")])
+def test_an_export_that_computes_something_else_fails(base, tmp_path, factor):
     argv = arguments(base, tmp_path / "out", batch=8)
-    assert run_ranks(_run_with_damaged_export, 1, argv) == [3]
+    assert run_ranks(_run_with_damaged_export, 2, argv, factor) == [3, 3]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["status"] == "failed"
 
 
-def _run_with_damaged_export(argv):
+def _run_with_damaged_export(argv, factor):
     from prunadapt_ds import export
     from prunadapt_ds.train import main
 
     honest = export.fold_gate
-    export.fold_gate = lambda weight, gate, cut: honest(weight, gate, cut) * 20
+    export.fold_gate = lambda weight, gate, cut: honest(weight, gate, cut) * factor
     try:
         return main(argv)
     finally:
