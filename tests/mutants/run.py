@@ -88,7 +88,7 @@ MUTANTS = (
     Mutant("layers ranked one after another", "budget.py", "order = torch.argsort(densities, stable=True)",
            "order = torch.arange(len(densities))", f"{BUDGET}::test_ranking_is_global_over_layers_and_kinds"),
     Mutant("score not divided by cost", "budget.py", "scores[flat]) / item_costs", "scores[flat])",
-           f"{BUDGET}::test_ranking_is_global_over_layers_and_kinds"),
+           f"{BUDGET}::test_heads_and_neurons_are_weighed_by_their_cost"),
     Mutant("unstable ties", "budget.py", "order = torch.argsort(scores, stable=True)",
            "order = torch.argsort(scores.flip(0), stable=True).flip(0)", f"{BUDGET}::test_equal_scores_are_cut_by_index"),
     Mutant("disagreement ignored", "distributed.py", "if not torch.equal(row, everyone[0])]", "if False]",

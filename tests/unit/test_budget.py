@@ -89,12 +89,20 @@ def test_floors_are_kept(s, seed, heads, neurons):
 def test_ranking_is_global_over_layers_and_kinds():
     s = structure(layers=2, heads=2, neurons=16)
     scores = torch.ones(s.num_units)
-    for sub in s.sublayers:  # layer 0 is unimportant, per cost, in both of its kinds
-        scores[sub.span] = sub.params_per_unit * (1.0 if sub.layer else 0.1)
-    plan = decide(scores, s, 0.4)
-    counts = plan.counts()
-    assert counts[1] == {"layer": 1, "heads": 2, "neurons": 16}
-    assert counts[0]["heads"] < 2 and counts[0]["neurons"] < 16
+    for sub in s.sublayers:  # layer 1 is unimportant, per cost, in both of its kinds
+        scores[sub.span] = sub.params_per_unit * (0.1 if sub.layer else 1.0)
+    counts = decide(scores, s, 0.4).counts()
+    assert counts[0] == {"layer": 0, "heads": 2, "neurons": 16}
+    assert counts[1]["heads"] < 2 and counts[1]["neurons"] < 16
+
+
+def test_heads_and_neurons_are_weighed_by_their_cost():
+    s = structure(layers=1, heads=2, neurons=16, head_cost=1000, neuron_cost=60)
+    scores = torch.ones(s.num_units)
+    scores[:2] = 500.0  # more than a group of neurons (8 * 60), but half as much per parameter
+    scores[2:] = 60.0
+    counts = decide(scores, s, 1000 / s.dense_cost("params")).counts()[0]
+    assert counts == {"layer": 0, "heads": 1, "neurons": 16}
 
 
 def test_too_much_is_an_error_that_names_the_maximum():
