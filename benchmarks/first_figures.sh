@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Real GLUE with the sample encoder: three methods, same epochs. Reports go to benchmarks/results/.
-#   benchmarks/first_figures.sh DATA_DIR [EPOCHS] [RANKS]
+#   [TASKS="mrpc stsb"] benchmarks/first_figures.sh DATA_DIR [EPOCHS] [RANKS]
 set -euo pipefail
 data=${1:?a folder with the official GLUE TSVs}; epochs=${2:-2}; ranks=${3:-2}
 root=$(cd "$(dirname "$0")/.." && pwd)
-for task in mrpc stsb; do
+for task in ${TASKS:-mrpc stsb}; do
   for method in prunadapt lora tmp; do
     results="$root/benchmarks/results/first_figures/$task-$method.json"
     [ -f "$results" ] && continue
