@@ -135,7 +135,7 @@ def decide(
         densities = zeros.scatter_add(0, owner, scores[flat]) / item_costs  # [items]
         order = torch.argsort(densities, stable=True)
         removed = item_costs[order].cumsum(0)
-        if excess > removed[-1]:
+        if excess > removed[-1] + 0.5:  # costs are whole numbers; less than one is the rounding of `sparsity * dense`
             raise _too_sparse(sparsity, float(removed[-1]) / dense)
         # The prefix whose cost is nearest to what must go; of two equally near ones the shorter.
         candidates = torch.cat([zeros[:1], removed])

@@ -105,6 +105,12 @@ def test_heads_and_neurons_are_weighed_by_their_cost():
     assert counts == {"layer": 0, "heads": 1, "neurons": 16}
 
 
+@settings(max_examples=200, deadline=None)
+@given(structures, st.sampled_from(["params", "macs"]))
+def test_exactly_the_maximum_cuts_everything(s, budget):
+    assert not decide(torch.ones(s.num_units), s, max_sparsity(s, budget), budget=budget).mask().any()
+
+
 def test_too_much_is_an_error_that_names_the_maximum():
     s = structure()
     with pytest.raises(UserError, match=f"{max_sparsity(s, 'params'):.4f}"):
