@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # Ranks of the quickstart: every GPU where there are some, otherwise two CPU processes.
-RANKS := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | wc -l || echo 2)
+RANKS := $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); [ $$n -gt 0 ] && echo $$n || echo 2)
 
 .PHONY: quickstart test test-fast test-ci test-full quality style mutants coverage tensorboard clean tools
 

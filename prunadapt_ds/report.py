@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def empty() -> dict[str, Any]:
 def validate(report: dict[str, Any]) -> None:
     """Raise ValueError that names every key too many or too few."""
     wrong = sorted(_differences(report, _SCHEMA, ""))
+    if not wrong:
+        wrong = sorted(_contents(report))
     if wrong:
         raise ValueError("the report does not follow its schema: " + "; ".join(wrong))
 
@@ -78,10 +81,33 @@ def _differences(found: Any, wanted: dict[str, Any], prefix: str) -> list[str]:
     return wrong
 
 
+def _contents(report: dict[str, Any]) -> list[str]:
+    """What is wrong inside the parts whose keys a run chooses."""
+    wrong = []
+    for kind, measures in report["metric"].items():
+        if measures is not None and (not isinstance(measures, dict) or "score" not in measures):
+            wrong.append(f"metric.{kind} is neither null nor an object with a score")
+    for i, row in enumerate(report["structure"]):
+        wrong += _differences(row, _nothing("layer", "heads", "neurons"), f"structure[{i}].")
+    for kind, export in report["exports"].items():
+        wrong += _differences(export, _nothing("path", "needs_remote_code"), f"exports.{kind}.")
+    return wrong
+
+
+def _finite(value: Any) -> Any:
+    """The same without NaN and infinity, which JSON cannot say: null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write(output_dir: Path, report: dict[str, Any]) -> None:
     """Write report.json and report.md, each complete or not at all."""
     validate(report)
-    _replace(output_dir / "report.json", json.dumps(report, indent=2) + "\n")
+    report = _finite(report)
+    _replace(output_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     _replace(output_dir / "report.md", markdown(report))
 
 
@@ -175,7 +201,7 @@ def markdown(report: dict[str, Any]) -> str:
         "## Kept units",
         "\n".join([line(("layer", "heads", "neurons")), "|---:|---:|---:|", *structure]),
         "## Time",
-        "\n".join([line(("", "seconds")), "|---|---:|", *seconds]),
+        "\n".join([line(("", "")), "|---|---:|", *seconds]),
         "Versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + ".",
     ]
     return "\n\n".join(parts) + "\n"

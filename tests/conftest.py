@@ -15,6 +15,12 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 
 
+def pytest_configure(config):
+    """`pytest` alone runs the fast tier; tests named on the command line run whatever their tier."""
+    if not config.option.markexpr and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        config.option.markexpr = "fast"
+
+
 @pytest.fixture
 def glue_dir():
     """Real GLUE in the official layout, where this machine has it."""

@@ -34,6 +34,35 @@ def _skip():
     pytest.skip("not here")
 
 
+def _zero3_step():
+    """One ZeRO-3 step of a linear layer: (elements resident on this rank before use, weights before, after)."""
+    import deepspeed
+    import torch
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 4)
+    before = model.weight.detach().clone()
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    resident = engine.module.weight.numel()
+    engine.backward(engine(torch.ones(2, 8)).square().mean())
+    engine.step()
+    with deepspeed.zero.GatheredParameters([engine.module.weight]):
+        after = engine.module.weight.detach().clone()
+    return resident, before.tolist(), after.tolist()
+
+
+def test_deepspeed_shards_and_steps():
+    first, second = run_ranks(_zero3_step, 2)
+    assert first == second, "ranks hold different weights"
+    resident, before, after = first
+    assert resident == 0 and before != after
+
+
 def test_ranks_talk():
     assert run_ranks(_sum, 2) == [3.0, 3.0]
 

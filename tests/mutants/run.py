@@ -1,7 +1,7 @@
 """Plant one defect at a time in a copy of the project; a named test must catch each.
 
 make mutants            all of them
-python tests/mutants/run.py gate-not-folded ...      some
+python tests/mutants/run.py "gate not folded" ...      some
 """
 
 import os
@@ -112,6 +112,10 @@ def passes(project: Path, test: str) -> bool:
 
 
 def main(names: list[str]) -> int:
+    unknown = sorted(set(names) - {m.name for m in MUTANTS})
+    if unknown:
+        print(f"no such mutant: {', '.join(unknown)}; there are: {', '.join(m.name for m in MUTANTS)}")
+        return 2
     chosen = [m for m in MUTANTS if not names or m.name in names]
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder) / "project"

@@ -46,6 +46,33 @@ def test_a_missing_or_unknown_key_is_refused(tmp_path, path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "part, value, named",
+    [
+        ("metric", {"teacher": 3, "masked": None, "exported": None}, "metric.teacher"),
+        ("metric", {"teacher": None, "masked": {"f1": 1.0}, "exported": None}, "metric.masked"),
+        ("structure", [{"layer": 0, "heads": 1}], r"structure\[0\].neurons"),
+        ("exports", {"compact": {"path": "x"}}, "exports.compact.needs_remote_code"),
+    ],
+)
+def test_parts_with_free_keys_are_checked_inside(part, value, named):
+    with pytest.raises(ValueError, match=named):
+        report.validate(filled() | {part: value})
+
+
+def test_what_json_cannot_say_is_null(tmp_path):
+    r = filled()
+    r["time"]["train_s"], r["metric"]["masked"]["f1"] = float("inf"), float("nan")
+    report.write(tmp_path, r)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert read["time"]["train_s"] is None and read["metric"]["masked"]["f1"] is None
+    assert "nan" not in (tmp_path / "report.md").read_text()
+
+
 def test_table_says_what_the_report_says():
     text = report.table(filled())
     assert all(len(line) <= 100 for line in text.splitlines())
@@ -69,8 +96,11 @@ def test_card_without_a_hub_model_names_none(tmp_path):
 
     r = filled()
     r["task"], r["exports"]["compact"]["needs_remote_code"] = "own_classification", False
+    r["model"] = str(tmp_path)
     text = card.render(r, str(tmp_path), (), "compact")
-    assert ModelCard(text).data.base_model is None and "trust_remote_code=True" not in text
+    assert (
+        ModelCard(text).data.base_model is None and str(tmp_path) not in text and "trust_remote_code=True" not in text
+    )
 
 
 def test_tracker_writes_all_three(tmp_path, capsys):
