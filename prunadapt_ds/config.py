@@ -59,7 +59,7 @@ class DataOptions:
     data_dir: str | None = option(None, "official GLUE TSVs, one folder per task, instead of the hub")
     train_file: str | None = option(None, "own training data: csv, tsv, jsonl, parquet; sentence1[, sentence2], label")
     validation_file: str | None = option(None, "own development data, same columns")
-    test_file: str | None = option(None, "own test data, same columns")
+    test_file: str | None = option(None, "not available yet")
     max_seq_length: int = option(128, "tokens; longer inputs are truncated", least=4)
     max_train_samples: int | None = option(None, "train on that many examples only, chosen by the seed", least=1)
     max_eval_samples: int | None = option(None, "evaluate on the first that many examples of each set", least=1)
@@ -364,6 +364,10 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(Problem("target_sparsity", prune.target_sparsity, f"--method {prune.method} {why}; leave it out"))
     if prune.method != "prunadapt" and prune.score_only:
         found.append(Problem("score_only", True, "scores come from the gates of --method prunadapt"))
+    if prune.method != "prunadapt" and prune.save_scores:
+        found.append(Problem("save_scores", True, "there are no decisions but those of --method prunadapt"))
+    if data.test_file is not None:
+        found.append(Problem("test_file", data.test_file, "test sets are not used yet; leave it out"))
     if prune.prune_start >= prune.prune_end:
         found.append(Problem("prune_start", prune.prune_start, f"must be less than prune_end ({prune.prune_end})"))
     if train.max_steps == 0:

@@ -73,6 +73,8 @@ def test_every_choice_suggests(name):
         (["--learning_rat", "1"], "learning_rat"),
         (["--method", "tmp", "--target_sparsity", "0.5"], "target_sparsity"),
         (["--method", "lora", "--score_only"], "score_only"),
+        (["--method", "tmp", "--save_scores"], "save_scores"),
+        (["--train_file", "a.csv", "--validation_file", "b.csv", "--test_file", "c.csv"], "test_file"),
         (["--prune_start", "0.7"], "prune_start"),
         (["--max_steps", "0"], "max_steps"),
         (["--task_name", "mrpc", "--train_file", "a.csv", "--validation_file", "b.csv"], "task_name"),
