@@ -107,15 +107,19 @@ def decide(
     budget: str = "params",
     neuron_multiple: int = 8,
     floors: Mapping[tuple[int, str], int] | None = None,
+    gone: Tensor | None = None,
 ) -> PruningPlan:
     """Cut the units with the least score per cost, over all layers and kinds at once, until the budget is met.
 
     scores: float [U]. The cost kept differs from `(1 - sparsity) * dense` by at most one item (one head, or one group of
-    `neuron_multiple` neurons). `floors`: least units left of a (layer, kind). Ties break by flat index.
+    `neuron_multiple` neurons). `floors`: least units left of a (layer, kind). `gone`: bool [U], units that are physically
+    removed already and cannot come back. Ties break by flat index.
     Raises UserError when `sparsity` is more than can be cut, naming the maximum.
     """
     scores = scores.detach().double().cpu()
     assert scores.shape == (structure.num_units,) and bool(torch.isfinite(scores).all())
+    if gone is not None:
+        scores = scores.masked_fill(gone, -torch.inf)  # before all others
     unit_costs = structure.unit_costs(budget)
     items: list[Tensor] = []
     for sublayer in structure.sublayers:
@@ -140,6 +144,7 @@ def decide(
         # The prefix whose cost is nearest to what must go; of two equally near ones the shorter.
         candidates = torch.cat([zeros[:1], removed])
         count = int((candidates - excess).abs().argmin())
+        count = max(count, int((densities == -torch.inf).sum()))
         cut = torch.isin(owner, order[:count])
         keep[flat[cut]] = False
     return PruningPlan.from_mask(structure, keep)

@@ -25,6 +25,7 @@ BUDGETS = ("params", "macs")
 CRITERION_NAMES = ("fisher", "taylor", "magnitude", "random")
 TASK_NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "sample")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
+SHRINKING = ("auto", "always", "never")
 DEFAULT_SPARSITY = 0.5
 
 
@@ -76,6 +77,11 @@ class PruningOptions:
     prune_start: float = option(0.25, "pruning begins; fraction of all steps", least=0, below=1)
     prune_end: float = option(0.6, "pruning ends; fraction of all steps", above=0, most=1)
     num_decisions: int = option(8, "decisions between start and end", least=1)
+    shrink: str = option(
+        "auto",
+        "when the model physically shrinks: where a rebuild pays, at every decision, at the end",
+        choices=SHRINKING,
+    )
     score_ema: float = option(
         0.5, "decay of the moving average of scores over decisions; 0: newest only", least=0, below=1
     )

@@ -39,6 +39,17 @@ def gathered(parameters: Iterable[nn.Parameter], *, write_from: int | None = Non
         yield
 
 
+@contextmanager
+def rewriting(module: nn.Module) -> Iterator[None]:
+    """Make one module's parameters whole on every rank while they are replaced; what is new is sharded at the end."""
+    sharded: list[Any] = [p for p in module.parameters() if is_sharded(p)]
+    with gathered(sharded):
+        yield
+    if sharded:
+        new = [p for p in module.parameters() if not is_sharded(p)]
+        sharded[0].convert_to_zero_parameters(param_list=new)
+
+
 def parameter_groups(
     model: nn.Module,
     head_names: frozenset[str],

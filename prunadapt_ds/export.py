@@ -29,7 +29,7 @@ from prunadapt_ds.engine import gathered
 from prunadapt_ds.errors import ParityError
 from prunadapt_ds.gates import GATE_NAME, Gate
 from prunadapt_ds.models import modeling_prunadapt
-from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout, SubLayerLayout
+from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 
 TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
 MODELING_FILE = "modeling_prunadapt.py"
@@ -40,8 +40,8 @@ class Cut:
     """What one projection keeps."""
 
     projection: ProjectionLayout
-    sublayer: SubLayerLayout
-    units: Tensor  # int64 [K]
+    num_units: int  # before
+    units: Tensor  # int64 [K], positions among those
     side: str  # "out" or "in"
     vanishes: bool  # the sub-layer has no unit left
 
@@ -51,19 +51,20 @@ class Cut:
 
     @property
     def index(self) -> Tensor:
-        return self.projection.indices(self.units, self.sublayer.num_units)
+        return self.projection.indices(self.units, self.num_units)
 
 
-def cuts_of(layout: Layout, plan: PruningPlan) -> dict[str, Cut]:
-    """By the projection's full name, what it keeps."""
-    cuts, kept = {}, iter(plan.kept)
+def cuts_of(layout: Layout, plan: PruningPlan, present: PruningPlan) -> dict[str, Cut]:
+    """By the projection's full name, what it keeps of a model that holds `present`."""
+    cuts, pairs = {}, iter(zip(present.kept, plan.kept, strict=True))
     for layer in range(layout.num_layers):
         for sublayer in layout.sublayers:
-            units = torch.tensor(next(kept), dtype=torch.long)
+            old, new = (torch.tensor(units, dtype=torch.long) for units in next(pairs))
+            units = torch.searchsorted(old, new)
             sides = [(p, "out") for p in sublayer.inputs] + [(sublayer.output, "in")]
             for projection, side in sides:
                 name = f"{layout.layers}.{layer}.{projection.path}"
-                cuts[name] = Cut(projection, sublayer, units, side, vanishes=len(units) == 0)
+                cuts[name] = Cut(projection, len(old), units, side, vanishes=len(units) == 0)
     return cuts
 
 
@@ -83,12 +84,15 @@ def fold_gate(weight: Tensor, gate: Gate, cut: Cut) -> Tensor:
     return weight * (scale if cut.axis == 1 else scale[:, None])
 
 
-def pruned_tensors(model: nn.Module, layout: Layout, plan: PruningPlan) -> Iterator[tuple[str, Tensor]]:
+def pruned_tensors(
+    model: nn.Module, layout: Layout, plan: PruningPlan, present: PruningPlan | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Name and fp32 tensor of everything the exported checkpoint holds, under the stock model's names.
 
-    Collective: every rank must consume the whole iterator. One module is gathered at a time.
+    `present`: what the model physically holds (None: dense). Collective: every rank must consume the whole iterator.
+    One module is gathered at a time.
     """
-    cuts = cuts_of(layout, plan)
+    cuts = cuts_of(layout, plan, present or PruningPlan.dense(plan.structure))
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside):  # part of a projection that was taken as a whole
@@ -113,7 +117,7 @@ def _projection_tensors(name: str, module: Any, cut: Cut) -> Iterator[tuple[str,
         if gate is not None:
             weight = fold_gate(weight, gate, cut)
         yield f"{name}.weight", weight.index_select(cut.axis, cut.index.to(weight.device))
-    if base.bias is None or (cut.vanishes and cut.side == "out"):
+    if getattr(base, "bias", None) is None or (cut.vanishes and cut.side == "out"):
         return
     bias = base.bias.detach().float()
     yield f"{name}.bias", bias.index_select(0, cut.index.to(bias.device)) if cut.side == "out" else bias
@@ -125,14 +129,16 @@ def export(
     plan: PruningPlan,
     tokenizer: Any,
     folder: Path,
+    present: PruningPlan | None = None,
 ) -> bool:
     """Write the pruned model in fp32 to `folder` (rank 0 writes, all ranks must call). Returns whether it needs remote code.
 
-    The folder appears complete or not at all. A model of which nothing was cut loads with the stock class.
+    `present`: what the model physically holds (None: dense). The folder appears complete or not at all.
+    A model of which nothing was cut loads with the stock class.
     """
     needs_remote_code = not bool(plan.mask().all())
     state = {}
-    for name, tensor in pruned_tensors(model, layout, plan):
+    for name, tensor in pruned_tensors(model, layout, plan, present):
         if rank() == 0:
             state[name] = tensor.cpu().contiguous().clone()
     if rank() != 0:

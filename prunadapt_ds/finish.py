@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prunadapt_ds import card, distributed, export, memory, report
+from prunadapt_ds import card, distributed, export, report
 from prunadapt_ds import engine as engines
 from prunadapt_ds.errors import ParityError, PrunadaptError
 from prunadapt_ds.evaluate import predict, upcast_parameters
@@ -21,7 +21,7 @@ LATENCY = {"batch_size": 32, "seq_length": 128, "repeats": 20}
 
 def finish(session: Session) -> None:
     """Score, export, reload in a fresh process, compare, report."""
-    peak_bytes = int(distributed.dist_max(session.peak.bytes()))
+    session.note_peak()
     masked_metrics, masked = evaluate(session)
     session.tracker.log(session.total_steps, "finish", {"eval/score": masked_metrics["score"]})
     reference = parity_reference(session, masked)
@@ -32,8 +32,9 @@ def finish(session: Session) -> None:
         session.plan,
         session.backbone.tokenizer,
         folder,
+        session.present,
     )
-    fill_report(session, masked_metrics, peak_bytes, needs_remote_code)
+    fill_report(session, masked_metrics, needs_remote_code)
     failure = ""
     if distributed.rank() == 0:
         try:
@@ -114,18 +115,18 @@ def write_predictions(session: Session, masked: dict[str, Tensor], exported: dic
                 file.write(json.dumps(line) + "\n")
 
 
-def fill_report(session: Session, masked_metrics: dict[str, float], peak_bytes: int, needs_remote_code: bool) -> None:
+def fill_report(session: Session, masked_metrics: dict[str, float], needs_remote_code: bool) -> None:
     """Everything of the report that is known before the export was read back."""
     config, result, plan = session.config, session.report, session.plan
     structure = session.backbone.structure
     seconds = session.seconds
     phases = {name: seconds.get(f"{name}_phase", 0.0) for name in ("dense", "prune", "recover")}
     train_s = sum(phases.values()) + seconds.get("teacher", 0.0) + seconds.get("importance", 0.0)
+    train_s += seconds.get("shrink", 0.0)
     steps = session.total_steps
     is_pruning = config.prune.method == "prunadapt"
     trainable = sum(full_numel(p) for p in session.model.parameters() if p.requires_grad)
     frozen_bytes = engines.frozen_shard_bytes(session.model)
-    live = memory.parameter_bytes(session.model) + memory.optimizer_bytes(session.engine) + session.activation_bytes
     result |= {
         "task": session.data.task.name,
         "method": config.prune.method,
@@ -164,12 +165,13 @@ def fill_report(session: Session, masked_metrics: dict[str, float], peak_bytes: 
         "recover_phase_s": phases["recover"] if is_pruning else None,
         "teacher_s": seconds.get("teacher"),
         "importance_s": seconds.get("importance"),
+        "shrink_s": seconds.get("shrink"),
         "steps": steps,
         "samples_per_s": steps * session.sampler.samples_per_step / train_s,
     }
     result["memory"]["frozen_shard_bytes"] = int(distributed.dist_max(frozen_bytes))
-    result["memory"]["live_tensor_bytes"]["dense"] = int(distributed.dist_max(live))
-    result["memory"]["peak_rank_bytes"]["dense_phase"] = peak_bytes
+    result["memory"]["live_tensor_bytes"] |= session.live_bytes
+    result["memory"]["peak_rank_bytes"] |= session.peak_bytes
     result["exports"] = {"compact": {"path": str(Path("exports") / "compact"), "needs_remote_code": needs_remote_code}}
 
 

@@ -47,20 +47,20 @@ class _Gating(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor, gate: Gate) -> Tensor:
         g = 1 + delta.float()  # [U]
-        scale = g * gate.mask.float()  # [U]
+        change = torch.where(gate.mask.bool(), delta, -1)[:, None]  # [U, 1], g * m - 1
         units = x.unflatten(-1, (gate.num_units, gate.width))  # [B, T, U, W]
-        y = (units * scale[:, None]).to(x.dtype)
+        y = scaled(units, change)
         ctx.recorder = gate.recorder if gate.recorder is not None and gate.recorder.active else None
         cut = gate.cut if ctx.recorder is not None else None
-        ctx.save_for_backward(y, g, scale, cut, None if cut is None else units.index_select(2, cut))
+        ctx.save_for_backward(y, g, change, cut, None if cut is None else units.index_select(2, cut))
         ctx.start = gate.start
         return y.flatten(2)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        y, g, scale, cut, x_cut = ctx.saved_tensors
+        y, g, change, cut, x_cut = ctx.saved_tensors
         dy = grad_outputs[0].view_as(y)  # [B, T, U, W]
-        dx = (dy * scale[:, None]).to(dy.dtype).flatten(2) if ctx.needs_input_grad[0] else None
+        dx = scaled(dy, change).flatten(2) if ctx.needs_input_grad[0] else None
         r = sum_products(y, dy)  # [B, U]
         if ctx.recorder is not None:
             d = r
@@ -75,10 +75,24 @@ class _Gating(torch.autograd.Function):
         return dx, d_delta, None
 
 
+def scaled(x: Tensor, change: Tensor) -> Tensor:
+    """x * (1 + change), rounded once: [B, T, U, W] with [U, 1].
+
+    One fused pass whose arithmetic is fp32 inside, so that a change too small for a bf16 `1 + change` still counts, and
+    x * (1 - 1) is exactly zero. Five times as fast on a CPU as a product with an fp32 factor.
+    """
+    return torch.addcmul(x, x, change)
+
+
 def sum_products(a: Tensor, b: Tensor) -> Tensor:
     """Per sample and unit, the fp32 sum of a * b over tokens and width: [B, T, U, W] x 2 -> [B, U]."""
-    product = a.to(torch.float32, copy=True).mul_(b)
-    return product.sum(dim=(1, 3))
+    if a.device.type != "cpu":
+        return (a.float() * b).sum(dim=(1, 3))
+    product = torch.empty(a.shape[1:], dtype=torch.float32)  # one sample at a time stays in the cache
+    sums = torch.empty(a.shape[0], *a.shape[2:])
+    for x, y, out in zip(a, b, sums, strict=True):
+        torch.sum(product.copy_(x).mul_(y), 0, out=out)
+    return sums.sum(-1)
 
 
 class Gate(nn.Module):

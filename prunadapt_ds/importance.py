@@ -99,6 +99,7 @@ class Recorder:
         self.num_units, self.device, self.seed = num_units, torch.device(device), seed
         self.activations = activations
         self.active = False
+        self._present: Tensor | None = None  # bool [U of the dense model], where some are physically gone
         self._sums = torch.zeros(len(STATISTICS), num_units, device=self.device)
         self._count = torch.zeros(1, device=self.device)
         self._d: Tensor | None = None  # [B, U], as autograd sees it
@@ -106,6 +107,12 @@ class Recorder:
         self._coefficients: Tensor | None = None  # [B]
         self._token_mask: Tensor | None = None  # [B, T]
         self._tokens_seen: dict[int, int] = {}  # by gate, in the present forward pass
+
+    def narrow(self, present: Tensor) -> None:
+        """From now on only the units `present` exist: bool [U of the dense model]. The window must be empty."""
+        self._present = present
+        self.num_units = int(present.sum())
+        self._sums = torch.zeros(len(STATISTICS), self.num_units, device=self.device)
 
     def begin(self, coefficients: Tensor, attention_mask: Tensor) -> None:
         """Start a micro-batch.
@@ -157,12 +164,19 @@ class Recorder:
         self.active = False
 
     def all_reduce(self) -> WindowSums:
-        """Sums over all ranks since the last call, in ONE collective; the next window starts empty."""
+        """Sums over all ranks since the last call, in ONE collective; the next window starts empty.
+
+        Always of the dense model's units [U]: those that are physically gone have sums of zero.
+        """
         flat = torch.cat([self._sums.flatten(), self._count])
         flat = dist_sum(flat).cpu()
         self._sums.zero_()
         self._count.zero_()
         sums = flat[:-1].view(len(STATISTICS), self.num_units)
+        if self._present is not None:
+            sums = torch.zeros(len(STATISTICS), len(self._present)).masked_scatter_(
+                self._present.expand(len(STATISTICS), -1), sums
+            )
         return WindowSums(dict(zip(STATISTICS, sums, strict=True)), float(flat[-1]), self.seed)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,48 +22,70 @@ from prunadapt_ds.models.modeling_prunadapt import (
 )
 from prunadapt_ds.models.structure import layers_of
 
+Slices = dict[str, tuple[int, Tensor]]  # by parameter name: the axis and the int64 indices that stayed
+Editing = Callable[[nn.Module], AbstractContextManager[None]]  # makes one module's parameters whole while it is cut
 
-def resize(model: nn.Module, layout: Layout, plan: PruningPlan) -> None:
-    """Physically remove the units that `plan` cuts from a whole (not sharded) dense model. In place.
+
+def resize(
+    model: nn.Module,
+    layout: Layout,
+    plan: PruningPlan,
+    present: PruningPlan | None = None,
+    editing: Editing = lambda module: nullcontext(),
+) -> Slices:
+    """Physically remove the units that `plan` cuts from a model that still holds `present` (None: dense). In place.
 
     The model may carry LoRA and gates; those of the kept units keep their values. A sub-layer without units is replaced
-    by the bias of its output projection.
+    by the bias of its output projection. Each projection is cut inside `editing(projection)`, one at a time: under
+    ZeRO-3 `engine.rewriting`. Returns how every parameter that changed its shape was sliced, for whatever must follow it.
     """
-    kept = iter(plan.kept)
-    for _, layer in layers_of(model, layout):
+    slices: Slices = {}
+    before = present or PruningPlan.dense(plan.structure)
+    pairs = iter(zip(before.kept, plan.kept, strict=True))
+    for number, layer in layers_of(model, layout):
         for sublayer in layout.sublayers:
-            units = torch.tensor(next(kept), dtype=torch.long)
-            if len(units) == sublayer.num_units:
+            old, new = next(pairs)
+            if len(new) == len(old):
                 continue
-            if len(units) == 0:
-                remove_sublayer(layer, sublayer)
-                continue
-            for projection in sublayer.inputs:
-                resize_projection(layer.get_submodule(projection.path), projection, units, sublayer.num_units, "out")
             output = layer.get_submodule(sublayer.output.path)
-            resize_projection(output, sublayer.output, units, sublayer.num_units, "in")
-            if isinstance(getattr(output, GATE_NAME, None), Gate):
-                resize_gate(getattr(output, GATE_NAME), units)
+            if not new:
+                with editing(output):
+                    remove_sublayer(layer, sublayer)
+                continue
+            units = torch.searchsorted(torch.tensor(old), torch.tensor(new))  # positions among the units still there
+            sides = [(p, "out") for p in sublayer.inputs] + [(sublayer.output, "in")]
+            for projection, side in sides:
+                module = layer.get_submodule(projection.path)
+                with editing(module):
+                    cut = resize_projection(module, projection, units, len(old), side)
+                prefix = f"{layout.layers}.{number}.{projection.path}."
+                slices |= {prefix + name: how for name, how in cut.items()}
             update_attributes(layer, sublayer, len(units))
     renumber_gates(model)
+    return slices
 
 
-def resize_projection(module: Any, layout: ProjectionLayout, units: Tensor, num_units: int, side: str) -> None:
-    """Slice one projection with its LoRA: rows of B for outputs, columns of A for inputs.
+def resize_projection(module: Any, layout: ProjectionLayout, units: Tensor, num_units: int, side: str) -> Slices:
+    """Slice one projection with its LoRA and its gate: rows of B for outputs, columns of A for inputs.
 
-    units: int64 [K], the units that stay, of `num_units`.
+    units: int64 [K], the units that stay, of `num_units`. Returns the slices by parameter name below the module.
     """
-    index = layout.indices(units, num_units)
-    if not is_lora(module):
-        slice_linear(module, index, side, layout.unit_axis(side))
-        return
-    slice_linear(module.base_layer, index, side, layout.unit_axis(side))
-    if side == "out":
-        slice_linear(module.lora_B[ADAPTER], index, "out", 0)
-        module.out_features = len(index)
-    else:
-        slice_linear(module.lora_A[ADAPTER], index, "in", 1)
-        module.in_features = len(index)
+    index, axis = layout.indices(units, num_units), layout.unit_axis(side)
+    base, prefix = (module.base_layer, "base_layer.") if is_lora(module) else (module, "")
+    slice_linear(base, index, side, axis)
+    slices: Slices = {f"{prefix}weight": (axis, index)}
+    if side == "out" and base.bias is not None:
+        slices[f"{prefix}bias"] = (0, index)
+    if is_lora(module):
+        matrix, lora_axis = ("lora_B", 0) if side == "out" else ("lora_A", 1)
+        slice_linear(getattr(module, matrix)[ADAPTER], index, side, lora_axis)
+        setattr(module, f"{side}_features", len(index))
+        slices[f"{matrix}.{ADAPTER}.weight"] = (lora_axis, index)
+    gate = getattr(module, GATE_NAME, None)
+    if side == "in" and isinstance(gate, Gate):
+        resize_gate(gate, units)
+        slices[f"{GATE_NAME}.delta"] = (0, units)
+    return slices
 
 
 def resize_gate(gate: Gate, units: Tensor) -> None:

@@ -27,6 +27,7 @@ from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate import predict
 from prunadapt_ds.importance import CRITERIA, Recorder
 from prunadapt_ds.models.structure import Structure
+from prunadapt_ds.shrink import StepTimes
 from prunadapt_ds.tracking import Tracker
 
 
@@ -45,15 +46,22 @@ class Session:
     total_steps: int
     tracker: Tracker
     peak: memory.PeakMemory
-    plan: PruningPlan
+    plan: PruningPlan  # what was decided
+    present: PruningPlan  # what the model physically holds
     lora_targets: list[str]
     zero3: Any  # keeps transformers' weak reference to the ds_config alive
     report: dict[str, Any]
     recorder: Recorder | None = None
     rank_per_layer: dict[int, int] = field(default_factory=dict)
     engine: Any = None
+    build_seconds: float = 0.0  # of the last engine
     teacher_logits: Tensor | None = None
     activation_bytes: int = 0
+    live_bytes: dict[str, int] = field(default_factory=dict)  # "dense", "after_shrink": most of any rank
+    peak_bytes: dict[str, int] = field(default_factory=dict)  # "dense_phase", "after_shrink"
+    watch_next_step: bool = True
+    rebuild_seconds: float = 0.0  # of the last shrink, all of it
+    step_times: StepTimes = field(default_factory=StepTimes)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -63,6 +71,20 @@ class Session:
     @property
     def output_dir(self) -> Path:
         return Path(self.config.output.output_dir)
+
+    @property
+    def is_shrunk(self) -> bool:
+        return self.present.hash != PruningPlan.dense(self.backbone.structure).hash
+
+    def note_peak(self) -> None:
+        """Write down the highest memory of any rank since the engine was built; the next mark starts here. Collective."""
+        peak = int(distributed.dist_max(self.peak.bytes()))
+        self.peak_bytes["after_shrink" if self.is_shrunk else "dense_phase"] = peak
+        self.peak.reset()
+
+    def live(self) -> int:
+        """Bytes this rank holds: parameters, optimizer state, and what the last watched step saved for its backward."""
+        return memory.parameter_bytes(self.model) + memory.optimizer_bytes(self.engine) + self.activation_bytes
 
     def timed(self, name: str) -> _Timer:
         return _Timer(self.seconds, name)
@@ -144,6 +166,7 @@ def setup(config: Config) -> Session:
         tracker=Tracker(Path(config.output.output_dir), total, enabled=distributed.rank() == 0),
         peak=peak,
         plan=PruningPlan.dense(loaded.structure),
+        present=PruningPlan.dense(loaded.structure),
         lora_targets=lora_targets,
         zero3=zero3,
         report=report.empty(),
@@ -191,7 +214,7 @@ def add_trainables(session: Session) -> None:
         adapters.add_lora(
             loaded.model,
             loaded.layout,
-            session.lora_targets,
+            still_there(loaded.model, session.lora_targets),
             r=config.lora.r,
             lora_alpha=config.lora.lora_alpha,
             lora_dropout=config.lora.lora_dropout,
@@ -202,6 +225,12 @@ def add_trainables(session: Session) -> None:
     if method == "prunadapt":
         attach_gates(session, config.prune.criterion)
     session.engine = build_engine(session)
+
+
+def still_there(model: nn.Module, names: list[str]) -> list[str]:
+    """Those of the projections that a cut before training has left."""
+    modules = dict(model.named_modules())
+    return [name for name in names if hasattr(modules.get(name), "weight")]
 
 
 def train_norms(model: nn.Module) -> None:
@@ -232,7 +261,10 @@ def build_engine(session: Session) -> Any:
         gate_learning_rate=config.prune.gate_learning_rate,
         weight_decay=defaults.get("weight_decay", config.train.weight_decay),
     )
-    return engines.build(session.model, groups, ds.values, ds.adam)
+    start = time.perf_counter()
+    engine = engines.build(session.model, groups, ds.values, ds.adam)
+    session.build_seconds = distributed.dist_max(time.perf_counter() - start)
+    return engine
 
 
 def eval_batch(session: Session) -> int:

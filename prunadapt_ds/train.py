@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,10 @@ from prunadapt_ds.evaluate import predict
 from prunadapt_ds.finish import finish
 from prunadapt_ds.importance import CRITERIA, STATISTICS, Recorder, ScoreAverage, WindowSums
 from prunadapt_ds.objective import sample_losses
+from prunadapt_ds.resize import resize
 from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
 from prunadapt_ds.session import Session, add_trainables, attach_gates, build_engine, eval_batch, evaluate, setup
+from prunadapt_ds.shrink import pays_now, shrink
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +71,7 @@ def fit(session: Session) -> None:
         phase = pruning.phase(step) if pruning else "dense"
         learning_rates = engines.set_learning_rates(session.engine, rates.factor(step))
         record = pruning is not None and pruning.records_after(step)
-        with session.timed(f"{phase}_phase"), watch_first_step(session, step):
+        with session.timed(f"{phase}_phase"), watched(session):
             losses.append(train_step(session, step, record=record))
         done = step + 1
         if pruning and pruning.decides_at(done):
@@ -91,6 +93,7 @@ def fit(session: Session) -> None:
                 "sparsity/achieved": session.plan.sparsity(config.prune.budget),
                 "samples/s": interval.rate(done * session.sampler.samples_per_step),
                 "memory/parameters(bytes)": memory.parameter_bytes(session.model),
+                "memory/live(bytes)": session.live(),
                 **{f"learning_rate/{name}": rate for name, rate in learning_rates.items()},
             },
         )
@@ -122,13 +125,51 @@ def decide_and_cut(
             pruning.sparsity(step),
             budget=prune.budget,
             neuron_multiple=prune.neuron_multiple,
+            gone=~session.present.mask(),
         )
         distributed.same_on_all_ranks(f"the pruning plan of step {step}", plan.hash)
-        gates.apply_mask(session.model, plan.mask())
+        gates.apply_mask(session.model, plan.mask()[session.present.mask()])
     session.plan = plan
+    if pays_to_shrink(session, pruning, step):
+        with session.timed("shrink"):
+            shrink_model(session)
+        session.tracker.say(
+            f"step {step}: shrunk to {1 - plan.sparsity(prune.budget):.1%} in {session.rebuild_seconds:.1f} s"
+        )
     if prune.save_scores:
         samples = [i for s in range(window_start, step) for i in session.sampler.step_samples(s)]
         save_scores(session, window, step, samples)
+
+
+def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> bool:
+    """Whether a smaller engine earns back what rebuilding it costs, from the seconds measured in this run."""
+    structure, steps = session.backbone.structure, pruning.decision_steps
+    when = session.config.prune.shrink
+    if session.plan.hash == session.present.hash or when == "never":
+        return False
+    if when == "always" or not session.step_times.seconds:
+        return when == "always"
+    dense = structure.dense_cost("macs")
+    later = [s for s in steps if s > step]
+    ends = [*later, session.total_steps]
+    sizes = [session.plan.cost("macs"), *(round(dense * (1 - pruning.sparsity(s))) for s in later)]
+    decisions = [(size, end - start) for size, start, end in zip(sizes, [step, *later], ends, strict=True)]
+    cost = session.rebuild_seconds or session.build_seconds
+    pays = pays_now(session.present.cost("macs"), decisions, session.step_times.predict, cost)
+    return bool(distributed.broadcast_object(pays))  # clocks differ between ranks, the decision must not
+
+
+def shrink_model(session: Session) -> None:
+    """Rebuild the engine around the model that `session.plan` leaves."""
+    start = time.perf_counter()
+    session.note_peak()
+    layout, plan = session.backbone.layout, session.plan
+    session.engine = shrink(session.engine, layout, plan, session.present, lambda: build_engine(session))
+    session.present = plan
+    if session.recorder is not None:
+        session.recorder.narrow(plan.mask())
+    session.watch_next_step = True
+    session.rebuild_seconds = distributed.dist_max(time.perf_counter() - start)
 
 
 def keep_teacher(session: Session, step: int) -> None:
@@ -206,19 +247,20 @@ class _Interval:
         return rate
 
 
-def watch_first_step(session: Session, step: int) -> Any:
-    """Counts what autograd saves during the first step."""
-    if step > 0:
-        return contextlib.nullcontext()
+@contextlib.contextmanager
+def watched(session: Session) -> Iterator[None]:
+    """Time a step; on the first with an engine, count what autograd saves instead."""
+    if not session.watch_next_step:
+        start = time.perf_counter()
+        yield
+        session.step_times.add(session.present.cost("macs"), time.perf_counter() - start)
+        return
     saved = memory.SavedActivations()
-
-    @contextlib.contextmanager
-    def watch() -> Any:
-        with saved.watch():
-            yield
-        session.activation_bytes = saved.bytes // session.sampler.accumulation_steps
-
-    return watch()
+    with saved.watch():
+        yield
+    session.activation_bytes = saved.bytes // session.sampler.accumulation_steps
+    session.live_bytes["after_shrink" if session.is_shrunk else "dense"] = int(distributed.dist_max(session.live()))
+    session.watch_next_step = False
 
 
 def mean_loss(losses: list[Tensor], step: int) -> float:
@@ -285,8 +327,9 @@ def prune_once(session: Session) -> None:
             keep[sublayer.span] = kept
         session.plan = PruningPlan.from_mask(loaded.structure, keep)
         distributed.same_on_all_ranks("the heads that TMP keeps", session.plan.hash)
-        gates.apply_mask(loaded.model, keep)
-    for gate in gates.gates_of(loaded.model):
-        gate.requires_grad_(False)
+    with session.timed("shrink"):
+        gates.detach(loaded.model)
+        resize(loaded.model, loaded.layout, session.plan, editing=engines.rewriting)
+        session.present = session.plan
     session.recorder = None
     session.rank_per_layer = selection.rank_per_layer

@@ -1,6 +1,7 @@
 """What the ranks of a test run: pieces of the real program on a tiny model. Every function is called on each rank."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -169,3 +170,78 @@ def recover_logits(lengths, batch_size):
 
     rows = Rows(lengths=lengths, inputs=lambda positions: {"row": torch.tensor(positions)})
     return predict(Echo(), rows, batch_size, torch.device("cpu")).flatten().tolist()
+
+
+def shrink_in_training(argv):
+    """Shrink at every decision; at each: the losses of one batch, the training state and the shapes, before and after."""
+    from contextlib import contextmanager
+
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    from prunadapt_ds import engine as engines
+    from prunadapt_ds import export, state, train
+    from prunadapt_ds.evaluate import predict
+    from prunadapt_ds.models.structure import full_shape
+    from prunadapt_ds.objective import task_loss
+
+    session = _session([*argv, "--shrink", "always"])
+    seen, whole = [], []
+
+    def losses():
+        logits = predict(session.engine, session.train_rows.head(6), 3, session.device)
+        return task_loss(logits, session.train_rows.labels[:6], False).tolist()
+
+    def learnt():
+        found = state.capture(session.engine)
+        tensors = {"masters": found.masters, **found.moments}
+        return {"steps": found.steps, **{k: {n: t.numpy() for n, t in v.items()} for k, v in tensors.items()}}
+
+    @contextmanager
+    def traced(module):
+        with plain(module):
+            yield
+            names = {
+                re.split(r"\.(?:base_layer|lora_|prune_gate|weight|bias)", n)[0]
+                for n, p in session.model.named_parameters()
+                if ".layer." in n and getattr(p, "ds_status", None) == ZeroParamStatus.AVAILABLE
+            }
+            whole.append((len(names), sum(p.numel() for p in module.parameters())))
+
+    plain, really_shrink = engines.rewriting, train.shrink_model
+    engines.rewriting = traced
+
+    def shrink_model(session):
+        before = (losses(), learnt())
+        really_shrink(session)
+        seen.append(
+            {
+                "losses": (before[0], losses()),
+                "state": (before[1], learnt()),
+                "counts": session.plan.counts(),
+                "shapes": {n: full_shape(p) for n, p in session.model.named_parameters()},
+                "frozen_share": _frozen_share(session.model),
+                "live": session.live(),
+            }
+        )
+
+    train.shrink_model = shrink_model
+    try:
+        train.add_trainables(session)
+        train.fit(session)
+    finally:
+        train.shrink_model, engines.rewriting = really_shrink, plain
+    _, masked = train.evaluate(session)
+    tensors = export.pruned_tensors(session.model, session.backbone.layout, session.plan, session.present)
+    exported = {name: tuple(tensor.shape) for name, tensor in tensors}
+    session.tracker.close()
+    return {
+        "seen": seen,
+        "whole": whole,
+        "masked": masked["validation"].tolist(),
+        "exported": exported,
+        "frozen_share": _frozen_share(session.model),
+        "plan": session.plan.to_dict(),
+        "lines": _lines(session),
+        "live_bytes": session.live_bytes,
+        "numel": max(getattr(p, "ds_numel", p.numel()) for n, p in session.model.named_parameters() if ".layer." in n),
+    }

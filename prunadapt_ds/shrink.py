@@ -1,0 +1,80 @@
+"""Make the model in a running engine physically smaller, when that pays.
+
+No parameter can change its shape inside an engine. So: capture what training has learnt, let go of the engine, cut
+module by module, build an engine around what is left, and put back what was learnt, cut alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from prunadapt_ds import engine as engines
+from prunadapt_ds import state
+from prunadapt_ds.budget import PruningPlan
+from prunadapt_ds.models.modeling_prunadapt import Layout
+from prunadapt_ds.resize import resize
+
+
+def shrink(
+    engine: Any, layout: Layout, plan: PruningPlan, present: PruningPlan | None, build: Callable[[], Any]
+) -> Any:
+    """Cut the model of `engine` from `present` (None: dense) to `plan`; returns the engine that `build` makes of it.
+
+    fp32 masters, Adam's moments and step count go on as they were. Collective. At no time is more than one module whole.
+    """
+    model = engine.module
+    learnt = state.capture(engine)
+    engines.destroy(engine)
+    slices = resize(model, layout, plan, present, engines.rewriting)
+    smaller = build()
+    state.restore(smaller, learnt.sliced(slices, set(state.trainable(model))))
+    return smaller
+
+
+@dataclass
+class StepTimes:
+    """Measured seconds of optimizer steps at the sizes a run has had. Size: multiply-accumulates of the blocks."""
+
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, size: int, seconds: float) -> None:
+        self.seconds.setdefault(size, []).append(seconds)
+
+    def predict(self, size: int) -> float:
+        """Seconds of a step at another size, from the two sizes nearest to it in time: a fixed part and one that grows.
+
+        Until two sizes have been timed, the whole step is taken to grow with the size: the first rebuild is tried
+        where it could pay, the later ones are judged by what it brought.
+        """
+        measured = [(s, median(times)) for s, times in self.seconds.items()]
+        last_size, last = measured[-1]
+        if len(measured) == 1:
+            return last * size / last_size
+        other_size, other = measured[-2]
+        per_unit = max(0.0, (other - last) / (other_size - last_size))
+        return max(0.0, last + per_unit * (size - last_size))
+
+
+def pays_now(
+    present: int, decisions: Sequence[tuple[int, int]], step_seconds: Callable[[int], float], rebuild_seconds: float
+) -> bool:
+    """Whether the cheapest way through the rest of the run begins with a rebuild at the present decision.
+
+    present: size of the model as it physically is. decisions: (size after it, steps until the next one or the end) of
+    the present and all later decisions. Every way to rebuild at some of them is weighed, by dynamic programming.
+    """
+    if not decisions:
+        return False
+    sizes = [present, *(size for size, _ in decisions)]  # what the model may physically be
+    best = dict.fromkeys(range(len(sizes)), 0.0)  # seconds to the end, by which of `sizes` the model has
+    rebuild = keep = 0.0
+    for i in reversed(range(len(decisions))):
+        size, steps = decisions[i]
+        smaller = i + 1
+        rebuild = rebuild_seconds + steps * step_seconds(size) + best[smaller]
+        keep = steps * step_seconds(sizes[0]) + best[0]
+        best = {j: min(rebuild, steps * step_seconds(sizes[j]) + best[j]) for j in range(i + 1)}
+    return rebuild < keep

@@ -1,0 +1,153 @@
+"""What training has learnt so far, by parameter name: fp32 masters and Adam's moments, whole, on every rank.
+
+Trainables are few where the backbone is frozen, so that their full tensors fit anywhere. They do not depend on the number
+of ranks or the ZeRO stage, and follow a cut like the parameters do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunadapt_ds.resize import Slices
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """`masters[name]` and `moments[key][name]`: float32, the parameter's full shape. `steps`: optimizer steps taken."""
+
+    masters: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    steps: int
+
+    def sliced(self, slices: Slices, names: set[str]) -> TrainingState:
+        """The same for a model that was cut: `slices` as `resize` returned them, `names` of what still trains."""
+
+        def cut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            kept = {}
+            for name in tensors.keys() & names:
+                axis, index = slices.get(name, (0, None))
+                kept[name] = tensors[name] if index is None else tensors[name].index_select(axis, index)
+            return kept
+
+        return TrainingState(cut(self.masters), {key: cut(t) for key, t in self.moments.items()}, self.steps)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def capture(engine: Any) -> TrainingState:
+    """The engine's training state, on the CPU of every rank. Collective: all ranks must call."""
+    started = any(state for state in _torch_optimizer(engine).state.values())
+    masters: dict[str, Tensor] = {}
+    moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
+    if started:
+        _link_moments(engine)
+    for name, parameter in trainable(engine.module).items():
+        masters[name] = _read(engine, parameter, None)
+        if started:
+            for key in MOMENTS:
+                moments[key][name] = _read(engine, parameter, key)
+    steps = max((int(s["step"]) for s in _torch_optimizer(engine).state.values() if s), default=0)
+    return TrainingState(masters, moments, steps)
+
+
+def restore(engine: Any, state: TrainingState) -> None:
+    """Give an engine this training state: masters, moments and the weights that follow from them. Collective."""
+    parameters = trainable(engine.module)
+    assert parameters.keys() == state.masters.keys(), "the state is of another model"
+    if state.steps:
+        _make_moments(engine, state.steps)
+        _link_moments(engine)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            _write(engine, parameter, None, state.masters[name])
+            for key in MOMENTS if state.steps else ():
+                _write(engine, parameter, key, state.moments[key][name])
+
+
+# ------------------------------------------------------------------- where DeepSpeed keeps masters, by ZeRO stage
+
+
+def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _is_flat(parameter: nn.Parameter) -> bool:
+    """Whether the optimizer works on fp32 partitions of its own (mixed precision or ZeRO) instead of the parameter."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _read(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if not _is_flat(parameter):
+        own = parameter if key is None else _torch_optimizer(engine).state[parameter][key]
+        return own.detach().float().cpu().clone()
+    full = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+    return full.detach().float().cpu().clone()
+
+
+def _write(engine: Any, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if hasattr(parameter, "ds_id"):
+        _write_shard(engine, parameter, key, value)
+    elif hasattr(parameter, "_hp_mapping"):
+        if key is None:
+            parameter.data.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+    else:
+        own = parameter if key is None else _torch_optimizer(engine).state[parameter][key]
+        own.data.copy_(value)
+
+
+def _write_shard(engine: Any, parameter: Any, key: str | None, value: Tensor) -> None:
+    """This rank's part of a ZeRO-3 parameter; the last rank's is padded, which DeepSpeed's own setter does not do."""
+    size = parameter.ds_tensor.numel()
+    rank = torch.distributed.get_rank()
+    padded = torch.zeros(size * torch.distributed.get_world_size())
+    padded[: value.numel()] = value.flatten()
+    shard = padded[rank * size : (rank + 1) * size]
+    engine.optimizer.set_local_hp_param(shard, parameter, key)
+    if key is None:
+        parameter.ds_tensor.data.copy_(shard)
+        if parameter.numel():  # whole at the moment, because it persists
+            parameter.data.copy_(value)
+
+
+def _flat_masters(engine: Any) -> Iterator[Tensor]:
+    """The tensors that the torch optimizer really steps on this rank."""
+    partitions = getattr(
+        engine.optimizer, "fp32_partitioned_groups_flat", None
+    )  # ZeRO-3 lends them only while stepping
+    if partitions is not None:
+        yield from partitions
+        return
+    for group in _torch_optimizer(engine).param_groups:
+        yield from group["params"]
+
+
+def _make_moments(engine: Any, steps: int) -> None:
+    """Adam's state, which a fresh optimizer does not have before its first step."""
+    optimizer = _torch_optimizer(engine)
+    for master in _flat_masters(engine):
+        counter = steps if type(optimizer).__name__ == "DeepSpeedCPUAdam" else torch.tensor(float(steps))
+        optimizer.state[master] = {"step": counter, **{key: torch.zeros_like(master) for key in MOMENTS}}
+
+
+def _link_moments(engine: Any) -> None:
+    """Let ZeRO-1 and 2 find the moments by parameter: with several groups DeepSpeed links the first one's only."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()

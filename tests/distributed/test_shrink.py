@@ -1,0 +1,152 @@
+"""Shrinking inside a running engine, on real ranks: same losses, same moments, smaller shapes, nothing whole."""
+
+import numpy as np
+import pytest
+import torch
+
+from prunadapt_ds.schedule import LearningRateSchedule
+from tests.distributed import runs
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_laws import arguments as law_arguments
+from tests.tiny import tiny_data, tiny_folder
+
+pytestmark = pytest.mark.ci
+DECISIONS = (4, 6, 7)  # of 12 steps
+
+
+def arguments(folder, output, **options):
+    return law_arguments(folder, output, **{"max_steps": 12, "num_decisions": 3, **options})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    base = tmp_path_factory.mktemp("tiny")
+    tiny_folder(base / "bert", "bert")
+    tiny_data(base / "data", n_train=37, n_dev=21)
+    return base
+
+
+@pytest.fixture(scope="module")
+def shrunk(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("shrunk") / "out"
+    return run_ranks(runs.shrink_in_training, 2, arguments(folder, output, batch=4, target_sparsity=0.6))
+
+
+def check(result):
+    steps = [s["state"][0]["steps"] for s in result["seen"]]
+    assert steps and set(steps) <= set(DECISIONS) and steps[-1] > 0
+    for shrink in result["seen"]:
+        before, after = shrink["losses"]
+        assert after == pytest.approx(before, rel=1e-4, abs=1e-5)
+        old, new = shrink["state"]
+        assert old["steps"] == new["steps"]
+        smaller = len(old["masters"].keys() - new["masters"].keys())  # gone with their sub-layer
+        for key in ("masters", "exp_avg", "exp_avg_sq"):
+            for name, values in new[key].items():
+                whole = old[key][name]
+                if values.shape == whole.shape:
+                    assert np.array_equal(values, whole), f"{key} of {name}"
+                else:
+                    smaller += 1
+                    assert_is_slice(values, whole, f"{key} of {name}")
+        assert smaller > 3
+        assert any(np.abs(v).max() > 0 for v in new["exp_avg"].values())
+
+
+def test_learning_rates_go_on_where_they_were(shrunk):
+    lines = [line for line in shrunk[0]["lines"] if "train/loss" in line]
+    schedule = LearningRateSchedule(round(0.06 * 12), 12)
+    assert [line["learning_rate/gates"] for line in lines] == pytest.approx(
+        [1e-2 * schedule.factor(s) for s in range(12)]
+    )
+
+
+def assert_is_slice(values, whole, name):
+    """The rows (or columns) that are left are rows of what was there, in order."""
+    axis = next(i for i, (a, b) in enumerate(zip(values.shape, whole.shape, strict=True)) if a != b)
+    rows, all_rows = np.moveaxis(values, axis, 0), np.moveaxis(whole, axis, 0)
+    at = 0
+    for row in rows:
+        while at < len(all_rows) and not np.array_equal(all_rows[at], row):
+            at += 1
+        assert at < len(all_rows), name
+        at += 1
+
+
+def test_loss_moments_and_rates_go_on(shrunk):
+    for result in shrunk:
+        check(result)
+
+
+def test_tensors_in_the_engine_have_the_plan_s_shapes(shrunk):
+    for shrink in shrunk[0]["seen"]:
+        for row in shrink["counts"]:
+            prefix = f"bert.encoder.layer.{row['layer']}."
+            if row["heads"]:
+                assert shrink["shapes"][prefix + "attention.self.query.base_layer.weight"] == (8 * row["heads"], 32)
+                assert shrink["shapes"][prefix + "attention.output.dense.lora_A.default.weight"] == (
+                    8,
+                    8 * row["heads"],
+                )
+                assert shrink["shapes"][prefix + "attention.output.dense.prune_gate.delta"] == (row["heads"],)
+            else:
+                assert prefix + "attention.self.query.base_layer.weight" not in shrink["shapes"]
+            if row["neurons"]:
+                assert shrink["shapes"][prefix + "intermediate.dense.base_layer.weight"] == (row["neurons"], 32)
+                assert shrink["shapes"][prefix + "output.dense.base_layer.weight"] == (32, row["neurons"])
+                assert shrink["shapes"][prefix + "intermediate.dense.lora_B.default.weight"] == (row["neurons"], 8)
+
+
+def test_never_more_than_one_module_is_whole(shrunk):
+    for result in shrunk:
+        assert result["whole"] and max(modules for modules, _ in result["whole"]) <= 1
+
+
+def test_frozen_weights_stay_sharded_after_the_shrink(shrunk):
+    for result in shrunk:
+        assert max(s["frozen_share"] for s in result["seen"]) <= 1 / 2 + 0.02
+        assert result["frozen_share"] <= 1 / 2 + 0.02
+
+
+def test_wide_matrices_stay_sharded_when_they_fall_below_the_threshold(folder, tmp_path):
+    tiny_folder(tmp_path / "wide", "bert", hidden_size=256, intermediate_size=1024, num_hidden_layers=2)
+    argv = arguments(
+        folder, tmp_path / "out", model_name_or_path=tmp_path / "wide", max_steps=8, target_sparsity=0.8, batch=4
+    )
+    for result in run_ranks(runs.shrink_in_training, 2, argv):
+        assert result["numel"] < 256 * 1024, "the cut must bring matrices below the threshold they were above"
+        assert max(s["frozen_share"] for s in result["seen"]) <= 1 / 2 + 0.02
+        assert result["frozen_share"] <= 1 / 2 + 0.02
+
+
+def test_ranks_get_smaller_and_the_log_says_so(shrunk):
+    for result in shrunk:
+        assert result["seen"][-1]["live"] < result["seen"][0]["live"]
+    live = [line["memory/live(bytes)"] for line in shrunk[0]["lines"] if "memory/live(bytes)" in line]
+    assert live[-1] < live[0] and shrunk[0]["live_bytes"]["after_shrink"] < shrunk[0]["live_bytes"]["dense"]
+
+
+def test_shrinking_equals_masking_to_the_end(folder, tmp_path):
+    """One decision: what is cut cannot matter afterwards, so that a masked run and a shrunk one are the same run."""
+    options = {"batch": 4, "num_decisions": 1, "target_sparsity": 0.6}
+    shrunk = run_ranks(runs.shrink_in_training, 2, arguments(folder, tmp_path / "a", **options))[0]
+    masked = run_ranks(runs.fit, 2, arguments(folder, tmp_path / "b", shrink="never", **options))[0]
+    losses = [[line["train/loss"] for line in shrunk["lines"] if "train/loss" in line], masked["losses"]]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3, abs=2e-4)
+    torch.testing.assert_close(
+        torch.tensor(shrunk["masked"]), torch.tensor(masked["logits"]["validation"]), rtol=1e-2, atol=5e-3
+    )
+
+
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (0, 2), (1, 2), (2, 2), (3, 1)])
+def test_every_stage_shrinks(folder, tmp_path, stage, ranks):
+    argv = arguments(folder, tmp_path / "out", batch=8 // ranks, stage=stage, target_sparsity=0.6)
+    for result in run_ranks(runs.shrink_in_training, ranks, argv):
+        check(result)
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "electra", "distilbert"])
+def test_every_family_shrinks(folder, tmp_path, model_type):
+    tiny_folder(tmp_path / model_type, model_type)
+    argv = arguments(folder, tmp_path / "out", model_name_or_path=tmp_path / model_type, target_sparsity=0.7, batch=4)
+    check(run_ranks(runs.shrink_in_training, 2, argv)[0])
