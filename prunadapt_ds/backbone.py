@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunadapt_ds import attention
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.families import Family, family_of, layout_of
 from prunadapt_ds.models.modeling_prunadapt import Layout
@@ -146,6 +147,7 @@ def load(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                attn_implementation=attention.register(),
             )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]

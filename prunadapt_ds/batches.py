@@ -2,7 +2,8 @@
 
 Legend: N samples, B rows of a micro-batch, T tokens, G = world_size * accumulation * B rows of a whole optimizer step.
 
-The order of an epoch depends on the seed and the epoch alone. A step takes the next G samples of it; the micro-batch m of
+The order of an epoch depends on the seed, the epoch and (grouped by length) the samples of a step, never on how a step is
+split. A step takes the next G samples of it; the micro-batch m of
 rank r takes the chunk m * world_size + r of those. The last step of an epoch may be short: its rows weigh more, so that every
 sample of the step counts the same, and a rank left without samples runs one row at weight zero, so that no collective
 waits for it.
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 PAD_TO_MULTIPLE_OF = 8
+GROUPED_STEPS = 8  # a run is sorted by length: long enough to save padding, short enough to mix
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Sampler:
     rank: int
     world_size: int
     seed: int
+    lengths: tuple[int, ...] = ()  # tokens of each sample, where samples of like length shall share a step
+    _orders: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)  # the present epoch's
 
     @property
     def samples_per_step(self) -> int:
@@ -94,10 +98,28 @@ class Sampler:
     def step_samples(self, step: int) -> list[int]:
         """All samples of optimizer step `step`, on all ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = self._order(epoch)
+        start = position * self.samples_per_step
+        return self._orders[epoch][start : start + self.samples_per_step].tolist()
+
+    def _order(self, epoch: int) -> Tensor:
+        """All samples in an epoch's order: int64 [N].
+
+        With `lengths`, samples are sorted within runs of `GROUPED_STEPS` steps of a random order, and the steps shuffled
+        again; what does not fill a step stays last.
+        """
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         order = torch.randperm(self.num_samples, generator=generator)
-        start = position * self.samples_per_step
-        return order[start : start + self.samples_per_step].tolist()
+        whole = self.num_samples // self.samples_per_step
+        if not self.lengths or whole < 2:
+            return order
+        lengths = torch.tensor(self.lengths)
+        runs = order[: whole * self.samples_per_step].split(GROUPED_STEPS * self.samples_per_step)
+        by_length = torch.cat([run[lengths[run].argsort(descending=True, stable=True)] for run in runs])
+        steps = by_length.view(whole, self.samples_per_step)[torch.randperm(whole, generator=generator)]
+        return torch.cat([steps.flatten(), order[whole * self.samples_per_step :]])
 
     def micro_batches(self, step: int) -> list[tuple[list[int], float]]:
         """This rank's micro-batches of step `step`: (samples, weight of each in the micro-batch's loss)."""

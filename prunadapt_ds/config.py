@@ -120,6 +120,8 @@ class TrainOptions:
     max_steps: int = option(-1, "optimizer steps instead of epochs; -1: by epochs", least=-1)
     eval_steps: int | None = option(None, "also evaluate every that many steps", least=1)
     logging_steps: int = option(10, "steps between two lines of metrics", least=1)
+    group_by_length: bool = option(True, "samples of like length share a step; saves padding")
+    dropout: bool = option(False, "keep the dropout that the backbone was pretrained with")
     seed: int = option(0, "of initialisation, order and dropout", least=0)
 
 

@@ -148,9 +148,12 @@ def setup(config: Config) -> Session:
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         seed=config.train.seed,
+        lengths=tuple(train_rows.lengths) if config.train.group_by_length else (),
     )
     steps = config.train.max_steps
     total = steps if steps > 0 else max(1, round(config.train.num_train_epochs * sampler.steps_per_epoch))
+    if not config.train.dropout:
+        no_dropout(loaded.model)
     if config.train.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     session = Session(
@@ -173,6 +176,13 @@ def setup(config: Config) -> Session:
     )
     announce(session)
     return session
+
+
+def no_dropout(model: nn.Module) -> None:
+    """Switch off the backbone's own dropout: frozen weights need no regulariser, and samples' gradients become exact."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def check_target(config: Config, structure: Structure) -> None:
@@ -263,6 +273,7 @@ def build_engine(session: Session) -> Any:
     )
     start = time.perf_counter()
     engine = engines.build(session.model, groups, ds.values, ds.adam)
+    engine.train()
     session.build_seconds = distributed.dist_max(time.perf_counter() - start)
     return engine
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "prunadapt_ds"
 # A module may import modules of lower floors, or of its own subpackage.
 FLOORS = (
     {"errors", "cli"},
-    {"config", "distributed", "schedule", "reload", "memory", "objective"},
+    {"config", "distributed", "schedule", "reload", "memory", "objective", "attention"},
     {"ds_config", "data", "models"},
     {"batches", "backbone", "adapters", "gates"},
     {"importance", "evaluate"},

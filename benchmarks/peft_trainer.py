@@ -1,0 +1,166 @@
+"""What a user would take instead: PEFT LoRA (or full fine-tuning) with HF Trainer on DeepSpeed ZeRO-3.
+
+Launched by compare.py with `deepspeed`; takes the trainer's own options, so that data, epochs, batch, rank and learning rate
+are the same by construction. Writes result.json to --output_dir. Dropout is off as in the trainer it is compared with.
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from prunadapt_ds.cli import prepare_environment
+
+prepare_environment()
+
+import torch  # noqa: E402
+from peft import LoraConfig, TaskType, get_peft_model  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
+
+from prunadapt_ds import adapters, backbone, distributed, memory  # noqa: E402
+from prunadapt_ds.batches import PAD_TO_MULTIPLE_OF  # noqa: E402
+from prunadapt_ds.config import parse  # noqa: E402
+from prunadapt_ds.data import compute_metrics, load_task, tokenize  # noqa: E402
+from prunadapt_ds.ds_config import fast_bf16  # noqa: E402
+from prunadapt_ds.models.families import family_of, layout_of  # noqa: E402
+
+
+class Watched(Trainer):
+    """Counts the bytes a rank holds during the second training step, as the trainer it is compared with does."""
+
+    live_bytes = 0
+    seen = 0
+
+    def training_step(self, *args, **kwargs):
+        self.seen += 1
+        if self.seen != 2:
+            return super().training_step(*args, **kwargs)
+        saved = memory.SavedActivations()
+        with saved.watch():
+            loss = super().training_step(*args, **kwargs)
+        engine = self.model_wrapped
+        self.live_bytes = memory.parameter_bytes(self.model) + memory.optimizer_bytes(engine) + saved.bytes
+        return loss
+
+
+def ds_config(config, bf16):
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 100_000}
+    return {
+        "train_micro_batch_size_per_gpu": config.train.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
+        "gradient_clipping": config.train.max_grad_norm,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def main(argv):
+    config = parse(argv)
+    full = config.prune.method == "full"
+    distributed.init()
+    data = load_task(config.data, config.train.seed)
+    output = Path(config.output.output_dir)
+    cuda, bf16 = torch.cuda.is_available(), fast_bf16()
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        deepspeed=ds_config(config, bf16),
+        bf16=bf16,
+        use_cpu=not cuda,
+        per_device_train_batch_size=config.train.per_device_train_batch_size,
+        per_device_eval_batch_size=config.train.per_device_eval_batch_size,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        num_train_epochs=config.train.num_train_epochs,
+        learning_rate=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+        warmup_steps=0,
+        lr_scheduler_type="linear",
+        max_grad_norm=config.train.max_grad_norm,
+        seed=config.train.seed,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        report_to="none",
+        logging_steps=50,
+        disable_tqdm=True,
+        remove_unused_columns=True,
+    )
+    name = backbone.locate(config.model.model_name_or_path)
+    model_config = AutoConfig.from_pretrained(
+        name,
+        num_labels=data.num_labels,
+        problem_type="regression" if data.is_regression else "single_label_classification",
+    )
+    torch.manual_seed(config.train.seed)
+    peak = memory.PeakMemory(distributed.device())
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = AutoModelForSequenceClassification.from_pretrained(name, config=model_config, dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if not full:
+        family = family_of(model_config)
+        layout = layout_of(family, model_config, model.base_model_prefix)
+        lora = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=config.lora.r,
+            lora_alpha=config.lora.lora_alpha,
+            lora_dropout=config.lora.lora_dropout,
+            target_modules=adapters.target_modules(layout),
+            modules_to_save=[module.split(".")[-1] for module in family.head],
+        )
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+
+    def rows(split):
+        tokens = tokenize(split, tokenizer, data.task, config.data.max_seq_length)
+        keep = {"input_ids", "attention_mask", "token_type_ids", "labels"}
+        return tokens.remove_columns([c for c in tokens.column_names if c not in keep])
+
+    train = rows(data.train)
+    steps_per_epoch = -(-len(train) // (config.train.per_device_train_batch_size * distributed.world_size()))
+    arguments.warmup_steps = math.ceil(config.train.warmup_ratio * steps_per_epoch * config.train.num_train_epochs)
+    trainer = Watched(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
+    )
+    start = time.perf_counter()
+    trainer.train()
+    train_s = time.perf_counter() - start
+    peak_bytes = int(distributed.dist_max(peak.bytes()))
+    live = int(distributed.dist_max(trainer.live_bytes))
+    metrics, predictions = {}, {}
+    for split, dataset in data.validation.items():
+        found = trainer.predict(rows(dataset))
+        prefix = f"{split}/" if len(data.validation) > 1 else ""
+        measures = compute_metrics(data, found.predictions, found.label_ids)
+        metrics |= {prefix + k: float(v) for k, v in measures.items() if k != "score"}
+        values = found.predictions[:, 0] if data.is_regression else found.predictions.argmax(-1)
+        predictions[split] = [values.tolist(), found.label_ids.tolist()]
+    metrics["score"] = sum(metrics.values()) / len(metrics)
+    if distributed.rank() == 0:
+        result = {
+            "metric": metrics,
+            "train_s": train_s,
+            "steps": trainer.state.global_step,
+            "live_bytes": live,
+            "peak_bytes": peak_bytes,
+            "predictions": predictions,
+        }
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "result.json").write_text(json.dumps(result))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
