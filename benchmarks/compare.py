@@ -23,12 +23,23 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("peft", "fisher@0.6", "ours@0.6", "fisher@0.8", "ours@0.8", "ours@0.5", "ours@0.9", "ours@0.95")
 METHODS += ("lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
 BASE = "peft"
+VARIANTS = {  # "ours@0.6+no-teacher": one ingredient changed
+    "no-teacher": ["--distill_weight", "0"],
+    "no-gates": ["--gate_learning_rate", "1e-9"],
+    "newest-scores": ["--score_ema", "0"],
+    "one-decision": ["--num_decisions", "1"],
+    "late": ["--prune_start", "0.5", "--prune_end", "0.8"],
+    "early": ["--prune_start", "0.1", "--prune_end", "0.4"],
+    "masked-to-the-end": ["--shrink", "never"],
+    "dropout": ["--dropout"],
+}
 ONE_CUT = ("fisher", "magnitude", "random")
 BOOTSTRAPS = 2000
 
 
 def options_of(method: str) -> list[str]:
     """What this method adds to the trainer's options."""
+    method, _, variant = method.partition("+")
     name, _, sparsity = method.partition("@")
     if name in ("lora", "tmp"):
         return ["--method", name]
@@ -40,7 +51,7 @@ def options_of(method: str) -> list[str]:
     if name in ONE_CUT:  # plain LoRA, one cut, plain LoRA
         options += ["--criterion", name, "--prune_start", "0.3", "--prune_end", "0.5", "--num_decisions", "1"]
         options += ["--distill_weight", "0", "--gate_learning_rate", "1e-9", "--shrink", "always"]
-    return options
+    return options + (VARIANTS[variant] if variant else [])
 
 
 def command(method: str, task: str, seed: int, args: argparse.Namespace, output: Path) -> list[str]:

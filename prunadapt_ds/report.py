@@ -126,6 +126,10 @@ def _share(kept: float | None, dense: float | None) -> str:
     return f" ({kept / dense:.1%})" if kept is not None and dense else ""
 
 
+def _bytes(dense: int | None, after: int | None) -> tuple[str, str, str]:
+    return _number(dense, "{:,.1f}", 2**20), _number(after, "{:,.1f}", 2**20) + _share(after, dense), "-"
+
+
 def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The final table: (what, teacher, masked, exported)."""
     metric, params, macs = report["metric"], report["params"], report["macs"]
@@ -155,8 +159,14 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             _number(latency["exported_ms"], "{:,.1f}") + _share(latency["exported_ms"], latency["dense_ms"]),
         ),
         ("train time (s)", "-", _number(time["train_s"], "{:,.1f}"), "-"),
-        ("live memory per rank (MiB)", _number(memory["live_tensor_bytes"]["dense"], "{:,.1f}", 2**20), "-", "-"),
-        ("peak memory per rank (MiB)", _number(memory["peak_rank_bytes"]["dense_phase"], "{:,.1f}", 2**20), "-", "-"),
+        (
+            "live memory per rank (MiB)",
+            *_bytes(memory["live_tensor_bytes"]["dense"], memory["live_tensor_bytes"]["after_shrink"]),
+        ),
+        (
+            "peak memory per rank (MiB)",
+            *_bytes(memory["peak_rank_bytes"]["dense_phase"], memory["peak_rank_bytes"]["after_shrink"]),
+        ),
     ]
     return table
 

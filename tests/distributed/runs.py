@@ -187,8 +187,6 @@ def shrink_in_training(argv):
     """Shrink at every decision; at each: the losses of one batch, the training state and the shapes, before and after."""
     from contextlib import contextmanager
 
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
     from prunadapt_ds import engine as engines
     from prunadapt_ds import export, state, train
     from prunadapt_ds.evaluate import predict
@@ -214,7 +212,7 @@ def shrink_in_training(argv):
             names = {
                 re.split(r"\.(?:base_layer|lora_|prune_gate|weight|bias)", n)[0]
                 for n, p in session.model.named_parameters()
-                if ".layer." in n and getattr(p, "ds_status", None) == ZeroParamStatus.AVAILABLE
+                if ".layer." in n and p.numel()
             }
             whole.append((len(names), sum(p.numel() for p in module.parameters())))
 

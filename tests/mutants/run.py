@@ -30,6 +30,7 @@ class Mutant:
 IMPORTANCE = "tests/unit/test_importance.py"
 RESIZE = "tests/unit/test_resize.py"
 BUDGET = "tests/unit/test_budget.py"
+SHRINK = "tests/distributed/test_shrink.py"
 LAWS = "tests/distributed/test_laws.py"
 
 MUTANTS = (
@@ -57,14 +58,27 @@ MUTANTS = (
            f"{IMPORTANCE}::test_equals_autograd_sample_by_sample[bert]"),
     Mutant("gate gradient not divided by g", "gates.py", "d_delta = r.sum(0) / safe", "d_delta = r.sum(0)",
            f"{IMPORTANCE}::test_gate_gradient_equals_autograd"),
-    Mutant("gate rounded to bf16", "gates.py", "g = 1 + delta.float()  # [U]", "g = (1 + delta).float()",
+    Mutant("gate rounded to bf16", "gates.py", "return torch.addcmul(x, x, change)", "return x * (1 + change)",
            f"{IMPORTANCE}::test_gate_keeps_small_updates_in_bf16"),
-    Mutant("LoRA rows not sliced", "resize.py", 'slice_linear(module.lora_B[ADAPTER], index, "out", 0)',
-           'slice_linear(module.lora_B[ADAPTER], torch.arange(len(index)), "out", 0)',
+    Mutant("LoRA not sliced with its units", "resize.py",
+           "slice_linear(getattr(module, matrix)[ADAPTER], index, side, lora_axis)",
+           "slice_linear(getattr(module, matrix)[ADAPTER], torch.arange(len(index)), side, lora_axis)",
            f"{RESIZE}::test_masked_equals_resized[bert-unequal]"),
-    Mutant("LoRA columns not sliced", "resize.py", 'slice_linear(module.lora_A[ADAPTER], index, "in", 1)',
-           'slice_linear(module.lora_A[ADAPTER], torch.arange(len(index)), "in", 1)',
-           f"{RESIZE}::test_masked_equals_resized[bert-unequal]"),
+    Mutant("moments reset at a shrink", "state.py", "_write(engine, parameter, key, state.moments[key][name])", "pass",
+           f"{SHRINK}::test_every_stage_shrinks[3-1]"),
+    Mutant("moments sliced at the wrong rows", "state.py", "tensors[name].index_select(axis, index)",
+           "tensors[name].narrow(axis, 0, len(index))", f"{SHRINK}::test_every_stage_shrinks[3-1]"),
+    Mutant("Adam counts from zero after a shrink", "state.py", "_make_moments(engine, state.steps)", "_make_moments(engine, 1)",
+           f"{SHRINK}::test_every_stage_shrinks[3-1]"),
+    Mutant("cut modules stay whole", "engine.py", "sharded[0].convert_to_zero_parameters(param_list=new)", "pass",
+           f"{SHRINK}::test_never_more_than_one_module_is_whole"),
+    Mutant("units come back from the dead", "budget.py", "scores = scores.masked_fill(gone, -torch.inf)  # before all others",
+           "pass", "tests/unit/test_shrink.py::test_units_that_are_gone_stay_gone"),
+    Mutant("rebuilds whatever it costs", "shrink.py", "return rebuild < keep", "return rebuild < float('inf')",
+           "tests/unit/test_shrink.py::test_the_rebuilds_are_the_cheapest_of_all_ways"),
+    Mutant("steps differ by split", "batches.py", "whole = self.num_samples // self.samples_per_step",
+           "whole = self.num_samples // self.samples_per_step - self.world_size",
+           "tests/unit/test_batches.py::test_a_step_has_the_same_samples_for_every_split"),
     Mutant("gate entries not sliced", "resize.py", "gate.delta = select(gate.delta, units, 0)",
            "gate.delta = select(gate.delta, torch.arange(len(units)), 0)",
            f"{RESIZE}::test_masked_equals_resized[bert-unequal]"),

@@ -1,0 +1,19 @@
+"""The ingredients of the defaults, on and off, at one sparsity: MRPC and STS-B at 0.6 unless told otherwise.
+
+python benchmarks/ablation.py --data_dir GLUE        (all other options are compare.py's)
+"""
+
+import sys
+from pathlib import Path
+
+import compare
+
+if __name__ == "__main__":
+    given = " ".join(sys.argv)
+    if "--tasks" not in given:
+        sys.argv += ["--tasks", "mrpc", "stsb"]
+    if "--methods" not in given:
+        sys.argv += ["--methods", "peft", "ours@0.6", *(f"ours@0.6+{variant}" for variant in compare.VARIANTS)]
+    if "--results" not in given:
+        sys.argv += ["--results", str(Path(__file__).resolve().parent / "results/ablation")]
+    compare.main()

@@ -1,0 +1,55 @@
+"""Grouping by length: the same samples for every split, all of them once, less padding."""
+
+import random
+
+import pytest
+import torch
+
+from prunadapt_ds.batches import Sampler
+from prunadapt_ds.objective import sample_losses, trust
+
+pytestmark = pytest.mark.fast
+_DRAW = random.Random(0)
+LENGTHS = tuple(_DRAW.randint(5, 120) for _ in range(203))
+
+
+def steps(world_size=1, accumulation=1, lengths=LENGTHS):
+    ranks = [
+        Sampler(203, 16 // world_size // accumulation, accumulation, r, world_size, 3, lengths)
+        for r in range(world_size)
+    ]
+    for step in range(2 * ranks[0].steps_per_epoch):
+        yield sorted(i for r in ranks for chunk, weight in r.micro_batches(step) if weight for i in chunk)
+
+
+@pytest.mark.parametrize("world_size, accumulation", [(2, 1), (4, 1), (1, 4), (2, 2)])
+def test_a_step_has_the_same_samples_for_every_split(world_size, accumulation):
+    assert list(steps()) == list(steps(world_size, accumulation))
+
+
+def test_every_sample_comes_once_an_epoch_and_epochs_differ():
+    all_steps = list(steps())
+    first, second = all_steps[:13], all_steps[13:]
+    for epoch in (first, second):
+        assert sorted(i for step in epoch for i in step) == list(range(203))
+        assert [len(step) for step in epoch] == [16] * 12 + [11]
+    assert first != second
+
+
+def test_samples_of_like_length_share_a_step():
+    def padded(lengths):
+        return sum(max(LENGTHS[i] for i in step) * len(step) for step in steps(lengths=lengths))
+
+    assert padded(LENGTHS) < 0.8 * padded(())
+
+
+def test_a_teacher_is_followed_as_far_as_it_is_right():
+    teacher = torch.tensor([[9.0, 0.0], [0.0, 9.0], [0.0, 0.0]])
+    labels = torch.zeros(3, dtype=torch.long)
+    torch.testing.assert_close(trust(teacher, labels, False), torch.tensor([0.9999, 0.0001, 0.5]), atol=1e-4, rtol=0)
+    assert trust(teacher[:, :1], labels, True).tolist() == [1, 1, 1]
+    logits = torch.randn(3, 2)
+    alone = sample_losses(logits, labels, is_regression=False)
+    led = sample_losses(logits, labels, is_regression=False, teacher_logits=teacher, distill_weight=1.0)
+    torch.testing.assert_close(led[1], alone[1], atol=1e-2, rtol=1e-2)
+    assert abs(led[2] - alone[2]) > 1e-2

@@ -1,0 +1,81 @@
+"""When a rebuild pays, and what a decision does about units that are physically gone."""
+
+import itertools
+
+import pytest
+import torch
+
+from prunadapt_ds.budget import decide
+from prunadapt_ds.importance import Recorder
+from prunadapt_ds.models.structure import Structure, SubLayer
+from prunadapt_ds.shrink import StepTimes, pays_now
+
+pytestmark = pytest.mark.fast
+
+
+def cheapest(present, decisions, step_seconds, rebuild_seconds):
+    """Every way to rebuild or not at each decision, tried out: (best with a rebuild first, best without)."""
+    best = {True: float("inf"), False: float("inf")}
+    for choice in itertools.product((True, False), repeat=len(decisions)):
+        size, seconds = present, 0.0
+        for rebuild, (smaller, steps) in zip(choice, decisions, strict=True):
+            size, seconds = (smaller, seconds + rebuild_seconds) if rebuild else (size, seconds)
+            seconds += steps * step_seconds(size)
+        best[choice[0]] = min(best[choice[0]], seconds)
+    return best[True], best[False]
+
+
+@pytest.mark.parametrize("rebuild_seconds", [0.1, 3, 10, 30, 100, 1000])
+@pytest.mark.parametrize("steps", [(10, 10, 10, 100), (50, 1, 1, 1), (1, 1, 1, 400), (0, 5, 80, 20)])
+def test_the_rebuilds_are_the_cheapest_of_all_ways(rebuild_seconds, steps):
+    decisions = list(zip((80, 60, 45, 40), steps, strict=True))
+
+    def step_seconds(size):
+        return 0.2 + size / 100
+
+    with_first, without = cheapest(100, decisions, step_seconds, rebuild_seconds)
+    assert pays_now(100, decisions, step_seconds, rebuild_seconds) == (with_first < without)
+
+
+def test_nothing_left_to_run_pays_nothing():
+    assert not pays_now(100, [], lambda size: size, 0)
+    assert not pays_now(100, [(50, 0)], lambda size: size, 1)
+
+
+def test_step_times_are_fitted_to_what_was_measured():
+    times = StepTimes()
+    for seconds in (1.0, 1.1, 9.0):  # a hiccup does not count
+        times.add(100, seconds)
+    assert times.predict(50) == pytest.approx(0.55)
+    times.add(60, 0.7)
+    assert times.predict(60) == pytest.approx(0.7)
+    assert times.predict(20) == pytest.approx(0.3)
+    assert StepTimes({100: [1.0], 60: [1.2]}).predict(20) == pytest.approx(1.2), "smaller was not faster"
+
+
+def structure():
+    sublayers = [SubLayer(0, "heads", 0, 4, 100, 100), SubLayer(0, "neurons", 4, 32, 10, 10)]
+    return Structure(tuple(sublayers), 50, 0, 128)
+
+
+def test_units_that_are_gone_stay_gone():
+    scores = torch.rand(36, generator=torch.Generator().manual_seed(0))
+    first = decide(scores, structure(), 0.3)
+    gone = ~first.mask()
+    assert gone.any()
+    again = decide(torch.where(gone, 1e9, 1.0), structure(), 0.6, gone=gone)
+    assert not (again.mask() & gone).any() and again.sparsity("params") > first.sparsity("params")
+    assert not (decide(scores, structure(), 0.0001, gone=gone).mask() & gone).any()
+    assert decide(scores, structure(), 0.3, gone=gone).hash == first.hash
+
+
+def test_a_narrowed_recorder_reports_in_the_order_of_the_dense_model():
+    recorder = Recorder(5, activations=False)
+    recorder.narrow(torch.tensor([True, False, True, True, False]))
+    recorder.begin(torch.ones(2), torch.ones(2, 4))
+    recorder.add(0, torch.tensor([[1.0], [1.0]]))
+    recorder.add(1, torch.tensor([[2.0, 3.0], [2.0, 3.0]]))
+    recorder.end()
+    window = recorder.all_reduce()
+    assert window.sums["grad_abs"].tolist() == [2, 0, 4, 6, 0]
+    assert window.sums["grad_sq"].tolist() == [2, 0, 8, 18, 0] and window.count == 2
