@@ -72,31 +72,19 @@ class PruningPlan:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def neuron_groups(order: Tensor, multiple: int) -> list[Tensor]:
-    """Split neurons, worst first, into the groups they are cut in, so that every cut leaves a multiple of `multiple`.
+def cut_items(sublayer: SubLayer, scores: Tensor, multiple: int, floor: int) -> tuple[Tensor, Tensor]:
+    """The pieces in which a sub-layer is cut, worst first: heads one by one, neurons in groups; `floor` units stay.
 
-    A layer whose size is no multiple loses the remainder first.
-    """
-    remainder = len(order) % multiple
-    head = [order[:remainder]] if remainder else []
-    return head + list(order[remainder:].split(multiple))
-
-
-def cut_items(sublayer: SubLayer, scores: Tensor, multiple: int, floor: int) -> list[Tensor]:
-    """The pieces in which a sub-layer is cut: heads one by one, neurons in groups, worst first; `floor` units stay.
-
-    scores: float [units of this sub-layer]. Returns flat indices. Equal scores keep the order of their indices.
+    Every cut leaves a multiple of `multiple` neurons; a layer whose size is none loses the remainder first.
+    scores: float [units of this sub-layer]. Returns flat indices int64 [cuttable units], and the sizes int64 [items] of
+    the pieces they form one after another. Equal scores keep the order of their indices.
     """
     order = torch.argsort(scores, stable=True)
-    items = neuron_groups(order, multiple) if sublayer.kind == "neurons" else list(order.split(1))
-    left = sublayer.num_units
-    cuttable = []
-    for item in items:
-        left -= len(item)
-        if left < floor:
-            break
-        cuttable.append(sublayer.start + item)
-    return cuttable
+    size = multiple if sublayer.kind == "neurons" else 1
+    whole, remainder = divmod(sublayer.num_units, size)
+    sizes = torch.tensor([remainder] * (remainder > 0) + [size] * whole)
+    sizes = sizes[sublayer.num_units - sizes.cumsum(0) >= floor]
+    return sublayer.start + order[: int(sizes.sum())], sizes
 
 
 def decide(
@@ -121,20 +109,20 @@ def decide(
     if gone is not None:
         scores = scores.masked_fill(gone, -torch.inf)  # before all others
     unit_costs = structure.unit_costs(budget)
-    items: list[Tensor] = []
-    for sublayer in structure.sublayers:
-        floor = (floors or {}).get((sublayer.layer, sublayer.kind), 0)
-        items += cut_items(sublayer, scores[sublayer.span], neuron_multiple, floor)
-
+    pieces = [
+        cut_items(s, scores[s.span], neuron_multiple, (floors or {}).get((s.layer, s.kind), 0))
+        for s in structure.sublayers
+    ]
+    flat, sizes = (torch.cat(column) for column in zip(*pieces, strict=True))
+    num_items = len(sizes)
     keep = torch.ones(structure.num_units, dtype=torch.bool)
     dense = structure.dense_cost(budget)
     excess = sparsity * dense  # cost still to be cut
-    if not items and sparsity > 0:
+    if not num_items and sparsity > 0:
         raise _too_sparse(sparsity, 0.0)
-    if items and sparsity > 0:
-        flat, sizes = torch.cat(items), torch.tensor([len(item) for item in items])
-        owner = torch.arange(len(items)).repeat_interleave(sizes)
-        zeros = torch.zeros(len(items), dtype=torch.double)
+    if num_items and sparsity > 0:
+        owner = torch.arange(num_items).repeat_interleave(sizes)
+        zeros = torch.zeros(num_items, dtype=torch.double)
         item_costs = zeros.scatter_add(0, owner, unit_costs[flat].double())  # [items]
         densities = zeros.scatter_add(0, owner, scores[flat]) / item_costs  # [items]
         order = torch.argsort(densities, stable=True)
@@ -145,8 +133,9 @@ def decide(
         candidates = torch.cat([zeros[:1], removed])
         count = int((candidates - excess).abs().argmin())
         count = max(count, int((densities == -torch.inf).sum()))
-        cut = torch.isin(owner, order[:count])
-        keep[flat[cut]] = False
+        is_cut = torch.zeros(num_items, dtype=torch.bool)
+        is_cut[order[:count]] = True
+        keep[flat[is_cut[owner]]] = False
     return PruningPlan.from_mask(structure, keep)
 
 

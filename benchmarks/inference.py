@@ -1,0 +1,110 @@
+"""Latency of exported folders against the dense model, over batch sizes and lengths, beside the limit the MACs set.
+
+    python benchmarks/inference.py --exports ours@0.6=DIR ours@0.8=DIR [--model sample] [--dtype bfloat16 float32]
+
+Dense and exported model take turns in one process, so that a noisy machine hits both alike; medians are compared. A MACs
+ratio is of the blocks at that very length; embeddings, norms, softmax and GELU on what is left, and small matrices are why
+the latency stays above it. Results that are there already are kept.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+
+from prunadapt_ds.cli import prepare_environment
+
+prepare_environment()
+
+import torch  # noqa: E402
+from transformers import AutoModelForSequenceClassification  # noqa: E402
+
+from prunadapt_ds.backbone import locate  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def macs(config: object, length: int) -> tuple[float, float]:
+    """Multiply-accumulates per token of the blocks: (kept, dense), from the structure that the folder carries."""
+    structure = config.pruned_structure
+    hidden = config.hidden_size
+    width = [sum(sub["output"]["parts"]) for sub in structure["layout"]["sublayers"]]
+    per_unit = [
+        (len(s["inputs"]) + 1) * w * hidden for s, w in zip(structure["layout"]["sublayers"], width, strict=True)
+    ]
+    per_unit[0] += 2 * length * width[0]
+    dense = structure["layout"]["num_layers"] * sum(
+        cost * sub["num_units"] for cost, sub in zip(per_unit, structure["layout"]["sublayers"], strict=True)
+    )
+    kept = sum(cost * count for row in structure["kept"] for cost, count in zip(per_unit, row, strict=True))
+    return kept, dense
+
+
+@torch.inference_mode()
+def sweep(
+    dense: torch.nn.Module, exported: torch.nn.Module, batches: list[int], lengths: list[int], repeats: int
+) -> list[dict]:
+    device = next(dense.parameters()).device
+    rows = []
+    for batch in batches:
+        for length in lengths:
+            inputs = {"input_ids": torch.randint(1000, 2000, (batch, length), device=device)}
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            seconds: dict[str, list[float]] = {"dense": [], "exported": []}
+            for turn in range(repeats + 2):
+                for name, model in (("dense", dense), ("exported", exported)):
+                    start = time.perf_counter()
+                    model(**inputs)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    if turn >= 2:  # the first two warm up
+                        seconds[name].append(time.perf_counter() - start)
+            kept, whole = macs(exported.config, length)
+            row = {"batch": batch, "length": length, "macs": kept / whole}
+            row |= {f"{name}_ms": 1e3 * median(times) for name, times in seconds.items()}
+            rows.append(row | {"latency": row["exported_ms"] / row["dense_ms"]})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exports", nargs="+", required=True, metavar="NAME=DIR")
+    parser.add_argument("--model", default="sample")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128, 256])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/inference")
+    parser.add_argument("--dry_run", action="store_true")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.results.mkdir(parents=True, exist_ok=True)
+    for name, folder in (export.split("=", 1) for export in args.exports):
+        for dtype in args.dtype:
+            path = args.results / f"{name}-{dtype}.json"
+            if path.exists() or args.dry_run:
+                print(f"{path.name}: {'there already' if path.exists() else 'would run, about 2 minutes on a CPU'}")
+                continue
+            load = AutoModelForSequenceClassification.from_pretrained
+            dense = load(locate(args.model), dtype=getattr(torch, dtype)).to(device).eval()
+            exported = load(folder, dtype=getattr(torch, dtype), trust_remote_code=True).to(device).eval()
+            rows = sweep(dense, exported, args.batches, args.lengths, args.repeats)
+            setting = {"dtype": dtype, "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+            path.write_text(json.dumps({"name": name, **setting, "rows": rows}, indent=1) + "\n")
+    lines = [
+        "| model | dtype | batch | length | dense ms | exported ms | latency | MACs |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for path in sorted(args.results.glob("*.json")):
+        found = json.loads(path.read_text())
+        for r in found["rows"]:
+            cells = [found["name"], found["dtype"], str(r["batch"]), str(r["length"]), f"{r['dense_ms']:.1f}"]
+            cells += [f"{r['exported_ms']:.1f}", f"{r['latency']:.2f}", f"{r['macs']:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    (args.results / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
