@@ -209,6 +209,13 @@ def draw(results: Path, tasks: list[str], methods: list[str]) -> None:
     figure.savefig(results / "trade_off.png", dpi=120)
 
 
+def into_readme(text: str) -> None:
+    path, marks = ROOT / "README.md", ("<!-- compare: begin -->", "<!-- compare: end -->")
+    before, _, rest = path.read_text().partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    path.write_text(f"{before}{marks[0]}\n{text}{marks[1]}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", help="official GLUE TSVs, one folder per task")
@@ -224,6 +231,7 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs/compare")
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--table_only", action="store_true")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md between its marks")
     args = parser.parse_args()
     if args.data_dir:
         args.data_dir = str(Path(args.data_dir).resolve())
@@ -253,6 +261,8 @@ def main() -> None:
     text = table(args.results, args.tasks, args.methods)
     (args.results / "table.md").write_text(text)
     draw(args.results, args.tasks, args.methods)
+    if args.readme:
+        into_readme(text)
     print(text)
 
 

@@ -81,16 +81,29 @@ def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def _is_flat(parameter: nn.Parameter) -> bool:
-    """Whether the optimizer works on fp32 partitions of its own (mixed precision or ZeRO) instead of the parameter."""
+    """Whether the optimizer works on flat fp32 partitions that DeepSpeed maps to the parameter (ZeRO)."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _master(engine: Any, parameter: nn.Parameter) -> Tensor:
+    """What a torch optimizer without ZeRO steps for this parameter: itself, or under bf16 an fp32 copy."""
+    groups = zip(
+        getattr(engine.optimizer, "fp16_groups", ()), getattr(engine.optimizer, "fp32_groups", ()), strict=True
+    )
+    pairs = ((low, high) for lows, highs in groups for low, high in zip(lows, highs, strict=True))
+    return next((high for low, high in pairs if low is parameter), parameter)
+
+
+def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
+    master = _master(engine, parameter)
+    return master if key is None else _torch_optimizer(engine).state[master][key]
 
 
 def _read(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if not _is_flat(parameter):
-        own = parameter if key is None else _torch_optimizer(engine).state[parameter][key]
-        return own.detach().float().cpu().clone()
+        return _whole(engine, parameter, key).detach().float().cpu().clone()
     full = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
     return full.detach().float().cpu().clone()
 
@@ -107,8 +120,9 @@ def _write(engine: Any, parameter: nn.Parameter, key: str | None, value: Tensor)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
     else:
-        own = parameter if key is None else _torch_optimizer(engine).state[parameter][key]
-        own.data.copy_(value)
+        _whole(engine, parameter, key).data.copy_(value)
+        if key is None:
+            parameter.data.copy_(value)
 
 
 def _write_shard(engine: Any, parameter: Any, key: str | None, value: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Shrinking inside a running engine, on real ranks: same losses, same moments, smaller shapes, nothing whole."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -32,12 +34,13 @@ def shrunk(folder, tmp_path_factory):
     return run_ranks(runs.shrink_in_training, 2, arguments(folder, output, batch=4, target_sparsity=0.6))
 
 
-def check(result):
+def check(result, rel=1e-4):
     steps = [s["state"][0]["steps"] for s in result["seen"]]
-    assert steps and set(steps) <= set(DECISIONS) and steps[-1] > 0
+    first = steps[0] not in DECISIONS  # bf16 without ZeRO: DeepSpeed takes one empty step when it is built
+    assert {step - first for step in steps} <= set(DECISIONS)
     for shrink in result["seen"]:
         before, after = shrink["losses"]
-        assert after == pytest.approx(before, rel=1e-4, abs=1e-5)
+        assert after == pytest.approx(before, rel=rel, abs=rel / 10)
         old, new = shrink["state"]
         assert old["steps"] == new["steps"]
         smaller = len(old["masters"].keys() - new["masters"].keys())  # gone with their sub-layer
@@ -122,6 +125,18 @@ def test_every_stage_shrinks(folder, tmp_path, stage, ranks):
     argv = arguments(folder, tmp_path / "out", batch=8 // ranks, stage=stage, target_sparsity=0.6)
     for result in run_ranks(runs.shrink_in_training, ranks, argv):
         check(result)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_masters_are_carried_in_fp32_under_bf16(folder, tmp_path, stage):
+    argv = arguments(folder, tmp_path / "out", batch=4, stage=stage, target_sparsity=0.6)
+    path = tmp_path / "out" / "ds.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bf16": {"enabled": True}}))
+    for result in run_ranks(runs.shrink_in_training, 2, argv):
+        check(result, rel=3e-2)
+        masters = result["seen"][0]["state"][1]["masters"]
+        rounded = {n: torch.tensor(v).bfloat16().float().numpy() for n, v in masters.items()}
+        assert any(not np.array_equal(v, rounded[n]) for n, v in masters.items()), "more digits than bf16 has"
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "electra", "distilbert"])
