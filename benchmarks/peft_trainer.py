@@ -139,6 +139,7 @@ def main(argv):
     train_s = time.perf_counter() - start
     peak_bytes = int(distributed.dist_max(peak.bytes()))
     live = int(distributed.dist_max(trainer.live_bytes))
+    trainer.args.train_sampling_strategy = "random"  # with grouping, predictions would come in another order
     metrics, predictions = {}, {}
     for split, dataset in data.validation.items():
         found = trainer.predict(rows(dataset))

@@ -154,13 +154,29 @@ def destroy(engine: Any) -> None:
     """Let go of an engine, its optimizer and its hooks; the module and its (sharded) parameters stay usable."""
     module = engine.module
     engine.destroy()
+    forget(module)
     for parameter in module.parameters():
         parameter.grad = None
+        vars(parameter).pop("_z3_optimizer", None)
         if is_sharded(parameter) and parameter.ds_persist:  # the next engine decides anew what stays whole
             parameter.ds_persist = False
             parameter.partition()
     del engine
     gc.collect()
+
+
+def forget(module: nn.Module) -> None:
+    """Take off a module what a destroyed engine has left on it (DeepSpeed 0.19): hooks that would go on calling it, and keep
+    it with all its buffers in memory."""
+
+    def is_engine_s(function: Any) -> bool:
+        return getattr(function, "__qualname__", "").startswith("DeepSpeedEngine.")
+
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
+        for key in [key for key, hook in hooks.items() if is_engine_s(hook)]:
+            del hooks[key]
+    for name in [name for name, value in vars(module).items() if is_engine_s(value)]:
+        delattr(module, name)
 
 
 def frozen_shard_bytes(model: nn.Module) -> int:

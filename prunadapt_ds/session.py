@@ -59,7 +59,7 @@ class Session:
     activation_bytes: int = 0
     live_bytes: dict[str, int] = field(default_factory=dict)  # "dense", "after_shrink": most of any rank
     peak_bytes: dict[str, int] = field(default_factory=dict)  # "dense_phase", "after_shrink"
-    watch_next_step: bool = True
+    watched_length: int = 0  # tokens of the longest sample in a step whose activations were counted with this engine
     rebuild_seconds: float = 0.0  # of the last shrink, all of it
     step_times: StepTimes = field(default_factory=StepTimes)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -81,6 +81,11 @@ class Session:
         peak = int(distributed.dist_max(self.peak.bytes()))
         self.peak_bytes["after_shrink" if self.is_shrunk else "dense_phase"] = peak
         self.peak.reset()
+
+    def release_engine(self) -> Any:
+        """The engine, which the session forgets: what takes it holds the only reference."""
+        engine, self.engine = self.engine, None
+        return engine
 
     def live(self) -> int:
         """Bytes this rank holds: parameters, optimizer state, and what the last watched step saved for its backward."""

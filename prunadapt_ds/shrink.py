@@ -6,6 +6,7 @@ module by module, build an engine around what is left, and put back what was lea
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -24,10 +25,13 @@ def shrink(
     """Cut the model of `engine` from `present` (None: dense) to `plan`; returns the engine that `build` makes of it.
 
     fp32 masters, Adam's moments and step count go on as they were. Collective. At no time is more than one module whole.
+    The old engine's memory is free for the new one if the caller holds no reference to it.
     """
     model = engine.module
     learnt = state.capture(engine)
     engines.destroy(engine)
+    del engine
+    gc.collect()
     slices = resize(model, layout, plan, present, engines.rewriting)
     smaller = build()
     state.restore(smaller, learnt.sliced(slices, set(state.trainable(model))))

@@ -71,7 +71,7 @@ def fit(session: Session) -> None:
         phase = pruning.phase(step) if pruning else "dense"
         learning_rates = engines.set_learning_rates(session.engine, rates.factor(step))
         record = pruning is not None and pruning.records_after(step)
-        with session.timed(f"{phase}_phase"), watched(session):
+        with session.timed(f"{phase}_phase"), watched(session, step):
             losses.append(train_step(session, step, record=record))
         done = step + 1
         if pruning and pruning.decides_at(done):
@@ -164,11 +164,11 @@ def shrink_model(session: Session) -> None:
     start = time.perf_counter()
     session.note_peak()
     layout, plan = session.backbone.layout, session.plan
-    session.engine = shrink(session.engine, layout, plan, session.present, lambda: build_engine(session))
+    session.engine = shrink(session.release_engine(), layout, plan, session.present, lambda: build_engine(session))
     session.present = plan
     if session.recorder is not None:
         session.recorder.narrow(plan.mask())
-    session.watch_next_step = True
+    session.watched_length = 0
     session.rebuild_seconds = distributed.dist_max(time.perf_counter() - start)
 
 
@@ -248,9 +248,10 @@ class _Interval:
 
 
 @contextlib.contextmanager
-def watched(session: Session) -> Iterator[None]:
-    """Time a step; on the first with an engine, count what autograd saves instead."""
-    if not session.watch_next_step:
+def watched(session: Session, step: int) -> Iterator[None]:
+    """Time a step; on the first with an engine, and on those with longer samples than before, count what autograd saves."""
+    length = max(session.train_rows.lengths[i] for i in session.sampler.step_samples(step))
+    if length <= session.watched_length:
         start = time.perf_counter()
         yield
         session.step_times.add(session.present.cost("macs"), time.perf_counter() - start)
@@ -260,7 +261,7 @@ def watched(session: Session) -> Iterator[None]:
         yield
     session.activation_bytes = saved.bytes // session.sampler.accumulation_steps
     session.live_bytes["after_shrink" if session.is_shrunk else "dense"] = int(distributed.dist_max(session.live()))
-    session.watch_next_step = False
+    session.watched_length = length
 
 
 def mean_loss(losses: list[Tensor], step: int) -> float:

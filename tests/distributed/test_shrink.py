@@ -90,6 +90,11 @@ def test_frozen_weights_stay_sharded_after_the_shrink(shrunk):
         assert result["frozen_share"] <= 1 / 2 + 0.02
 
 
+def test_an_old_engine_leaves_nothing_behind(shrunk):
+    for result in shrunk:
+        assert [s["engines"] for s in result["seen"]] == [1] * len(result["seen"])
+
+
 def test_wide_matrices_stay_sharded_when_they_fall_below_the_threshold(folder, tmp_path):
     tiny_folder(tmp_path / "wide", "bert", hidden_size=256, intermediate_size=1024, num_hidden_layers=2)
     argv = arguments(
@@ -102,10 +107,10 @@ def test_wide_matrices_stay_sharded_when_they_fall_below_the_threshold(folder, t
 
 
 def test_ranks_get_smaller_and_the_log_says_so(shrunk):
-    for result in shrunk:
-        assert result["seen"][-1]["live"] < result["seen"][0]["live"]
-    live = [line["memory/live(bytes)"] for line in shrunk[0]["lines"] if "memory/live(bytes)" in line]
-    assert live[-1] < live[0] and shrunk[0]["live_bytes"]["after_shrink"] < shrunk[0]["live_bytes"]["dense"]
+    dense, after = (shrunk[0]["live_bytes"][key] for key in ("dense", "after_shrink"))
+    assert after < dense
+    lines = [line for line in shrunk[0]["lines"] if "memory/live(bytes)" in line]
+    assert lines[-1]["memory/parameters(bytes)"] < lines[0]["memory/parameters(bytes)"] < lines[0]["memory/live(bytes)"]
 
 
 def test_shrinking_equals_masking_to_the_end(folder, tmp_path):
