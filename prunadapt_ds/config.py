@@ -26,6 +26,7 @@ CRITERION_NAMES = ("fisher", "taylor", "magnitude", "random")
 TASK_NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "sample")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 SHRINKING = ("auto", "always", "never")
+LR_SCHEDULES = ("linear", "warmup_stable_decay")
 DEFAULT_SPARSITY = 0.5
 
 
@@ -100,6 +101,7 @@ class LoraOptions:
     r: int = option(8, "LoRA rank", least=1)
     lora_alpha: float = option(16, "LoRA scale; updates are multiplied by lora_alpha / r", above=0)
     lora_dropout: float = option(0.0, "dropout before LoRA; probability", least=0, below=1)
+    train_norms: bool = option(False, "train the LayerNorms as well")
     target_modules: list[str] | None = option(None, "names of the projections that get LoRA (all of them)")
 
 
@@ -115,6 +117,11 @@ class TrainOptions:
     learning_rate: float = option(1e-3, "peak learning rate of adapters and head", above=0)
     weight_decay: float = option(0.01, "AdamW's; not on biases, norms, gates", least=0)
     warmup_ratio: float = option(0.06, "fraction of all steps with rising learning rate", least=0, below=1)
+    lr_scheduler_type: str = option(
+        "linear",
+        "linear decay after the warm-up, or (warmup_stable_decay) only once pruning has ended",
+        choices=LR_SCHEDULES,
+    )
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: off", least=0)
     num_train_epochs: float = option(3.0, "passes over the training data", above=0)
     max_steps: int = option(-1, "optimizer steps instead of epochs; -1: by epochs", least=-1)

@@ -13,7 +13,7 @@ from prunadapt_ds import engine as engines
 from prunadapt_ds.errors import ParityError, PrunadaptError
 from prunadapt_ds.evaluate import predict, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
-from prunadapt_ds.session import Session, eval_batch, evaluate, measures
+from prunadapt_ds.session import PHASES, Session, eval_batch, evaluate, measures
 
 PARITY_EXAMPLES = 512  # of each validation set, compared in fp32 where the run itself was not
 LATENCY = {"batch_size": 32, "seq_length": 128, "repeats": 20}
@@ -119,11 +119,11 @@ def fill_report(session: Session, masked_metrics: dict[str, float], needs_remote
     """Everything of the report that is known before the export was read back."""
     config, result, plan = session.config, session.report, session.plan
     structure = session.backbone.structure
-    seconds = session.seconds
-    phases = {name: seconds.get(f"{name}_phase", 0.0) for name in ("dense", "prune", "recover")}
-    train_s = sum(phases.values()) + seconds.get("teacher", 0.0) + seconds.get("importance", 0.0)
-    train_s += seconds.get("shrink", 0.0)
-    steps = session.total_steps
+    seconds, steps = session.seconds, session.total_steps
+    phases = {name: seconds.get(f"{name}_phase", 0.0) for name in PHASES}
+    train_s, train_cpu_s = session.train_seconds(), distributed.dist_max(session.train_cpu_seconds())
+    (dense_step, last_step), (dense_cpu, last_cpu) = session.step_times.ends(), session.step_cpu_times.ends()
+    on_cpu = session.device.type == "cpu"
     is_pruning = config.prune.method == "prunadapt"
     trainable = sum(full_numel(p) for p in session.model.parameters() if p.requires_grad)
     frozen_bytes = engines.frozen_shard_bytes(session.model)
@@ -160,6 +160,7 @@ def fill_report(session: Session, masked_metrics: dict[str, float], needs_remote
     }
     result["time"] |= {
         "train_s": train_s,
+        "train_cpu_s": train_cpu_s if on_cpu else None,
         "dense_phase_s": phases["dense"],
         "prune_phase_s": phases["prune"] if is_pruning else None,
         "recover_phase_s": phases["recover"] if is_pruning else None,
@@ -168,6 +169,10 @@ def fill_report(session: Session, masked_metrics: dict[str, float], needs_remote
         "shrink_s": seconds.get("shrink"),
         "steps": steps,
         "samples_per_s": steps * session.sampler.samples_per_step / train_s,
+        "dense_step_s": dense_step,
+        "last_step_s": last_step,
+        "dense_step_cpu_s": dense_cpu if on_cpu else None,
+        "last_step_cpu_s": last_cpu if on_cpu else None,
     }
     result["memory"]["frozen_shard_bytes"] = int(distributed.dist_max(frozen_bytes))
     result["memory"]["live_tensor_bytes"] |= session.live_bytes

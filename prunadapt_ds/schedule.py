@@ -50,13 +50,19 @@ class PruningSchedule:
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """Linear warm-up over `warmup_steps`, then linear decay to zero at `total_steps`; one factor for every group."""
+    """Linear warm-up over `warmup_steps`, level up to `decay_start`, then linear decay to zero at `total_steps`.
+
+    One factor for every group. The rate stays level while the model still loses units, so that what is left can move;
+    `decay_start` 0 decays from the end of the warm-up on.
+    """
 
     warmup_steps: int
     total_steps: int
+    decay_start: int = 0
 
     def factor(self, step: int) -> float:
         """Multiplier in [0, 1] for the step that follows `step` finished ones. The first warm-up step is not zero."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        return max(0.0, (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps))
+        start = max(self.warmup_steps, self.decay_start)
+        return min(1.0, max(0.0, (self.total_steps - step) / max(1, self.total_steps - start)))

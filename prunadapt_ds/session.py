@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,9 @@ from prunadapt_ds.importance import CRITERIA, Recorder
 from prunadapt_ds.models.structure import Structure
 from prunadapt_ds.shrink import StepTimes
 from prunadapt_ds.tracking import Tracker
+
+PHASES = ("dense", "prune", "recover")
+TRAINING = (*(f"{phase}_phase" for phase in PHASES), "teacher", "importance", "shrink")  # timers whose sum is train_s
 
 
 @dataclass
@@ -62,7 +67,9 @@ class Session:
     watched_length: int = 0  # tokens of the longest sample in a step whose activations were counted with this engine
     rebuild_seconds: float = 0.0  # of the last shrink, all of it
     step_times: StepTimes = field(default_factory=StepTimes)
+    step_cpu_times: StepTimes = field(default_factory=StepTimes)
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)  # of this process, all threads
 
     @property
     def model(self) -> Any:
@@ -91,21 +98,23 @@ class Session:
         """Bytes this rank holds: parameters, optimizer state, and what the last watched step saved for its backward."""
         return memory.parameter_bytes(self.model) + memory.optimizer_bytes(self.engine) + self.activation_bytes
 
-    def timed(self, name: str) -> _Timer:
-        return _Timer(self.seconds, name)
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add what a block takes to `seconds` and `cpu_seconds`."""
+        start, cpu_start = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - cpu_start
 
+    def train_seconds(self) -> float:
+        """Seconds of training so far: steps, scoring, teacher and rebuilds; no evaluation."""
+        return sum(self.seconds.get(name, 0.0) for name in TRAINING)
 
-class _Timer:
-    """Adds the seconds a block took to a dictionary."""
-
-    def __init__(self, seconds: dict[str, float], name: str):
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
+    def train_cpu_seconds(self) -> float:
+        """The same in CPU seconds of this rank: what a busy machine cannot stretch."""
+        return sum(self.cpu_seconds.get(name, 0.0) for name in TRAINING)
 
 
 def setup(config: Config) -> Session:
@@ -235,7 +244,7 @@ def add_trainables(session: Session) -> None:
             lora_dropout=config.lora.lora_dropout,
             rank_per_layer=session.rank_per_layer,
         )
-    if method == "tmp":
+    if method == "tmp" or config.lora.train_norms:
         train_norms(loaded.model)
     if method == "prunadapt":
         attach_gates(session, config.prune.criterion)

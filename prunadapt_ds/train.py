@@ -63,7 +63,7 @@ def fit(session: Session) -> None:
     """Train; where the schedule decides, score, decide and cut."""
     config = session.config
     pruning = pruning_schedule(session)
-    rates = LearningRateSchedule(round(config.train.warmup_ratio * session.total_steps), session.total_steps)
+    rates = learning_rate_schedule(session, pruning)
     average = ScoreAverage(config.prune.score_ema)
     window_start, interval, losses = pruning.start_step if pruning else 0, _Interval(), []
     phase = "dense"
@@ -78,25 +78,49 @@ def fit(session: Session) -> None:
             decide_and_cut(session, pruning, average, done, window_start)
             window_start = done
         if config.train.eval_steps and done % config.train.eval_steps == 0:
-            session.tracker.log(done, phase, {"eval/score": evaluate(session)[0]["score"]})
+            score = evaluate(session)[0]["score"]
+            session.tracker.log(done, phase, {"eval/score": score, "time/train(s)": session.train_seconds()})
         if done % config.train.logging_steps and done != session.total_steps:
             session.tracker.advance(done, phase)
             continue
-        loss = mean_loss(losses, done)
+        log_interval(session, done, phase, mean_loss(losses, done), pruning, interval, learning_rates)
         losses.clear()
-        session.tracker.log(
-            done,
-            phase,
-            {
-                "train/loss": loss,
-                "sparsity/target": pruning.sparsity(done) if pruning else 0.0,
-                "sparsity/achieved": session.plan.sparsity(config.prune.budget),
-                "samples/s": interval.rate(done * session.sampler.samples_per_step),
-                "memory/parameters(bytes)": memory.parameter_bytes(session.model),
-                "memory/live(bytes)": session.live(),
-                **{f"learning_rate/{name}": rate for name, rate in learning_rates.items()},
-            },
-        )
+
+
+def log_interval(
+    session: Session,
+    step: int,
+    phase: str,
+    loss: float,
+    pruning: PruningSchedule | None,
+    interval: _Interval,
+    learning_rates: dict[str, float],
+) -> None:
+    """What an interval looked like: to the tracker, and as a row of the report."""
+    rate = interval.rate(step * session.sampler.samples_per_step)
+    achieved, live, seconds = (
+        session.plan.sparsity(session.config.prune.budget),
+        session.live(),
+        session.train_seconds(),
+    )
+    session.tracker.log(
+        step,
+        phase,
+        {
+            "train/loss": loss,
+            "sparsity/target": pruning.sparsity(step) if pruning else 0.0,
+            "sparsity/achieved": achieved,
+            "samples/s": rate,
+            "memory/parameters(bytes)": memory.parameter_bytes(session.model),
+            "memory/live(bytes)": live,
+            "time/train(s)": seconds,
+            **{f"learning_rate/{name}": value for name, value in learning_rates.items()},
+        },
+    )
+    session.report["progress"].append(
+        {"step": step, "phase": phase, "loss": loss, "sparsity": achieved, "samples_per_s": rate}
+        | {"live_tensor_bytes": live, "train_s": seconds}
+    )
 
 
 def pruning_schedule(session: Session) -> PruningSchedule | None:
@@ -106,6 +130,12 @@ def pruning_schedule(session: Session) -> PruningSchedule | None:
     return PruningSchedule.from_fractions(
         session.total_steps, prune.prune_start, prune.prune_end, prune.num_decisions, prune.target_sparsity
     )
+
+
+def learning_rate_schedule(session: Session, pruning: PruningSchedule | None) -> LearningRateSchedule:
+    train, total = session.config.train, session.total_steps
+    level = pruning.end_step if pruning and train.lr_scheduler_type == "warmup_stable_decay" else 0
+    return LearningRateSchedule(round(train.warmup_ratio * total), total, level)
 
 
 def decide_and_cut(
@@ -252,9 +282,11 @@ def watched(session: Session, step: int) -> Iterator[None]:
     """Time a step; on the first with an engine, and on those with longer samples than before, count what autograd saves."""
     length = max(session.train_rows.lengths[i] for i in session.sampler.step_samples(step))
     if length <= session.watched_length:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         yield
-        session.step_times.add(session.present.cost("macs"), time.perf_counter() - start)
+        size = session.present.cost("macs")
+        session.step_times.add(size, time.perf_counter() - start)
+        session.step_cpu_times.add(size, time.process_time() - cpu_start)
         return
     saved = memory.SavedActivations()
     with saved.watch():

@@ -32,3 +32,12 @@ def test_learning_rate_factor():
     assert r.factor(0) == 0.25 and r.factor(3) == 1.0 and r.factor(4) == 1.0
     assert r.factor(12) == pytest.approx(0.5) and r.factor(19) == pytest.approx(1 / 16) and r.factor(20) == 0
     assert LearningRateSchedule(0, 10).factor(0) == 1.0
+
+
+def test_the_rate_stays_level_until_the_decay_starts():
+    r = LearningRateSchedule(2, 20, decay_start=10)
+    assert [r.factor(step) for step in (1, 2, 9, 10)] == [1.0] * 4
+    assert r.factor(15) == pytest.approx(0.5) and r.factor(20) == 0
+    assert [LearningRateSchedule(4, 20, 0).factor(s) for s in range(20)] == [
+        LearningRateSchedule(4, 20).factor(s) for s in range(20)
+    ]
