@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDS = 5
 FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B"}  # official names
 BASE = {"num_train_epochs": 3, "per_device_train_batch_size": 32, "ds_config": str(ROOT / "ds_configs/zero0.json")}
-OURS = {"target_sparsity": 0.8}
+OURS = {"target_sparsity": 0.8, "distill_fades": False}
 VARIANTS: dict[str, dict[str, object]] = {
     "lora": {"method": "lora"},
     "lora-5e-4": {"method": "lora", "learning_rate": 5e-4},
@@ -31,6 +31,13 @@ VARIANTS: dict[str, dict[str, object]] = {
     "ours-no-teacher": {**OURS, "distill_weight": 0},
     "ours-early": {**OURS, "prune_start": 0.1, "prune_end": 0.5},
     "ours-2e-3": {**OURS, "learning_rate": 2e-3},
+    "ours-fades": {**OURS, "distill_fades": True},
+    "ours-fades-norms": {**OURS, "distill_fades": True, "train_norms": True},
+    "ours-fades-norms-2e-3": {**OURS, "distill_fades": True, "train_norms": True, "learning_rate": 2e-3},
+    "ours-r16": {**OURS, "r": 16, "lora_alpha": 32},
+    "ours-norms-2e-3": {**OURS, "train_norms": True, "learning_rate": 2e-3},
+    "ours-norms-no-teacher": {**OURS, "train_norms": True, "distill_weight": 0},
+    "ours-norms-stable": {**OURS, "train_norms": True, "lr_scheduler_type": "warmup_stable_decay"},
     "ours-taylor": {**OURS, "criterion": "taylor"},
 }
 

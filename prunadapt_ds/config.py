@@ -88,6 +88,7 @@ class PruningOptions:
     )
     gate_learning_rate: float = option(1e-2, "peak learning rate of the gates", above=0)
     distill_weight: float = option(0.5, "weight of the run's own dense model as teacher; 0: off", least=0, most=1)
+    distill_fades: bool = option(True, "the teacher counts less and less after the first decision, nothing at the end")
     neuron_multiple: int = option(8, "feed-forward neurons are cut in groups, kept counts are multiples", least=1)
     tmp_scoring_examples: int = option(64, "examples that rank heads with --method tmp", least=1)
     save_scores: bool = option(False, "write raw statistics of every decision to scores/")

@@ -41,6 +41,14 @@ class PruningSchedule:
         """Whether statistics of the step that follows `step` are read by a later decision."""
         return self.start_step <= step < self.end_step
 
+    def teacher_factor(self, step: int, total_steps: int) -> float:
+        """How much the teacher still counts: 1 at the first decision, when it was taken, falling linearly to 0 at the end.
+
+        It makes up for what a cut took away, but it is a model of that early step: by the end the labels know better.
+        """
+        first = self.decision_steps[0]
+        return min(1.0, max(0.0, (total_steps - step) / max(1, total_steps - first)))
+
     def phase(self, step: int) -> str:
         """Name of the phase that the step after `step` belongs to."""
         if step < self.start_step:

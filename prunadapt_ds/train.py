@@ -72,7 +72,9 @@ def fit(session: Session) -> None:
         learning_rates = engines.set_learning_rates(session.engine, rates.factor(step))
         record = pruning is not None and pruning.records_after(step)
         with session.timed(f"{phase}_phase"), watched(session, step):
-            losses.append(train_step(session, step, record=record))
+            losses.append(
+                train_step(session, step, record=record, distill_weight=distill_weight(session, pruning, step))
+            )
         done = step + 1
         if pruning and pruning.decides_at(done):
             decide_and_cut(session, pruning, average, done, window_start)
@@ -136,6 +138,14 @@ def learning_rate_schedule(session: Session, pruning: PruningSchedule | None) ->
     train, total = session.config.train, session.total_steps
     level = pruning.end_step if pruning and train.lr_scheduler_type == "warmup_stable_decay" else 0
     return LearningRateSchedule(round(train.warmup_ratio * total), total, level)
+
+
+def distill_weight(session: Session, pruning: PruningSchedule | None, step: int) -> float:
+    """Weight of the teacher in the loss of the step after `step`; 0 as long as there is none."""
+    prune = session.config.prune
+    if pruning is None or session.teacher_logits is None:
+        return 0.0
+    return prune.distill_weight * (pruning.teacher_factor(step, session.total_steps) if prune.distill_fades else 1.0)
 
 
 def decide_and_cut(
@@ -228,19 +238,19 @@ def save_scores(session: Session, window: WindowSums, step: int, samples: list[i
 # --------------------------------------------------------------------------------------------------- one step
 
 
-def train_step(session: Session, step: int, *, record: bool) -> Tensor:
+def train_step(session: Session, step: int, *, record: bool, distill_weight: float = 0.0) -> Tensor:
     """One optimizer step over all micro-batches; returns the step's mean loss on this rank's share (scalar tensor)."""
     engine, recorder = session.engine, session.recorder if record else None
     total = torch.zeros((), device=session.device)
     for positions, weight in session.sampler.micro_batches(step):
         batch = session.train_rows.batch(positions, weight).to(session.device)
-        loss = forward_backward(session, batch, recorder)
+        loss = forward_backward(session, batch, recorder, distill_weight)
         total += loss / session.sampler.accumulation_steps
         engine.step()
     return total
 
 
-def forward_backward(session: Session, batch: Batch, recorder: Recorder | None) -> Tensor:
+def forward_backward(session: Session, batch: Batch, recorder: Recorder | None, distill_weight: float) -> Tensor:
     """Loss and gradients of one micro-batch; the recorder learns with which factor autograd sees each sample."""
     engine = session.engine
     if recorder is not None:
@@ -255,7 +265,7 @@ def forward_backward(session: Session, batch: Batch, recorder: Recorder | None) 
         teacher_logits=None
         if session.teacher_logits is None
         else session.teacher_logits[batch.index].to(logits.device),
-        distill_weight=session.config.prune.distill_weight,
+        distill_weight=distill_weight,
     )
     loss = (losses * batch.weights).sum()
     engine.backward(loss)

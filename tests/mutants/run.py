@@ -114,6 +114,8 @@ MUTANTS = (
            f"{LAWS}::test_the_whole_head_trains"),
     Mutant("first warm-up step is zero", "schedule.py", "return (step + 1) / self.warmup_steps",
            "return step / self.warmup_steps", "tests/unit/test_schedule.py::test_learning_rate_factor"),
+    Mutant("teacher never leaves", "schedule.py", "return min(1.0, max(0.0, (total_steps - step) / max(1, total_steps - first)))",
+           "return 1.0", "tests/unit/test_schedule.py::test_the_teacher_counts_from_the_first_decision_and_no_more_at_the_end"),
     Mutant("TMP does not normalise layers", "tmp.py", "scores.double().norm(dim=1, keepdim=True).clamp(min=1e-20)", "1",
            "tests/unit/test_tmp.py::test_layers_are_normalised_before_heads_are_compared"),
 )  # fmt: skip

@@ -41,3 +41,9 @@ def test_the_rate_stays_level_until_the_decay_starts():
     assert [LearningRateSchedule(4, 20, 0).factor(s) for s in range(20)] == [
         LearningRateSchedule(4, 20).factor(s) for s in range(20)
     ]
+
+
+def test_the_teacher_counts_from_the_first_decision_and_no_more_at_the_end():
+    s = PruningSchedule(10, 30, 4, 0.6)  # first decision at 15
+    assert s.teacher_factor(15, 55) == 1 and s.teacher_factor(35, 55) == pytest.approx(0.5)
+    assert s.teacher_factor(55, 55) == 0 and s.teacher_factor(3, 55) == 1
