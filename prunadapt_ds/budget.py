@@ -100,8 +100,8 @@ def decide(
     """Cut the units with the least score per cost, over all layers and kinds at once, until the budget is met.
 
     scores: float [U]. The cost kept differs from `(1 - sparsity) * dense` by at most one item (one head, or one group of
-    `neuron_multiple` neurons). `floors`: least units left of a (layer, kind). `gone`: bool [U], units that are physically
-    removed already and cannot come back. Ties break by flat index.
+    `neuron_multiple` neurons). `floors`: least units left of a (layer, kind), beside the structure's own. `gone`: bool
+    [U], units that are physically removed already and cannot come back. Ties break by flat index.
     Raises UserError when `sparsity` is more than can be cut, naming the maximum.
     """
     scores = scores.detach().double().cpu()
@@ -110,7 +110,7 @@ def decide(
         scores = scores.masked_fill(gone, -torch.inf)  # before all others
     unit_costs = structure.unit_costs(budget)
     pieces = [
-        cut_items(s, scores[s.span], neuron_multiple, (floors or {}).get((s.layer, s.kind), 0))
+        cut_items(s, scores[s.span], neuron_multiple, max(s.floor, (floors or {}).get((s.layer, s.kind), 0)))
         for s in structure.sublayers
     ]
     flat, sizes = (torch.cat(column) for column in zip(*pieces, strict=True))
@@ -140,8 +140,10 @@ def decide(
 
 
 def max_sparsity(structure: Structure, budget: str) -> float:
-    """The sparsity at which every unit is gone."""
-    return 1 - structure.fixed_cost(budget) / structure.dense_cost(budget)
+    """The sparsity at which every unit is gone that may go."""
+    per_unit = {"params": "params_per_unit", "macs": "macs_per_unit"}[budget]
+    stays = structure.fixed_cost(budget) + sum(s.floor * getattr(s, per_unit) for s in structure.sublayers)
+    return 1 - stays / structure.dense_cost(budget)
 
 
 def _too_sparse(sparsity: float, maximum: float) -> UserError:

@@ -169,6 +169,9 @@ def setup(config: Config) -> Session:
     if not config.train.dropout:
         no_dropout(loaded.model)
     if config.train.gradient_checkpointing:
+        if not loaded.model.supports_gradient_checkpointing:
+            remedy = f"transformers cannot recompute the blocks of {loaded.family.model_type}; leave it out"
+            raise UserError(Problem("gradient_checkpointing", True, remedy))
         loaded.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     session = Session(
         config=config,
@@ -197,6 +200,9 @@ def no_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name in ("dropout", "attention_dropout", "layerdrop"):  # probabilities of functional dropout
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def check_target(config: Config, structure: Structure) -> None:
@@ -259,7 +265,7 @@ def still_there(model: nn.Module, names: list[str]) -> list[str]:
 
 def train_norms(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
             module.requires_grad_(True)
 
 

@@ -354,7 +354,7 @@ def prune_once(session: Session) -> None:
         engines.destroy(session.engine)
         heads = [s for s in loaded.structure.sublayers if s.kind == "heads"]
         scores = torch.stack([window.sums["grad_abs"][s.span] for s in heads])  # [L, N]
-        selection = tmp.select(scores)
+        selection = tmp.select(scores, [s.floor for s in heads])
         keep = torch.ones(loaded.structure.num_units, dtype=torch.bool)
         for sublayer, kept in zip(heads, selection.keep, strict=True):
             keep[sublayer.span] = kept

@@ -18,7 +18,7 @@ from tests.distributed.test_laws import arguments
 from tests.tiny import tiny_data, tiny_folder
 
 pytestmark = pytest.mark.ci
-TRAINABLE = [name for name, family in FAMILIES.items() if family.trainable]
+TRAINABLE = list(FAMILIES)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,12 @@ def run(base, output, *, world_size=2, model_type="bert", data="data", **options
     return json.loads((output / "report.json").read_text())
 
 
-@pytest.mark.parametrize("model_type", TRAINABLE)
-def test_every_family_exports_what_it_trained(base, tmp_path, model_type):
+# Whole runs of one family of each build; the others' whole runs are in the full matrix, their exports in test_exports.py.
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "deberta-v2", "albert", "llama", "phi3", "opt", "gpt2"])
+def test_every_build_exports_what_it_trained(base, tmp_path, model_type):
     """Law 4: masked == exported and reloaded by a fresh process without this package, on 300 examples."""
-    report = run(base, tmp_path / "out", model_type=model_type, prune_start=0.1)
+    target = 0.65 if FAMILIES[model_type].is_decoder else 0.5  # key/value groups are dear, and go last
+    report = run(base, tmp_path / "out", model_type=model_type, prune_start=0.1, target_sparsity=target)
     reports.validate(report)
     assert report["status"] == "complete"
     assert report["parity"]["examples"] == 300
@@ -55,9 +57,11 @@ def test_every_family_exports_what_it_trained(base, tmp_path, model_type):
     assert report["exports"]["compact"]["needs_remote_code"]
     dense, kept = report["params"]["encoder_dense"], report["params"]["encoder_kept"]
     assert report["sparsity"]["achieved"] == pytest.approx(1 - kept / dense)
-    assert abs(report["sparsity"]["achieved"] - 0.5) * dense <= 8 * 32 * 4 + 100 * 8
+    assert abs(report["sparsity"]["achieved"] - target) * dense <= 8 * 32 * 4 + 100 * 8
     assert len({(r["heads"], r["neurons"]) for r in report["structure"]}) > 1
-    assert sum(r["heads"] for r in report["structure"]) < 12 and sum(r["neurons"] for r in report["structure"]) < 144
+    units = {"llama": 6, "phi3": 6, "albert": 8}.get(model_type, 12)  # heads, or key/value groups
+    assert sum(r["heads"] for r in report["structure"]) < units
+    assert sum(r["neurons"] for r in report["structure"]) < 48 * len(report["structure"])
 
 
 def encoder_parameters_in(folder, layers="layer."):
