@@ -27,13 +27,13 @@ from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.distributed import rank
 from prunadapt_ds.engine import gathered
 from prunadapt_ds.errors import ParityError
+from prunadapt_ds.formats import MODELING_FILE
 from prunadapt_ds.gates import GATE_NAME, Gate
 from prunadapt_ds.models import modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 
 TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
-MODELING_FILE = "modeling_prunadapt.py"
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,12 @@ def reload_in_fresh_process(
     dtype: str = "float32",
     latency: dict[str, Any] | None = None,
     threads: int | None = None,
+    adapter_of: dict[str, Any] | None = None,
 ) -> Reloaded:
     """Load `folder` in a new Python process that does not import this package and predict `datasets`.
 
     `latency`: {"batch_size", "seq_length", "repeats", "dtype"} to time it against the dense stock model as well.
+    `adapter_of`: the folder is a PEFT adapter of this base: {"model", "num_labels", "pad_token_id"}.
     Raises ParityError with the process's last words if it fails.
     """
     from safetensors.torch import load_file
@@ -223,6 +225,7 @@ def reload_in_fresh_process(
             "dtype": dtype,
             "threads": threads,
             "latency": latency,
+            "adapter_of": adapter_of,
             "logits": f"{scratch}/logits.safetensors",
             "result": f"{scratch}/result.json",
         }

@@ -156,6 +156,7 @@ def decide_and_cut(
             budget=prune.budget,
             neuron_multiple=prune.neuron_multiple,
             gone=~session.present.mask(),
+            uniform=prune.uniform,
         )
         distributed.same_on_all_ranks(f"the pruning plan of step {step}", plan.hash)
         gates.apply_mask(session.model, plan.mask()[session.present.mask()])

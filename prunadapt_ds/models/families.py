@@ -18,11 +18,12 @@ units, they stay as they are, and `sharing` does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.modeling_prunadapt import AttributeLayout, Layout, ProjectionLayout, SubLayerLayout
+from prunadapt_ds.models.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -338,6 +339,20 @@ def head_floors(family: Family, config: Any, num_layers: int) -> tuple[int, ...]
         return (0,) * num_layers
     kinds = getattr(config, "layer_types", None) or [""] * num_layers
     return tuple(int(kinds.index(kind) == i) for i, kind in enumerate(kinds))
+
+
+def uniform_floors(family: Family, structure: Structure, neuron_multiple: int) -> Structure:
+    """The same structure where each layer keeps what a stock configuration needs: at least one unit of each kind, and all of
+    a kind whose number it cannot say."""
+    sayable = {"heads": bool(family.heads.config_fields), "neurons": bool(family.neurons.config_fields)}
+    least = {"heads": 1, "neurons": neuron_multiple}
+    return replace(
+        structure,
+        sublayers=tuple(
+            replace(s, floor=min(least[s.kind], s.num_units) if sayable[s.kind] else s.num_units)
+            for s in structure.sublayers
+        ),
+    )
 
 
 def layout_of(family: Family, config: Any, base_model_prefix: str) -> Layout:

@@ -86,6 +86,28 @@ def test_other_methods(base, tmp_path, method):
         assert report["params"]["trainable"] == report["params"]["total_dense"]
 
 
+def test_a_uniform_run_loads_with_stock_classes(base, tmp_path):
+    report = run(base, tmp_path / "out", model_type="llama", uniform=True, export_formats="padded", target_sparsity=0.6)
+    assert report["exports"] == {
+        kind: {"path": f"exports/{kind}", "needs_remote_code": kind == "compact"}
+        for kind in ("compact", "padded", "uniform")
+    }
+    assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
+    (counts,) = {(r["heads"], r["neurons"]) for r in report["structure"]}
+    config = json.loads((tmp_path / "out" / "exports" / "uniform" / "config.json").read_text())
+    assert (config["num_key_value_heads"], config["intermediate_size"]) == counts and "auto_map" not in config
+    step = 3 * max(8 * 3 * 32, 2 * 32 * (16 + 8))
+    assert abs(report["sparsity"]["achieved"] - 0.6) * report["params"]["encoder_dense"] <= step
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_peft_loads_the_adapter(base, tmp_path, model_type):
+    report = run(base, tmp_path / "out", model_type=model_type, method="lora", export_formats="adapter", world_size=2)
+    assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
+    names = {p.name for p in (tmp_path / "out" / "exports" / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+
+
 def test_what_a_run_leaves_behind(base, tmp_path):
     out = tmp_path / "out"
     report = run(base, out, save_scores=True, eval_steps=5, logging_steps=2)
