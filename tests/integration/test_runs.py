@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -98,6 +99,22 @@ def test_a_uniform_run_loads_with_stock_classes(base, tmp_path):
     assert (config["num_key_value_heads"], config["intermediate_size"]) == counts and "auto_map" not in config
     step = 3 * max(8 * 3 * 32, 2 * 32 * (16 + 8))
     assert abs(report["sparsity"]["achieved"] - 0.6) * report["params"]["encoder_dense"] <= step
+    check_launchers(base, tmp_path / "out", report)
+
+
+def check_launchers(base, out, report):
+    """A format made again from what the run left, and every folder scored on two ranks like the run did."""
+    shutil.rmtree(out / "exports" / "padded")
+    done = launch([sys.executable, "launcher/export.py", "--run_dir", out, "--export_formats", "padded"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    data = ["--train_file", base / "data" / "train.csv", "--validation_file", base / "data" / "validation.csv"]
+    for kind in ("compact", "padded", "uniform"):
+        argv = ["--model_name_or_path", out / "exports" / kind, *data, "--max_seq_length", 32]
+        assert run_ranks(runs.scored, 2, [str(a) for a in argv]) == [report["metric"]["exported"]] * 2
+    done = launch([sys.executable, "launcher/evaluate.py", *argv, "--r", 4])
+    assert done.returncode == 2 and "r='given'" in done.stderr and "Traceback" not in done.stderr
+    done = launch([sys.executable, "launcher/export.py", "--run_dir", base, "--export_formats", "padded"])
+    assert done.returncode == 2 and "finished" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2"])

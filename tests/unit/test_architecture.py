@@ -14,7 +14,7 @@ PACKAGE = ROOT / "prunadapt_ds"
 FLOORS = (
     {"errors", "cli"},
     {"config", "distributed", "schedule", "reload", "memory", "objective", "attention"},
-    {"ds_config", "data", "models"},
+    {"ds_config", "data", "models", "entry"},
     {"formats"},
     {"batches", "backbone", "adapters", "gates"},
     {"importance", "evaluate"},
@@ -22,7 +22,7 @@ FLOORS = (
     {"resize"},
     {"engine", "state"},
     {"export", "shrink", "tracking", "report", "adapter_folder"},
-    {"card", "session"},
+    {"card", "session", "reexport", "scoring"},
     {"finish"},
     {"train"},
 )
