@@ -138,6 +138,9 @@ def load(
         )
         family = family_of(config)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if family.is_decoder:
+            agree_on_padding(model_name_or_path, config, tokenizer)
+            config.use_cache = False  # nothing is generated while training; the export switches it on again
         with _quiet():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
@@ -161,6 +164,29 @@ def load(
     _refuse_damaged(model_name_or_path, layout, new)
     freeze(model, head)
     return Backbone(model, tokenizer, family, layout, measure(model, layout, seq_length), head)
+
+
+def agree_on_padding(name: str, config: Any, tokenizer: Any) -> None:
+    """Let tokenizer and decoder name the same padding token, on the right.
+
+    A decoder's classifier reads the last token that is no padding; if it took another token for padding than the tokenizer,
+    it would read a padded position and nobody would tell. On the right, positions count from the first real token and
+    causal attention never sees what follows. A tokenizer without such a token gets the configuration's, or an existing one
+    that stands for no text: no embedding is added. Raises UserError where there is none.
+    """
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        of_config = config.pad_token_id
+        known = None if of_config is None or of_config < 0 else tokenizer.convert_ids_to_tokens(of_config)
+        found = known or tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+        if found is None:
+            remedy = "its tokenizer has no padding token and none to take for it; set one in tokenizer_config.json"
+            raise UserError(Problem("model_name_or_path", name, remedy))
+        tokenizer.pad_token = found
+    if not 0 <= tokenizer.pad_token_id < config.vocab_size:
+        remedy = f"its padding token is number {tokenizer.pad_token_id}, the model has {config.vocab_size} embeddings"
+        raise UserError(Problem("model_name_or_path", name, remedy))
+    config.pad_token_id = tokenizer.pad_token_id
 
 
 def _prefixes(modules: tuple[str, ...]) -> tuple[str, ...]:

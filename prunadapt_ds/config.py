@@ -24,6 +24,7 @@ METHODS = ("prunadapt", "tmp", "lora", "full")
 BUDGETS = ("params", "macs")
 CRITERION_NAMES = ("fisher", "taylor", "magnitude", "random")
 TASK_NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "sample")
+EXPORT_FORMATS = ("compact", "padded", "uniform", "adapter")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 SHRINKING = ("auto", "always", "never")
 LR_SCHEDULES = ("linear", "warmup_stable_decay")
@@ -90,6 +91,7 @@ class PruningOptions:
     distill_weight: float = option(0.5, "weight of the run's own dense model as teacher; 0: off", least=0, most=1)
     distill_fades: bool = option(True, "the teacher counts less and less after the first decision, nothing at the end")
     neuron_multiple: int = option(8, "feed-forward neurons are cut in groups, kept counts are multiples", least=1)
+    uniform: bool = option(False, "all layers keep the same counts, so that stock classes load what is left")
     tmp_scoring_examples: int = option(64, "examples that rank heads with --method tmp", least=1)
     save_scores: bool = option(False, "write raw statistics of every decision to scores/")
     score_only: bool = option(False, "write the statistics at the initial weights and stop")
@@ -138,6 +140,12 @@ class OutputOptions:
     """Output."""
 
     output_dir: str = option("outputs", "folder for everything the run leaves behind")
+    export_formats: list[str] | None = option(
+        None,
+        "folders to write beside `compact`: stock shapes with zeros, a stock configuration (with --uniform: always), "
+        "a PEFT adapter (with --method lora)",
+        choices=EXPORT_FORMATS,
+    )
     export_dtype: str = option("float32", "dtype of the exported weights", choices=EXPORT_DTYPES)
     checkpoint_steps: int | None = option(None, "not available yet")
     resume: str = option("never", "not available yet")
@@ -355,8 +363,9 @@ def _problems(config: Config, unread: set[str]) -> list[Problem]:
 
 
 def _out_of_limits(o: _Option, value: Any) -> str:
-    if o.limits["choices"] and value not in o.limits["choices"]:
-        return suggestion(str(value), o.limits["choices"])
+    wrong = [v for v in (value if o.is_list else [value]) if o.limits["choices"] and v not in o.limits["choices"]]
+    if wrong:
+        return suggestion(str(wrong[0]), o.limits["choices"])
     if o.kind not in (int, float) or o.is_list:
         return ""
     words = {"least": "at least", "most": "at most", "above": "more than", "below": "less than"}
@@ -380,6 +389,15 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(Problem("target_sparsity", prune.target_sparsity, f"--method {prune.method} {why}; leave it out"))
     if prune.method != "prunadapt" and prune.score_only:
         found.append(Problem("score_only", True, "scores come from the gates of --method prunadapt"))
+    formats = output.export_formats or []
+    if prune.method != "prunadapt" and prune.uniform:
+        found.append(Problem("uniform", True, f"there is no decision to constrain with --method {prune.method}"))
+    if "uniform" in formats and not prune.uniform:
+        found.append(
+            Problem("export_formats", "uniform", "layers that differ fit no stock configuration; add --uniform")
+        )
+    if "adapter" in formats and prune.method != "lora":
+        found.append(Problem("export_formats", "adapter", "an adapter fits the unpruned model only: use --method lora"))
     if prune.method != "prunadapt" and prune.save_scores:
         found.append(Problem("save_scores", True, "there are no decisions but those of --method prunadapt"))
     if data.test_file is not None:
@@ -415,3 +433,5 @@ def _resolve(config: Config) -> None:
         config.prune.target_sparsity = DEFAULT_SPARSITY
     if config.data.task_name is None and config.data.train_file is None:
         config.data.task_name = "sample"
+    wanted = {"compact", *(config.output.export_formats or ()), *(["uniform"] if config.prune.uniform else ())}
+    config.output.export_formats = [kind for kind in EXPORT_FORMATS if kind in wanted]

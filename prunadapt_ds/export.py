@@ -27,12 +27,13 @@ from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.distributed import rank
 from prunadapt_ds.engine import gathered
 from prunadapt_ds.errors import ParityError
+from prunadapt_ds.formats import MODELING_FILE
 from prunadapt_ds.gates import GATE_NAME, Gate
 from prunadapt_ds.models import modeling_prunadapt
+from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 
 TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
-MODELING_FILE = "modeling_prunadapt.py"
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,18 @@ def pruned_tensors(
     """Name and fp32 tensor of everything the exported checkpoint holds, under the stock model's names.
 
     `present`: what the model physically holds (None: dense). Collective: every rank must consume the whole iterator.
-    One module is gathered at a time.
+    One module is gathered at a time. A tensor that several modules share comes once, under its first name.
     """
     cuts = cuts_of(layout, plan, present or PruningPlan.dense(plan.structure))
     inside: tuple[str, ...] = ()
+    seen: set[int] = set()
     for name, module in model.named_modules():
         if name.startswith(inside):  # part of a projection that was taken as a whole
             continue
         cut = cuts.get(name)
         if cut is None:
-            own = list(module.named_parameters(recurse=False))
+            own = [(key, p) for key, p in module.named_parameters(recurse=False) if id(p) not in seen]
+            seen |= {id(p) for _, p in own}
             with gathered([p for _, p in own]):
                 for key, parameter in own:
                     yield f"{name}.{key}".lstrip("."), parameter.detach().float()
@@ -168,6 +171,8 @@ def exported_config(model: Any, layout: Layout, plan: PruningPlan, needs_remote_
     config = copy.deepcopy(model.config)
     stock = type(model).__name__
     config.dtype = torch.float32
+    if FAMILIES[config.model_type].is_decoder:
+        config.use_cache = True  # it was off for training
     config.architectures = [f"Pruned{stock}" if needs_remote_code else stock]
     if needs_remote_code:
         kept = [len(units) for units in plan.kept]
@@ -197,10 +202,12 @@ def reload_in_fresh_process(
     dtype: str = "float32",
     latency: dict[str, Any] | None = None,
     threads: int | None = None,
+    adapter_of: dict[str, Any] | None = None,
 ) -> Reloaded:
     """Load `folder` in a new Python process that does not import this package and predict `datasets`.
 
     `latency`: {"batch_size", "seq_length", "repeats", "dtype"} to time it against the dense stock model as well.
+    `adapter_of`: the folder is a PEFT adapter of this base: {"model", "num_labels", "pad_token_id"}.
     Raises ParityError with the process's last words if it fails.
     """
     from safetensors.torch import load_file
@@ -218,6 +225,7 @@ def reload_in_fresh_process(
             "dtype": dtype,
             "threads": threads,
             "latency": latency,
+            "adapter_of": adapter_of,
             "logits": f"{scratch}/logits.safetensors",
             "result": f"{scratch}/result.json",
         }

@@ -92,7 +92,7 @@ class Recorder:
     """Collects the gates' per-sample statistics of one rank.
 
     Around each micro-batch: `begin`, forward, backward, `end`. Several contributions to one sample (a chunked
-    feed-forward calls its gate more than once) are added before they are squared.
+    feed-forward calls its gate more than once, and so do layers that share weights) are added before they are squared.
     """
 
     def __init__(self, num_units: int, *, activations: bool, device: torch.device | str = "cpu", seed: int = 0):
@@ -127,6 +127,12 @@ class Recorder:
         self._d = torch.zeros(size, self.num_units, device=self.device)
         self._a = torch.zeros(size, self.num_units, device=self.device) if self.activations else None
 
+    @property
+    def batch_size(self) -> int:
+        """Rows of the present micro-batch."""
+        assert self._coefficients is not None
+        return len(self._coefficients)
+
     def add(self, start: int, d: Tensor) -> None:
         """Add d: float [B, units of one gate], not yet divided by the samples' coefficients."""
         assert self._d is not None
@@ -142,7 +148,7 @@ class Recorder:
         """Add the mean |x| over real tokens and width. x: [B, T, U, W]; T may be the next chunk of the tokens."""
         assert self._a is not None and self._token_mask is not None
         mask = self._token_mask.to(torch.float32)  # [B, all tokens]
-        first = self._tokens_seen.get(start, 0)
+        first = self._tokens_seen.get(start, 0) % mask.shape[1]  # a block that runs again starts over
         self._tokens_seen[start] = first + x.shape[1]
         chunk = mask[:, first : first + x.shape[1]]  # [B, T]
         per_token = x.abs().float().mean(dim=3)  # [B, T, U]

@@ -60,6 +60,18 @@ def latency(models: list[Any], batch_size: int, seq_length: int, repeats: int, d
     return [statistics.median(taken) for taken in times]
 
 
+def load_adapter(folder: str, base: dict[str, Any], dtype: Any) -> Any:
+    """A base model with the PEFT adapter of `folder`."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    numbers = {k: base[k] for k in ("num_labels", "pad_token_id") if base[k] is not None}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base["model"], dtype=dtype, ignore_mismatched_sizes=True, **numbers
+    )
+    return PeftModel.from_pretrained(model, folder)
+
+
 def answer(request: dict[str, Any]) -> None:
     import torch
     from safetensors.torch import save_file
@@ -70,6 +82,8 @@ def answer(request: dict[str, Any]) -> None:
         torch.set_num_threads(request["threads"])
 
     def load(dtype: str) -> Any:
+        if request["adapter_of"]:
+            return load_adapter(request["folder"], request["adapter_of"], getattr(torch, dtype)).to(device).eval()
         model = AutoModelForSequenceClassification.from_pretrained(
             request["folder"], trust_remote_code=request["needs_remote_code"], dtype=getattr(torch, dtype)
         )

@@ -28,6 +28,7 @@ from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate import predict
 from prunadapt_ds.importance import CRITERIA, Recorder
+from prunadapt_ds.models.families import uniform_floors
 from prunadapt_ds.models.structure import Structure
 from prunadapt_ds.shrink import StepTimes
 from prunadapt_ds.tracking import Tracker
@@ -146,6 +147,8 @@ def setup(config: Config) -> Session:
         )
     )
 
+    if config.prune.uniform:
+        loaded.structure = uniform_floors(loaded.family, loaded.structure, config.prune.neuron_multiple)
     check_target(config, loaded.structure)
     only_head_inputs = config.prune.method == "tmp"
     lora_targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=only_head_inputs)
@@ -169,6 +172,9 @@ def setup(config: Config) -> Session:
     if not config.train.dropout:
         no_dropout(loaded.model)
     if config.train.gradient_checkpointing:
+        if not loaded.model.supports_gradient_checkpointing:
+            remedy = f"transformers cannot recompute the blocks of {loaded.family.model_type}; leave it out"
+            raise UserError(Problem("gradient_checkpointing", True, remedy))
         loaded.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     session = Session(
         config=config,
@@ -197,6 +203,9 @@ def no_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name in ("dropout", "attention_dropout", "layerdrop"):  # probabilities of functional dropout
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def check_target(config: Config, structure: Structure) -> None:
@@ -224,6 +233,8 @@ def announce(session: Session) -> None:
         )
     resolved = ", ".join(f"{name}={value}" for name, value in ds.resolved.items()) or "nothing"
     say(f"{ds.path}: ZeRO stage {ds.stage}, {ds.dtype}, {distributed.world_size()} ranks; auto: {resolved}")
+    if config.prune.uniform and not session.backbone.family.heads.config_fields:
+        say(f"--uniform: heads stay; the stock configuration of {session.backbone.family.model_type} cannot say fewer")
     session.tracker.text("config", json.dumps(config.to_dict(), indent=2))
     session.tracker.text("ds_config", json.dumps(ds.values, indent=2))
 
@@ -259,7 +270,7 @@ def still_there(model: nn.Module, names: list[str]) -> list[str]:
 
 def train_norms(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
             module.requires_grad_(True)
 
 

@@ -166,6 +166,7 @@ def decide_and_cut(
             budget=prune.budget,
             neuron_multiple=prune.neuron_multiple,
             gone=~session.present.mask(),
+            uniform=prune.uniform,
         )
         distributed.same_on_all_ranks(f"the pruning plan of step {step}", plan.hash)
         gates.apply_mask(session.model, plan.mask()[session.present.mask()])
@@ -364,7 +365,7 @@ def prune_once(session: Session) -> None:
         engines.destroy(session.engine)
         heads = [s for s in loaded.structure.sublayers if s.kind == "heads"]
         scores = torch.stack([window.sums["grad_abs"][s.span] for s in heads])  # [L, N]
-        selection = tmp.select(scores)
+        selection = tmp.select(scores, [s.floor for s in heads])
         keep = torch.ones(loaded.structure.num_units, dtype=torch.bool)
         for sublayer, kept in zip(heads, selection.keep, strict=True):
             keep[sublayer.span] = kept

@@ -123,6 +123,14 @@ def whole_run(argv):
     return main(argv)
 
 
+def scored(argv):
+    """The real scoring of a folder: its measures."""
+    from prunadapt_ds import scoring
+    from prunadapt_ds.config import parse
+
+    return scoring.run(parse(argv))
+
+
 def whole_run_said(argv):
     """The real main: exit code and what it wrote to standard error."""
     import contextlib
@@ -220,7 +228,7 @@ def shrink_in_training(argv):
             names = {
                 re.split(r"\.(?:base_layer|lora_|prune_gate|weight|bias)", n)[0]
                 for n, p in session.model.named_parameters()
-                if ".layer." in n and p.numel()
+                if ".layer" in n and p.numel()
             }
             whole.append((len(names), sum(p.numel() for p in module.parameters())))
 
@@ -260,5 +268,5 @@ def shrink_in_training(argv):
         "plan": session.plan.to_dict(),
         "lines": _lines(session),
         "live_bytes": session.live_bytes,
-        "numel": max(getattr(p, "ds_numel", p.numel()) for n, p in session.model.named_parameters() if ".layer." in n),
+        "numel": max(getattr(p, "ds_numel", p.numel()) for n, p in session.model.named_parameters() if ".layer" in n),
     }

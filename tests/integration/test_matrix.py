@@ -15,7 +15,7 @@ from tests.tiny import tiny_folder
 pytestmark = pytest.mark.full
 
 
-@pytest.mark.parametrize("method", ["tmp", "lora", "full"])
+@pytest.mark.parametrize("method", ["prunadapt", "tmp", "lora", "full"])
 @pytest.mark.parametrize("model_type", TRAINABLE)
 def test_every_family_with_every_method(base, tmp_path, model_type, method):  # noqa: F811
     report = run(base, tmp_path / "out", model_type=model_type, method=method)

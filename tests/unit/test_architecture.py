@@ -14,14 +14,15 @@ PACKAGE = ROOT / "prunadapt_ds"
 FLOORS = (
     {"errors", "cli"},
     {"config", "distributed", "schedule", "reload", "memory", "objective", "attention"},
-    {"ds_config", "data", "models"},
+    {"ds_config", "data", "models", "entry"},
+    {"formats"},
     {"batches", "backbone", "adapters", "gates"},
     {"importance", "evaluate"},
     {"budget", "tmp"},
     {"resize"},
     {"engine", "state"},
-    {"export", "shrink", "tracking", "report"},
-    {"card", "session"},
+    {"export", "shrink", "tracking", "report", "adapter_folder"},
+    {"card", "session", "reexport", "scoring"},
     {"finish"},
     {"train"},
 )

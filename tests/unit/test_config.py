@@ -75,6 +75,10 @@ def test_every_choice_suggests(name):
         (["--method", "lora", "--score_only"], "score_only"),
         (["--method", "tmp", "--save_scores"], "save_scores"),
         (["--train_file", "a.csv", "--validation_file", "b.csv", "--test_file", "c.csv"], "test_file"),
+        (["--method", "lora", "--uniform"], "uniform"),
+        (["--export_formats", "uniform"], "export_formats"),
+        (["--export_formats", "adapter"], "export_formats"),
+        (["--export_formats", "compact", "onxx"], "export_formats"),
         (["--prune_start", "0.7"], "prune_start"),
         (["--max_steps", "0"], "max_steps"),
         (["--task_name", "mrpc", "--train_file", "a.csv", "--validation_file", "b.csv"], "task_name"),
@@ -91,6 +95,12 @@ def test_every_choice_suggests(name):
 )
 def test_contradictions(argv, field):
     assert field in fields(argv)
+
+
+def test_export_formats():
+    assert parse([]).output.export_formats == ["compact"]
+    assert parse(["--uniform", "--export_formats", "padded"]).output.export_formats == ["compact", "padded", "uniform"]
+    assert parse(["--method", "lora", "--export_formats", "adapter"]).output.export_formats == ["compact", "adapter"]
 
 
 def test_all_at_once():

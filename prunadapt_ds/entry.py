@@ -1,0 +1,22 @@
+"""What every program of the package does around its work: an exit code instead of a traceback, one message, no hang."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from prunadapt_ds import distributed
+from prunadapt_ds.errors import PrunadaptError
+
+
+def guarded(work: Callable[[], object]) -> int:
+    """Run `work`; returns the process's exit code (see errors.py). Rank 0 says what went wrong."""
+    try:
+        work()
+    except PrunadaptError as error:
+        if distributed.rank() == 0:
+            print(f"error: {error}" if len(str(error).splitlines()) == 1 else f"errors:\n{error}", file=sys.stderr)
+        return error.exit_code
+    finally:
+        distributed.shutdown()
+    return 0
