@@ -19,6 +19,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 FOLDS = 5
 FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B"}  # official names
+PATHS = ("--data_dir", "--output_dir", "--ds_config")
 BASE = {"num_train_epochs": 3, "per_device_train_batch_size": 32, "ds_config": str(ROOT / "ds_configs/zero0.json")}
 OURS = {"target_sparsity": 0.8, "distill_fades": False}
 VARIANTS: dict[str, dict[str, object]] = {
@@ -72,7 +73,8 @@ def one_run(argv: list[str], result: Path) -> None:
     train.fit(session)
     metrics, _ = train.evaluate(session)
     found = {"metric": metrics, "teacher": session.report["metric"]["teacher"], "seconds": session.seconds}
-    result.write_text(json.dumps({**found, "options": argv, "counts": session.plan.counts()}) + "\n")
+    options = {name[2:]: value for name, value in zip(argv[::2], argv[1::2], strict=True) if name not in PATHS}
+    result.write_text(json.dumps({**found, "options": options, "counts": session.plan.counts()}) + "\n")
 
 
 def work_off(todo: queue.Queue, args: argparse.Namespace) -> None:
