@@ -14,6 +14,7 @@ from prunadapt_ds.adapters import ADAPTER, is_lora
 from prunadapt_ds.backbone import Backbone
 from prunadapt_ds.distributed import rank
 from prunadapt_ds.engine import gathered
+from prunadapt_ds.export import auto_class_for
 
 PREFIX = "base_model.model."  # PEFT's name for the model below its wrapper
 
@@ -81,6 +82,7 @@ def base_of(backbone: Backbone, folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "adapter_config.json").read_text())
     return {
         "model": config["base_model_name_or_path"],
+        "auto_class": auto_class_for(type(backbone.model).__name__),
         "num_labels": backbone.model.config.num_labels,
         "pad_token_id": backbone.model.config.pad_token_id,
     }

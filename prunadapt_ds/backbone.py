@@ -116,33 +116,39 @@ def load(
     device: torch.device | str = "cpu",
     seq_length: int = 128,
     trust_remote_code: bool = False,
+    is_language: bool = False,
 ) -> Backbone:
-    """Load a sequence classifier with everything frozen but its head.
+    """Load a sequence classifier, or a causal language model, with everything frozen but what is new or its head.
 
     Where an `HfDeepSpeedConfig` of stage 3 is alive, every rank keeps its shard only. Raises UserError for an unsupported
     family, a missing or pickled checkpoint, and a failed download.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     name = locate(model_name_or_path)
     _check_folder(name)
     labels = list(label_names) or [f"LABEL_{i}" for i in range(num_labels)]
+    answers = {
+        "num_labels": num_labels,
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": "regression" if is_regression else "single_label_classification",
+    }
+    auto_class: Any = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
     try:
         config = AutoConfig.from_pretrained(
-            name,
-            num_labels=num_labels,
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-            problem_type="regression" if is_regression else "single_label_classification",
-            trust_remote_code=trust_remote_code,
+            name, trust_remote_code=trust_remote_code, **({} if is_language else answers)
         )
         family = family_of(config)
+        if is_language and not family.is_decoder:
+            remedy = f"{config.model_type} is no decoder and generates no text; leave --task_type out"
+            raise UserError(Problem("task_type", "causal_lm", remedy))
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if family.is_decoder:
             agree_on_padding(model_name_or_path, config, tokenizer)
             config.use_cache = False  # nothing is generated while training; the export switches it on again
         with _quiet():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model, info = auto_class.from_pretrained(
                 name,
                 config=config,
                 dtype=dtype,

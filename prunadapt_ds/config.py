@@ -23,6 +23,7 @@ from prunadapt_ds.errors import Problem, UserError
 METHODS = ("prunadapt", "tmp", "lora", "full")
 BUDGETS = ("params", "macs")
 CRITERION_NAMES = ("fisher", "taylor", "magnitude", "random")
+TASK_TYPES = ("sequence_classification", "causal_lm")
 TASK_NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "sample")
 EXPORT_FORMATS = ("compact", "padded", "uniform", "adapter")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
@@ -58,6 +59,11 @@ class ModelOptions:
 class DataOptions:
     """Task and data."""
 
+    task_type: str = option(
+        "sequence_classification",
+        "what is learnt: labels, or text (causal_lm: a .txt file, or columns prompt and response, or text)",
+        choices=TASK_TYPES,
+    )
     task_name: str | None = option(None, "GLUE task, or the built-in `sample`", choices=TASK_NAMES)
     data_dir: str | None = option(None, "official GLUE TSVs, one folder per task, instead of the hub")
     train_file: str | None = option(None, "own training data: csv, tsv, jsonl, parquet; sentence1[, sentence2], label")
@@ -400,6 +406,8 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(Problem("export_formats", "adapter", "an adapter fits the unpruned model only: use --method lora"))
     if prune.method != "prunadapt" and prune.save_scores:
         found.append(Problem("save_scores", True, "there are no decisions but those of --method prunadapt"))
+    if data.task_type == "causal_lm":
+        found += _language_problems(config)
     if data.test_file is not None:
         found.append(Problem("test_file", data.test_file, "test sets are not used yet; leave it out"))
     if prune.prune_start >= prune.prune_end:
@@ -427,8 +435,23 @@ def _contradictions(config: Config) -> list[Problem]:
     return found
 
 
+def _language_problems(config: Config) -> list[Problem]:
+    """What --task_type causal_lm does not go with."""
+    data, prune, found = config.data, config.prune, []
+    if not data.train_file:
+        found.append(Problem("train_file", None, "--task_type causal_lm needs --train_file and --validation_file"))
+    if prune.method == "tmp":
+        found.append(Problem("method", "tmp", "its rule is one for classifiers; use prunadapt, lora or full"))
+    if "distill_weight" in config.given and prune.distill_weight > 0:
+        remedy = "a teacher's logits of every token and word are not kept; leave it out, or write 0"
+        found.append(Problem("distill_weight", prune.distill_weight, remedy))
+    return found
+
+
 def _resolve(config: Config) -> None:
     """Fill in the defaults that depend on other options."""
+    if config.data.task_type == "causal_lm":
+        config.prune.distill_weight = 0.0
     if config.prune.method == "prunadapt" and config.prune.target_sparsity is None:
         config.prune.target_sparsity = DEFAULT_SPARSITY
     if config.data.task_name is None and config.data.train_file is None:

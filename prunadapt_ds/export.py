@@ -157,6 +157,10 @@ def export(
     if needs_remote_code:
         shutil.copyfile(Path(modeling_prunadapt.__file__), unfinished / MODELING_FILE)
     save_torch_state_dict(state, unfinished)
+    if auto_class_for(type(model).__name__) == "AutoModelForCausalLM":
+        model.generation_config.save_pretrained(unfinished)
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.padding_side = "left"  # generation goes on at the right end
     tokenizer.save_pretrained(unfinished)
     for file in unfinished.iterdir():
         file.chmod(0o644)
@@ -180,8 +184,21 @@ def exported_config(model: Any, layout: Layout, plan: PruningPlan, needs_remote_
         rows = [kept[i : i + width] for i in range(0, len(kept), width)]
         config.pruned_structure = {"layout": layout.to_dict(), "kept": rows}
         module = MODELING_FILE.removesuffix(".py")
-        config.auto_map = {"AutoModelForSequenceClassification": f"{module}.Pruned{stock}"}
+        config.auto_map = {auto_class_for(stock): f"{module}.Pruned{stock}"}
     return config
+
+
+def auto_class_for(stock: str) -> str:
+    """The auto class that loads a stock class."""
+    return (
+        "AutoModelForCausalLM"
+        if stock.endswith(("ForCausalLM", "LMHeadModel"))
+        else "AutoModelForSequenceClassification"
+    )
+
+
+def auto_class_of(folder: Path) -> str:
+    return auto_class_for(json.loads((folder / "config.json").read_text())["architectures"][0])
 
 
 @dataclass(frozen=True)
@@ -207,7 +224,7 @@ def reload_in_fresh_process(
     """Load `folder` in a new Python process that does not import this package and predict `datasets`.
 
     `latency`: {"batch_size", "seq_length", "repeats", "dtype"} to time it against the dense stock model as well.
-    `adapter_of`: the folder is a PEFT adapter of this base: {"model", "num_labels", "pad_token_id"}.
+    `adapter_of`: the folder is a PEFT adapter of this base: {"model", "auto_class", "num_labels", "pad_token_id"}.
     Raises ParityError with the process's last words if it fails.
     """
     from safetensors.torch import load_file
@@ -218,6 +235,8 @@ def reload_in_fresh_process(
             "rows": {
                 name: [{c: row[c] for c in rows.columns} for row in rows.examples] for name, rows in datasets.items()
             },
+            "labels": {name: rows.token_labels for name, rows in datasets.items() if rows.token_labels is not None},
+            "auto_class": adapter_of["auto_class"] if adapter_of else auto_class_of(folder),
             "needs_remote_code": needs_remote_code,
             "pad_token_id": next(iter(datasets.values())).tokenizer.pad_token_id,
             "batch_size": batch_size,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prunadapt_ds import adapter_folder, backbone, card, distributed, export, formats, report
 from prunadapt_ds import engine as engines
+from prunadapt_ds.batches import Rows
 from prunadapt_ds.errors import ParityError, PrunadaptError
 from prunadapt_ds.evaluate import predict, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
@@ -61,13 +62,21 @@ def formats_of(session: Session) -> list[str]:
 
 def parity_reference(session: Session, masked: dict[str, Tensor]) -> dict[str, Tensor]:
     """fp32 logits of the masked model: those at hand, or for a bf16 run those of the first rows, parameters upcast."""
-    if session.ds.dtype == "fp32":
+    if session.ds.dtype == "fp32" and not session.data.is_language:
         return masked
     with session.timed("evaluation"), upcast_parameters(session.model):
         return {
-            name: predict(session.engine, rows.head(PARITY_EXAMPLES), eval_batch(session), session.device)
-            for name, rows in session.validation_rows.items()
+            name: predict(session.engine, rows, eval_batch(session), session.device)
+            for name, rows in compared_rows(session).items()
         }
+
+
+def compared_rows(session: Session) -> dict[str, Rows]:
+    """The first rows of each set; of language, rows that answer with their last token's logits."""
+    some = {name: rows.head(PARITY_EXAMPLES) for name, rows in session.validation_rows.items()}
+    if not session.data.is_language:
+        return some
+    return {f"{name}/last_token": rows.without_labels() for name, rows in some.items()}
 
 
 def prove(
@@ -84,7 +93,7 @@ def prove(
         low = "bfloat16" if session.ds.dtype == "bf16" else "float32"
         return export.reload_in_fresh_process(
             folder,
-            session.validation_rows,
+            {**compared_rows(session), **session.validation_rows},
             needs_remote_code=needs_remote_code,
             batch_size=eval_batch(session),
             device=session.device,
@@ -128,7 +137,7 @@ def prove_format(session: Session, kind: str, compact: Path) -> export.Reloaded:
         formats.convert(kind, compact, session.plan.to_dict(), folder)
     exported = export.reload_in_fresh_process(
         folder,
-        {name: rows.head(PARITY_EXAMPLES) for name, rows in session.validation_rows.items()},
+        compared_rows(session),
         needs_remote_code=False,
         batch_size=eval_batch(session),
         device=session.device,
@@ -144,6 +153,11 @@ def write_predictions(session: Session, masked: dict[str, Tensor], exported: dic
     with (session.output_dir / "predictions.jsonl").open("w") as file:
         for name, rows in session.validation_rows.items():
             for i, label in enumerate(rows.labels.tolist()):
+                if session.data.is_language:
+                    values = {"masked": masked[name][i].tolist(), "exported": exported[name][i].tolist()}
+                    sums = {kind: {"nll": nll, "tokens": int(n)} for kind, (nll, n) in values.items()}
+                    file.write(json.dumps({"split": name, "index": i, **sums}) + "\n")
+                    continue
                 line = {"split": name, "index": i, "label": label}
                 for kind, logits in (("masked", masked[name][i]), ("exported", exported[name][i])):
                     prediction = float(logits) if session.data.is_regression else int(logits.argmax())

@@ -16,7 +16,15 @@ from torch import Tensor
 from prunadapt_ds import backbone, distributed
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import Config, parse
-from prunadapt_ds.data import TaskData, compute_metrics, load_task, tokenize
+from prunadapt_ds.data import (
+    TaskData,
+    compute_metrics,
+    compute_perplexity,
+    load_language,
+    load_task,
+    tokenize,
+    tokenize_language,
+)
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate import predict
@@ -24,7 +32,7 @@ from prunadapt_ds.models import modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES
 
 OPTIONS = {
-    *("model_name_or_path", "trust_remote_code", "task_name", "data_dir", "train_file", "validation_file"),
+    *("model_name_or_path", "trust_remote_code", "task_type", "task_name", "data_dir", "train_file", "validation_file"),
     *("max_seq_length", "max_eval_samples", "per_device_eval_batch_size", "output_dir"),
 }
 
@@ -43,15 +51,24 @@ def run(config: Config) -> dict[str, float]:
         remedy = f"has no meaning when a folder is scored; taken are {', '.join(sorted(OPTIONS))}"
         raise UserError([Problem(name, "given", remedy) for name in foreign])
     distributed.init()
-    data = distributed.together(lambda: load_task(config.data, 0))
+    is_language = config.data.task_type == "causal_lm"
+    data = distributed.together(lambda: load_language(config.data) if is_language else load_task(config.data, 0))
     model, tokenizer = distributed.together(lambda: load_folder(config.model.model_name_or_path, config, data))
     model.to(distributed.device()).eval()
     measures: dict[str, float] = {}
     for name, split in data.validation.items():
-        rows = Rows(tokenize(split, tokenizer, data.task, config.data.max_seq_length), tokenizer)
+        longest = config.data.max_seq_length
+        tokens = (
+            tokenize_language(split, tokenizer, longest)
+            if is_language
+            else tokenize(split, tokenizer, data.task, longest)
+        )
+        rows = Rows(tokens, tokenizer)
         logits = predict(model, rows, config.train.per_device_eval_batch_size, distributed.device())
-        logits = in_order(logits, model.config.id2label, data)
-        found = compute_metrics(data, logits.numpy(), rows.labels.numpy())
+        if is_language:
+            found = compute_perplexity(logits.numpy())
+        else:
+            found = compute_metrics(data, in_order(logits, model.config.id2label, data).numpy(), rows.labels.numpy())
         prefix = f"{name}/" if len(data.validation) > 1 else ""
         measures |= {prefix + key: value for key, value in found.items() if key != "score"}
     measures["score"] = sum(measures.values()) / len(measures)
@@ -65,20 +82,21 @@ def run(config: Config) -> dict[str, float]:
 
 
 def load_folder(name: str, config: Config, data: TaskData) -> tuple[Any, Any]:
-    """The classifier and its tokenizer; a folder of ours needs no `--trust_remote_code`, its class is the package's own."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    """The model and its tokenizer; a folder of ours needs no `--trust_remote_code`, its class is the package's own."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    auto_class: Any = AutoModelForCausalLM if data.is_language else AutoModelForSequenceClassification
     source = backbone.locate(name)
     adapter = Path(source) / "adapter_config.json"
     trust = config.model.trust_remote_code
     try:
         if adapter.is_file():
             base = json.loads(adapter.read_text())["base_model_name_or_path"]
-            model = _with_adapter(base, source, data.num_labels)
+            model = _with_adapter(auto_class, base, source, {} if data.is_language else {"num_labels": data.num_labels})
         else:
             pruned = _pruned_class(source)
             if pruned is None:
-                loader, options = AutoModelForSequenceClassification, {"trust_remote_code": trust}
+                loader, options = auto_class, {"trust_remote_code": trust}
             else:
                 loader, options = pruned, {}
             model, info = loader.from_pretrained(
@@ -86,12 +104,12 @@ def load_folder(name: str, config: Config, data: TaskData) -> tuple[Any, Any]:
             )
             if info["missing_keys"]:
                 some = ", ".join(sorted(info["missing_keys"])[:3])
-                raise UserError(Problem("model_name_or_path", name, f"is no trained classifier: it has no {some}"))
+                raise UserError(Problem("model_name_or_path", name, f"is not trained for this: it has no {some}"))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(Problem("model_name_or_path", name, f"cannot be loaded: {reason}")) from error
-    if model.config.num_labels != data.num_labels:
+    if not data.is_language and model.config.num_labels != data.num_labels:
         remedy = f"answers with {model.config.num_labels} numbers, the task {data.task.name} has {data.num_labels}"
         raise UserError(Problem("model_name_or_path", name, remedy))
     family = FAMILIES.get(model.config.model_type)
@@ -107,12 +125,11 @@ def _pruned_class(folder: str) -> Any:
     return getattr(modeling_prunadapt, values["architectures"][0]) if "pruned_structure" in values else None
 
 
-def _with_adapter(base: str, folder: str, num_labels: int) -> Any:
+def _with_adapter(auto_class: Any, base: str, folder: str, numbers: dict[str, int]) -> Any:
     from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=num_labels, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True
+    model = auto_class.from_pretrained(
+        base, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, **numbers
     )
     return PeftModel.from_pretrained(model, folder)
 

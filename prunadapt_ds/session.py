@@ -23,7 +23,15 @@ from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan, max_sparsity
 from prunadapt_ds.config import Config
-from prunadapt_ds.data import TaskData, compute_metrics, load_task, tokenize
+from prunadapt_ds.data import (
+    TaskData,
+    compute_metrics,
+    compute_perplexity,
+    load_language,
+    load_task,
+    tokenize,
+    tokenize_language,
+)
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate import predict
@@ -125,7 +133,10 @@ def setup(config: Config) -> Session:
     ds = distributed.together(lambda: resolve_ds_config(config, distributed.world_size()))
     if distributed.rank() != 0:
         datasets.disable_progress_bars()
-    data = distributed.together(lambda: load_task(config.data, config.train.seed))
+    is_language = config.data.task_type == "causal_lm"
+    data = distributed.together(
+        lambda: load_language(config.data) if is_language else load_task(config.data, config.train.seed)
+    )
     same_data(data)
     if len(data.train) < distributed.world_size():
         raise UserError(
@@ -144,6 +155,7 @@ def setup(config: Config) -> Session:
             device=device,
             seq_length=config.data.max_seq_length,
             trust_remote_code=config.model.trust_remote_code,
+            is_language=is_language,
         )
     )
 
@@ -154,8 +166,10 @@ def setup(config: Config) -> Session:
     lora_targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=only_head_inputs)
 
     def rows(dataset: Any) -> Rows:
-        tokens = tokenize(dataset, loaded.tokenizer, data.task, config.data.max_seq_length)
-        return Rows(tokens, loaded.tokenizer)
+        longest = config.data.max_seq_length
+        if is_language:
+            return Rows(tokenize_language(dataset, loaded.tokenizer, longest), loaded.tokenizer)
+        return Rows(tokenize(dataset, loaded.tokenizer, data.task, longest), loaded.tokenizer)
 
     train_rows = rows(data.train)
     sampler = Sampler(
@@ -319,9 +333,13 @@ def evaluate(session: Session) -> tuple[dict[str, float], dict[str, Tensor]]:
 
 def measures(session: Session, logits: dict[str, Tensor]) -> dict[str, float]:
     """All measures of all validation sets, prefixed by the set's name where there are several, and their mean "score"."""
-    several = len(logits) > 1
+    several = len(session.validation_rows) > 1
     merged: dict[str, float] = {}
-    for name, values in logits.items():
-        found = compute_metrics(session.data, values.numpy(), session.validation_rows[name].labels.numpy())
+    for name in session.validation_rows:
+        values = logits[name]
+        if session.data.is_language:
+            found = compute_perplexity(values.numpy())
+        else:
+            found = compute_metrics(session.data, values.numpy(), session.validation_rows[name].labels.numpy())
         merged |= {f"{name}/{k}" if several else k: v for k, v in found.items() if k != "score"}
     return {**merged, "score": sum(merged.values()) / len(merged)}

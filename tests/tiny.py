@@ -1,6 +1,7 @@
 """Small random models of the real classes, and what they need to be trained on."""
 
 import csv
+import json
 import random
 
 VOCABULARY = 200
@@ -197,4 +198,31 @@ def tiny_data(folder, n_train=96, n_dev=40, regression=False):
                 draw.shuffle(words)
                 label = round(2.5 * (i % 2) + draw.random(), 3) if regression else kind
                 writer.writerow([" ".join(words), " ".join(draw.choices(_WORDS["plain"], k=4)), label])
+    return folder
+
+
+def tiny_language_folder(folder, model_type, **changes):
+    """A causal language model as from the hub, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = tiny_config(model_type, **{"initializer_range": 0.2, **changes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer(folder, of_decoder=True)
+    return folder
+
+
+def tiny_instructions(folder, n_train=24, n_dev=9):
+    """train.jsonl and validation.jsonl with prompt and response, and train.txt and validation.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    for name, count in (("train", n_train), ("validation", n_dev)):
+        rows = []
+        for i in range(count):
+            kind = ("bad", "good")[i % 2]
+            prompt = " ".join(draw.choices(_WORDS["plain"], k=draw.randint(1, 7)) + draw.choices(_WORDS[kind], k=1))
+            rows.append({"prompt": prompt, "response": " ".join(_WORDS[kind][: draw.randint(1, 6)])})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.txt").write_text("\n".join(f"{row['prompt']} {row['response']}" for row in rows))
     return folder

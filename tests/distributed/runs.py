@@ -270,3 +270,23 @@ def shrink_in_training(argv):
         "live_bytes": session.live_bytes,
         "numel": max(getattr(p, "ds_numel", p.numel()) for n, p in session.model.named_parameters() if ".layer" in n),
     }
+
+
+def language_run(argv, prompts, new_tokens):
+    """The whole program on one rank; then what the trained, masked model says, token by token and without a cache."""
+    from prunadapt_ds import train
+    from prunadapt_ds.finish import finish
+
+    session = _session(argv)
+    train.add_trainables(session)
+    train.fit(session)
+    finish(session)
+    model = session.model.eval()
+    said = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        for _ in range(new_tokens):
+            with torch.no_grad():
+                ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+        said.append(ids[0].tolist())
+    return session.report, said

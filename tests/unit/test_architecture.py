@@ -13,16 +13,16 @@ PACKAGE = ROOT / "prunadapt_ds"
 # A module may import modules of lower floors, or of its own subpackage.
 FLOORS = (
     {"errors", "cli"},
-    {"config", "distributed", "schedule", "reload", "memory", "objective", "attention"},
-    {"ds_config", "data", "models", "entry"},
+    {"config", "distributed", "schedule", "reload", "memory", "attention"},
+    {"ds_config", "data", "models", "entry", "objective"},
     {"formats"},
     {"batches", "backbone", "adapters", "gates"},
     {"importance", "evaluate"},
     {"budget", "tmp"},
     {"resize"},
     {"engine", "state"},
-    {"export", "shrink", "tracking", "report", "adapter_folder"},
-    {"card", "session", "reexport", "scoring"},
+    {"export", "shrink", "tracking", "report"},
+    {"card", "session", "reexport", "scoring", "adapter_folder"},
     {"finish"},
     {"train"},
 )
