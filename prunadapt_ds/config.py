@@ -22,7 +22,7 @@ from prunadapt_ds.errors import Problem, UserError
 
 METHODS = ("prunadapt", "tmp", "lora", "full")
 BUDGETS = ("params", "macs")
-CRITERION_NAMES = ("fisher", "taylor", "magnitude", "random")
+CRITERION_NAMES = ("fisher", "taylor", "outlier", "activation_norm", "magnitude", "random")
 TASK_TYPES = ("sequence_classification", "causal_lm")
 TASK_NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "sample")
 EXPORT_FORMATS = ("compact", "padded", "uniform", "adapter")
@@ -98,6 +98,9 @@ class PruningOptions:
     distill_fades: bool = option(True, "the teacher counts less and less after the first decision, nothing at the end")
     neuron_multiple: int = option(8, "feed-forward neurons are cut in groups, kept counts are multiples", least=1)
     uniform: bool = option(False, "all layers keep the same counts, so that stock classes load what is left")
+    keep_in_outer_layers: float = option(
+        0.0, "share of the heads and of the neurons that stay in the first and the last layer", least=0, most=1
+    )
     tmp_scoring_examples: int = option(64, "examples that rank heads with --method tmp", least=1)
     save_scores: bool = option(False, "write raw statistics of every decision to scores/")
     score_only: bool = option(False, "write the statistics at the initial weights and stop")
@@ -398,6 +401,9 @@ def _contradictions(config: Config) -> list[Problem]:
     formats = output.export_formats or []
     if prune.method != "prunadapt" and prune.uniform:
         found.append(Problem("uniform", True, f"there is no decision to constrain with --method {prune.method}"))
+    if prune.keep_in_outer_layers and (prune.uniform or prune.method != "prunadapt"):
+        why = "layers are all alike with --uniform" if prune.uniform else "there is no decision with this --method"
+        found.append(Problem("keep_in_outer_layers", prune.keep_in_outer_layers, f"{why}; leave it out"))
     if "uniform" in formats and not prune.uniform:
         found.append(
             Problem("export_formats", "uniform", "layers that differ fit no stock configuration; add --uniform")

@@ -35,9 +35,9 @@ from prunadapt_ds.data import (
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate import predict
-from prunadapt_ds.importance import CRITERIA, Recorder
+from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder
 from prunadapt_ds.models.families import uniform_floors
-from prunadapt_ds.models.structure import Structure
+from prunadapt_ds.models.structure import Structure, with_outer_floor
 from prunadapt_ds.shrink import StepTimes
 from prunadapt_ds.tracking import Tracker
 
@@ -161,6 +161,7 @@ def setup(config: Config) -> Session:
 
     if config.prune.uniform:
         loaded.structure = uniform_floors(loaded.family, loaded.structure, config.prune.neuron_multiple)
+    loaded.structure = with_outer_floor(loaded.structure, config.prune.keep_in_outer_layers)
     check_target(config, loaded.structure)
     only_head_inputs = config.prune.method == "tmp"
     lora_targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=only_head_inputs)
@@ -293,7 +294,7 @@ def attach_gates(session: Session, criterion: str) -> None:
     loaded, config = session.backbone, session.config
     session.recorder = Recorder(
         loaded.structure.num_units,
-        activations="activation_abs" in CRITERIA[criterion].reads or config.prune.save_scores,
+        activations=bool(FORWARD.keys() & set(CRITERIA[criterion].reads)) or config.prune.save_scores,
         device=session.device,
         seed=config.train.seed,
     )

@@ -6,8 +6,8 @@ Legend: U units of the whole model in one flat order: layer by layer, heads befo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -62,6 +62,21 @@ class Structure:
 
     def dense_cost(self, budget: str) -> int:
         return self.fixed_cost(budget) + int(self.unit_costs(budget).sum())
+
+
+def with_outer_floor(structure: Structure, share: float) -> Structure:
+    """The same structure of which the first and the last layer keep at least `share` of their units.
+
+    What enters and leaves a model is hard to do without: LLM-Pruner (Ma et al., arXiv 2305.11627) leaves outer layers alone.
+    """
+    outer = {structure.sublayers[0].layer, structure.sublayers[-1].layer}
+    return replace(
+        structure,
+        sublayers=tuple(
+            replace(s, floor=max(s.floor, ceil(share * s.num_units))) if s.layer in outer else s
+            for s in structure.sublayers
+        ),
+    )
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

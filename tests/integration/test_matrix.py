@@ -30,6 +30,14 @@ def test_every_shipped_ds_config(base, tmp_path, stage, method):  # noqa: F811
     assert report["zero_stage"] == stage and report["status"] == "complete"
 
 
+@pytest.mark.parametrize("shrink", ["always", "never"])
+def test_offloading_to_the_cpu(base, tmp_path, shrink):  # noqa: F811
+    """DeepSpeed's own Adam on the CPU; parameters leave the accelerator between uses."""
+    file = ROOT / "ds_configs" / "zero3_offload_cpu.json"
+    report = run(base, tmp_path / "out", model_type="llama", ds_config=file, shrink=shrink)
+    assert report["status"] == "complete" and report["zero_stage"] == 3
+
+
 @pytest.mark.parametrize("budget", ["params", "macs"])
 @pytest.mark.parametrize("sparsity", [0.2, 0.8, 0.95])
 def test_every_sparsity(base, tmp_path, sparsity, budget):  # noqa: F811

@@ -161,8 +161,8 @@ def test_regression_and_macs_budget(base, tmp_path):
     assert report["macs"]["kept"] / report["macs"]["dense"] == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random"])
-def test_floors_to_beat(base, tmp_path, criterion):
+@pytest.mark.parametrize("criterion", ["outlier", "activation_norm", "magnitude", "random"])
+def test_other_criteria(base, tmp_path, criterion):
     report = run(base, tmp_path / "out", criterion=criterion, world_size=1)
     assert report["criterion"] == criterion and report["sparsity"]["achieved"] > 0.4
 

@@ -11,6 +11,8 @@ from prunadapt_ds.data.loading import tokenize
 from prunadapt_ds.data.tasks import TASKS
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.models.families import FAMILIES, family_of
+from prunadapt_ds.models.table import updated
+from tests.conftest import ROOT
 from tests.tiny import layout_and_structure, tiny_config, tiny_folder, tiny_model
 
 pytestmark = pytest.mark.fast
@@ -64,6 +66,12 @@ def test_no_padding_token_to_be_had(no_pad_token):
         setattr(loaded.tokenizer, name, None)
     with pytest.raises(UserError, match="padding token"):
         backbone.agree_on_padding("x", config, loaded.tokenizer)
+
+
+def test_the_readme_s_table_is_that_of_the_records():
+    text = (ROOT / "README.md").read_text()
+    assert updated(text) == text, "run python -m prunadapt_ds.models.table README.md"
+    assert all(f"`{name}`" in text for name in FAMILIES)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

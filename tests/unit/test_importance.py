@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prunadapt_ds import adapters, gates
-from prunadapt_ds.importance import CRITERIA, STATISTICS, Recorder, ScoreAverage, WindowSums, criterion
+from prunadapt_ds.importance import CRITERIA, FORWARD, STATISTICS, Recorder, ScoreAverage, WindowSums, criterion
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.objective import sample_losses, task_loss
 from tests.tiny import VARIANTS, layout_and_structure, tiny_model
@@ -157,6 +157,23 @@ def test_activations_ignore_padding():
     )
 
 
+def test_powers_of_activations():
+    """Against the inputs of the output projections themselves."""
+    model, layout, _, recorder = gated("llama")
+    seen = []
+    for layer in model.get_submodule(layout.layers):
+        for sub in layout.sublayers:
+            layer.get_submodule(sub.output.path).prune_gate.register_forward_pre_hook(
+                lambda m, args, sub=sub: seen.append(args[0].detach().unflatten(-1, (-1, sub.width)))
+            )
+    found = record(model, recorder, split(ROWS))
+    mask = batch()[1].float()
+    for name, power in FORWARD.items():
+        means = [(x.abs() ** power).mean(3) * mask[:, :, None] for x in seen]
+        wanted = torch.cat([(m.sum(1) / mask.sum(1, keepdim=True)).sum(0) for m in means])
+        torch.testing.assert_close(found.sums[name], wanted, rtol=1e-4, atol=1e-9)
+
+
 def test_gate_gradient_equals_autograd():
     model, _, structure, recorder = gated("bert")
     keep = torch.rand(structure.num_units, generator=torch.Generator().manual_seed(2)) > 0.3
@@ -208,11 +225,15 @@ def window(**sums):
 
 
 def test_criteria():
-    assert set(CRITERIA) == {"fisher", "taylor", "magnitude", "random"}
+    assert set(CRITERIA) == {"fisher", "taylor", "outlier", "activation_norm", "magnitude", "random"}
     w = window(grad_sq=[4.0, 8.0], grad_abs=[2.0, 6.0], activation_abs=[1.0, 3.0])
     assert CRITERIA["fisher"].score(w).tolist() == [1.0, 2.0]
     assert CRITERIA["taylor"].score(w).tolist() == [0.5, 1.5]
     assert CRITERIA["magnitude"].score(w).tolist() == [0.25, 0.75]
+    a = window(grad_abs=[2.0, 6.0, 1.0], activation_sq=[4.0, 16.0, 0.0], activation_4th=[12.0, 256.0, 0.0])
+    assert CRITERIA["activation_norm"].score(a).tolist() == [1.0, 2.0, 0.0]
+    # Kurtosis of means 1 and 4, 3 and 64: 3 and 4. A unit that is always 0 has no outliers.
+    assert CRITERIA["outlier"].score(a).tolist() == pytest.approx([0.5 * 3**0.5, 1.5 * 2, 0.25])
     assert torch.equal(CRITERIA["random"].score(w), CRITERIA["random"].score(w))
 
 
