@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,10 @@ from torch import Tensor
 
 from prunadapt_ds.adapters import ADAPTER, is_lora
 from prunadapt_ds.backbone import Backbone
-from prunadapt_ds.distributed import rank
+from prunadapt_ds.distributed import on_rank_0, rank
 from prunadapt_ds.engine import gathered
 from prunadapt_ds.export import auto_class_for
+from prunadapt_ds.files import whole_folder
 
 PREFIX = "base_model.model."  # PEFT's name for the model below its wrapper
 
@@ -25,8 +24,12 @@ def write(backbone: Backbone, base: str, targets: list[str], lora: Any, folder: 
     base: the folder or hub id that the adapter belongs to. lora: the run's LoRA options. Complete or not at all.
     """
     tensors = {PREFIX + name: value for name, value in _trained(backbone)}
-    if rank() != 0:
-        return
+    on_rank_0(f"writing the export {folder}", lambda: _write(backbone, base, targets, lora, folder, tensors))
+
+
+def _write(
+    backbone: Backbone, base: str, targets: list[str], lora: Any, folder: Path, tensors: dict[str, Tensor]
+) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
@@ -40,17 +43,10 @@ def write(backbone: Backbone, base: str, targets: list[str], lora: Any, folder: 
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    unfinished.chmod(0o755)
-    config.save_pretrained(str(unfinished))
-    save_file(tensors, unfinished / "adapter_model.safetensors", {"format": "pt"})
-    backbone.tokenizer.save_pretrained(unfinished)
-    for file in unfinished.iterdir():
-        file.chmod(0o644)
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
+    with whole_folder(folder) as unfinished:
+        config.save_pretrained(str(unfinished))
+        save_file(tensors, unfinished / "adapter_model.safetensors", {"format": "pt"})
+        backbone.tokenizer.save_pretrained(unfinished)
 
 
 def saved_modules(backbone: Backbone) -> list[str]:

@@ -156,8 +156,13 @@ class OutputOptions:
         choices=EXPORT_FORMATS,
     )
     export_dtype: str = option("float32", "dtype of the exported weights", choices=EXPORT_DTYPES)
-    checkpoint_steps: int | None = option(None, "not available yet")
-    resume: str = option("never", "not available yet")
+    checkpoint_steps: int | None = option(
+        None, "steps between two checkpoints; default: by the clock, at a hundredth of the run's time", least=1
+    )
+    save_total_limit: int = option(2, "checkpoints that are kept, the newest ones", least=1)
+    resume: str = option(
+        "auto", "auto: go on from the newest intact checkpoint; never: start over; or a checkpoint's folder"
+    )
 
 
 SECTIONS = {
@@ -432,12 +437,8 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(Problem("task_name", None, "--data_dir needs the name of a GLUE task"))
     if Path(output.output_dir).exists() and not Path(output.output_dir).is_dir():
         found.append(Problem("output_dir", output.output_dir, "is a file; name a folder"))
-    if output.checkpoint_steps is not None:
-        found.append(
-            Problem("checkpoint_steps", output.checkpoint_steps, "checkpoints are not available yet; leave it out")
-        )
-    if output.resume != "never":
-        found.append(Problem("resume", output.resume, "resuming is not available yet; leave it out"))
+    if output.resume not in ("auto", "never") and not Path(output.resume).is_dir():
+        found.append(Problem("resume", output.resume, "must be auto, never, or the folder of a checkpoint"))
     return found
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from prunadapt_ds import distributed
-from prunadapt_ds.errors import PrunadaptError
+from prunadapt_ds.errors import Interrupted, PrunadaptError
 
 
 def guarded(work: Callable[[], object]) -> int:
@@ -15,8 +15,20 @@ def guarded(work: Callable[[], object]) -> int:
         work()
     except PrunadaptError as error:
         if distributed.rank() == 0:
-            print(f"error: {error}" if len(str(error).splitlines()) == 1 else f"errors:\n{error}", file=sys.stderr)
+            print(message(error), file=sys.stderr)
         return error.exit_code
+    except RuntimeError as error:
+        if not distributed.is_lost_rank(error):
+            raise
+        mine = distributed.rank()
+        print(f"error: rank {mine} has lost another rank, which died or is stuck: {error}", file=sys.stderr)
+        return 1
     finally:
         distributed.shutdown()
     return 0
+
+
+def message(error: PrunadaptError) -> str:
+    if isinstance(error, Interrupted):
+        return str(error)
+    return f"error: {error}" if len(str(error).splitlines()) == 1 else f"errors:\n{error}"

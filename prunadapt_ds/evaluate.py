@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunadapt_ds import watchdog
 from prunadapt_ds.batches import Rows, evaluation_batches
 from prunadapt_ds.distributed import all_gather_rows, rank, world_size
 from prunadapt_ds.reload import summary
@@ -28,6 +29,7 @@ def predict(engine: Any, rows: Rows, batch_size: int, device: torch.device) -> T
     positions, logits = [], []
     per_rank = batch_size
     for batch in evaluation_batches(rows.lengths, batch_size, rank(), world_size()):
+        watchdog.beat()
         inputs = rows.inputs(batch or [0])  # a rank without rows keeps the others company
         output = engine(**{k: v.to(device) for k, v in inputs.items()}).logits
         if output.dim() == 3:

@@ -24,14 +24,16 @@ from prunadapt_ds import reload
 from prunadapt_ds.adapters import ADAPTER, is_lora
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.budget import PruningPlan
-from prunadapt_ds.distributed import rank
+from prunadapt_ds.distributed import on_rank_0, rank
 from prunadapt_ds.engine import gathered
 from prunadapt_ds.errors import ParityError
+from prunadapt_ds.files import whole_folder
 from prunadapt_ds.formats import MODELING_FILE
 from prunadapt_ds.gates import GATE_NAME, Gate
 from prunadapt_ds.models import modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
+from prunadapt_ds.watchdog import milestone
 
 TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
 
@@ -144,30 +146,27 @@ def export(
     for name, tensor in pruned_tensors(model, layout, plan, present):
         if rank() == 0:
             state[name] = tensor.cpu().contiguous().clone()
-    if rank() != 0:
-        return needs_remote_code
+    config = exported_config(model, layout, plan, needs_remote_code)
+    generation = None
+    if auto_class_for(type(model).__name__) == "AutoModelForCausalLM":
+        generation, tokenizer = model.generation_config, copy.deepcopy(tokenizer)
+        tokenizer.padding_side = "left"  # generation goes on at the right end
+    parts = [part for part in (config, generation, tokenizer) if part is not None]
+    on_rank_0(f"writing the export {folder}", lambda: write_folder(folder, state, parts, needs_remote_code))
+    return needs_remote_code
 
+
+def write_folder(folder: Path, state: dict[str, Tensor], parts: list[Any], needs_remote_code: bool) -> None:
+    """The Hugging Face folder, whole or not at all. `parts`: configurations and tokenizer, which save themselves."""
     from huggingface_hub import save_torch_state_dict
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    unfinished.chmod(0o755)
-    config = exported_config(model, layout, plan, needs_remote_code)
-    config.save_pretrained(unfinished)
-    if needs_remote_code:
-        shutil.copyfile(Path(modeling_prunadapt.__file__), unfinished / MODELING_FILE)
-    save_torch_state_dict(state, unfinished)
-    if auto_class_for(type(model).__name__) == "AutoModelForCausalLM":
-        model.generation_config.save_pretrained(unfinished)
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.padding_side = "left"  # generation goes on at the right end
-    tokenizer.save_pretrained(unfinished)
-    for file in unfinished.iterdir():
-        file.chmod(0o644)
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
-    return needs_remote_code
+    with whole_folder(folder) as unfinished:
+        if needs_remote_code:
+            shutil.copyfile(Path(modeling_prunadapt.__file__), unfinished / MODELING_FILE)
+        save_torch_state_dict(state, unfinished)
+        milestone("export/half written")
+        for part in parts:
+            part.save_pretrained(unfinished)
 
 
 def exported_config(model: Any, layout: Layout, plan: PruningPlan, needs_remote_code: bool) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.files import whole_folder
 from prunadapt_ds.models.families import FAMILIES, head_dim_of, widths_of
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 
@@ -45,17 +45,10 @@ def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> Non
         places = kept_places(layout, plan)
         change = lambda name, tensor: spread(tensor, shapes[name], places.get(name))  # noqa: E731
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    unfinished.chmod(0o755)
-    _copy_others(compact, unfinished)
-    (unfinished / "config.json").write_text(json.dumps(stock, indent=2, sort_keys=True) + "\n")
-    _rewrite_weights(compact, unfinished, change, shapes)
-    for file in unfinished.iterdir():
-        file.chmod(0o644)
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
+    with whole_folder(folder) as unfinished:
+        _copy_others(compact, unfinished)
+        (unfinished / "config.json").write_text(json.dumps(stock, indent=2, sort_keys=True) + "\n")
+        _rewrite_weights(compact, unfinished, change, shapes)
 
 
 def stock_config(config: dict[str, Any]) -> dict[str, Any]:

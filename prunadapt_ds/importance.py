@@ -134,6 +134,15 @@ class Recorder:
         self.num_units = int(present.sum())
         self._sums = torch.zeros(len(STATISTICS), self.num_units, device=self.device)
 
+    def capture(self) -> Tensor:
+        """What this rank has summed up since the last decision: float32 [S * U + 1], the count last."""
+        return torch.cat([self._sums.flatten(), self._count])
+
+    def restore(self, flat: Tensor) -> None:
+        """Go on from such sums, this rank's own or, on one rank alone, those of all together."""
+        self._sums = flat[:-1].view(len(STATISTICS), self.num_units).to(self.device)
+        self._count = flat[-1:].to(self.device)
+
     def begin(self, coefficients: Tensor, attention_mask: Tensor) -> None:
         """Start a micro-batch.
 

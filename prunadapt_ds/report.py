@@ -9,9 +9,10 @@ import copy
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from prunadapt_ds import files
 
 SCHEMA_VERSION = 1
 
@@ -116,15 +117,8 @@ def write(output_dir: Path, report: dict[str, Any]) -> None:
     """Write report.json and report.md, each complete or not at all."""
     validate(report)
     report = _finite(report)
-    _replace(output_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
-    _replace(output_dir / "report.md", markdown(report))
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    files.replace(output_dir / "report.md", markdown(report))
+    files.replace(output_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def _number(value: float | None, text: str = "{:,.0f}", scale: float = 1) -> str:

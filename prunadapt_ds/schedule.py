@@ -32,6 +32,10 @@ class PruningSchedule:
     def decides_at(self, step: int) -> bool:
         return step in self.decision_steps
 
+    def window_start(self, step: int) -> int:
+        """The step after which the statistics begin that a decision after `step` reads."""
+        return max([s for s in self.decision_steps if s < step], default=self.start_step)
+
     def sparsity(self, step: int) -> float:
         """Cubic schedule (Zhu & Gupta, arXiv 1710.01878): s_T * (1 - (1 - (t - t0) / (t1 - t0))^3)."""
         progress = (step - self.start_step) / (self.end_step - self.start_step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,14 +35,21 @@ from prunadapt_ds.data import (
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate import predict
-from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder
+from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
 from prunadapt_ds.models.families import uniform_floors
 from prunadapt_ds.models.structure import Structure, with_outer_floor
+from prunadapt_ds.resize import resize
 from prunadapt_ds.shrink import StepTimes
 from prunadapt_ds.tracking import Tracker
 
 PHASES = ("dense", "prune", "recover")
-TRAINING = (*(f"{phase}_phase" for phase in PHASES), "teacher", "importance", "shrink")  # timers whose sum is train_s
+TRAINING = (
+    *(f"{phase}_phase" for phase in PHASES),
+    "teacher",
+    "importance",
+    "shrink",
+    "checkpoint",
+)  # timers whose sum is train_s
 
 
 @dataclass
@@ -79,6 +86,13 @@ class Session:
     step_cpu_times: StepTimes = field(default_factory=StepTimes)
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)  # of this process, all threads
+    step: int = 0  # optimizer steps done
+    scores: ScoreAverage | None = None
+    losses: list[Tensor] = field(
+        default_factory=list
+    )  # of this rank's share of the steps since the last line of metrics
+    rebuilt: dict[int, bool] = field(default_factory=dict)  # by decision step, whether the clock spoke for a rebuild
+    identity: dict[str, str] = field(default_factory=dict)  # sha256 of "data", and on rank 0 of "backbone"
 
     @property
     def model(self) -> Any:
@@ -126,8 +140,11 @@ class Session:
         return sum(self.cpu_seconds.get(name, 0.0) for name in TRAINING)
 
 
-def setup(config: Config) -> Session:
-    """Everything up to a frozen, sharded model and tokenised data. All ranks fail together or not at all."""
+def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
+    """Everything up to a frozen, sharded model and tokenised data. All ranks fail together or not at all.
+
+    `saved`: the state in the checkpoint that the run goes on from; another backbone or other data are refused.
+    """
     distributed.init()
     device = distributed.device()
     ds = distributed.together(lambda: resolve_ds_config(config, distributed.world_size()))
@@ -137,7 +154,7 @@ def setup(config: Config) -> Session:
     data = distributed.together(
         lambda: load_language(config.data) if is_language else load_task(config.data, config.train.seed)
     )
-    same_data(data)
+    identity = {"data": same_data(data)}
     if len(data.train) < distributed.world_size():
         raise UserError(
             Problem("train_file", len(data.train), f"fewer examples than the {distributed.world_size()} ranks")
@@ -162,6 +179,9 @@ def setup(config: Config) -> Session:
     if config.prune.uniform:
         loaded.structure = uniform_floors(loaded.family, loaded.structure, config.prune.neuron_multiple)
     loaded.structure = with_outer_floor(loaded.structure, config.prune.keep_in_outer_layers)
+    if distributed.rank() == 0:
+        identity["backbone"] = backbone.identity(config.model.model_name_or_path)
+    distributed.together(lambda: refuse_changed(config, identity, saved))
     check_target(config, loaded.structure)
     only_head_inputs = config.prune.method == "tmp"
     lora_targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=only_head_inputs)
@@ -201,13 +221,21 @@ def setup(config: Config) -> Session:
         validation_rows={name: rows(split) for name, split in data.validation.items()},
         sampler=sampler,
         total_steps=total,
-        tracker=Tracker(Path(config.output.output_dir), total, enabled=distributed.rank() == 0),
+        tracker=Tracker(
+            Path(config.output.output_dir),
+            total,
+            enabled=distributed.rank() == 0,
+            step=saved["step"] if saved else 0,
+            metrics_bytes=saved["metrics_bytes"] if saved else 0,
+        ),
         peak=peak,
         plan=PruningPlan.dense(loaded.structure),
         present=PruningPlan.dense(loaded.structure),
         lora_targets=lora_targets,
         zero3=zero3,
         report=report.empty(),
+        scores=ScoreAverage(config.prune.score_ema),
+        identity=identity,
     )
     announce(session)
     return session
@@ -230,12 +258,32 @@ def check_target(config: Config, structure: Structure) -> None:
         raise UserError(Problem("target_sparsity", target, f"more than can be cut from this model; at most {most:.4f}"))
 
 
-def same_data(data: TaskData) -> None:
-    """Every rank must hold the same examples: one that fell back to an old cache would train on something else."""
+def same_data(data: TaskData) -> str:
+    """Every rank must hold the same examples: one that fell back to an old cache would train on something else.
+
+    Returns their sha256.
+    """
     digest = hashlib.sha256()
     for split in (data.train, *data.validation.values()):
         digest.update(json.dumps(split.to_dict(), sort_keys=True).encode())
     distributed.same_on_all_ranks("the data", digest.hexdigest())
+    return digest.hexdigest()
+
+
+def refuse_changed(config: Config, identity: dict[str, str], saved: Mapping[str, Any] | None) -> None:
+    """A run goes on with the backbone and the data it began with, wherever they lie now."""
+    names = {"backbone": ("model_name_or_path", config.model.model_name_or_path), "data": _data_option(config)}
+    changed = [names[kind] for kind, digest in identity.items() if saved and saved["identity"][kind] != digest]
+    if changed:
+        remedy = (
+            "its content is not what the checkpoint was made with; bring that back, or start over with --resume never"
+        )
+        raise UserError([Problem(name, value, remedy) for name, value in changed])
+
+
+def _data_option(config: Config) -> tuple[str, Any]:
+    names = ("train_file", "data_dir", "task_name")
+    return next((name, getattr(config.data, name)) for name in names if getattr(config.data, name) or name == names[-1])
 
 
 def announce(session: Session) -> None:
@@ -254,8 +302,11 @@ def announce(session: Session) -> None:
     session.tracker.text("ds_config", json.dumps(ds.values, indent=2))
 
 
-def add_trainables(session: Session) -> None:
-    """LoRA, gates and head, as the method wants them, and the engine around them."""
+def add_trainables(session: Session, cut_to: PruningPlan | None = None) -> None:
+    """LoRA, gates and head, as the method wants them, and the engine around them.
+
+    `cut_to`: what a dense model must physically become before that, when a run goes on that has shrunk.
+    """
     config, loaded = session.config, session.backbone
     method = config.prune.method
     if method == "full":
@@ -274,6 +325,11 @@ def add_trainables(session: Session) -> None:
         train_norms(loaded.model)
     if method == "prunadapt":
         attach_gates(session, config.prune.criterion)
+    if cut_to is not None:
+        resize(loaded.model, loaded.layout, cut_to, editing=engines.rewriting)
+        session.present = cut_to
+        if session.recorder is not None:
+            session.recorder.narrow(cut_to.mask())
     session.engine = build_engine(session)
 
 

@@ -32,6 +32,9 @@ RESIZE = "tests/unit/test_resize.py"
 BUDGET = "tests/unit/test_budget.py"
 SHRINK = "tests/distributed/test_shrink.py"
 LAWS = "tests/distributed/test_laws.py"
+RESUME = "tests/integration/test_resume.py"
+DAMAGED = f"{RESUME}::test_killed_in_a_decision_with_a_damaged_checkpoint"
+CHECKPOINT = "tests/unit/test_checkpoint.py"
 
 MUTANTS = (
     Mutant("coefficient not undone", "importance.py", "d = self._d * inverse[:, None]", "d = self._d",
@@ -135,6 +138,27 @@ MUTANTS = (
            f"{LAWS}::test_frozen_weights_are_sharded_and_untouched[lora]"),
     Mutant("head left at random", "backbone.py", "if n in new or n.startswith(_prefixes(family.head)))", "if False)",
            f"{LAWS}::test_the_whole_head_trains"),
+    Mutant("resume without moments", "state.py", "for key in MOMENTS if state.steps else ():", "for key in ():", DAMAGED),
+    Mutant("resume without the open window", "importance.py", "self._sums = flat[:-1].view(len(STATISTICS), self.num_units)",
+           "self._sums = torch.zeros(len(STATISTICS), self.num_units)", f"{CHECKPOINT}::test_a_window_goes_on_where_it_stood"),
+    Mutant("window counted on every rank", "resume.py", "session.recorder.restore(window[rank])",
+           "session.recorder.restore(window.sum(0))", DAMAGED),
+    Mutant("resume without the average", "resume.py", 'session.scores.value = tensors.get("scores")', "pass",
+           f"{RESUME}::test_killed_and_resumed_is_uninterrupted[in a shrink]"),
+    Mutant("resume without random states", "resume.py", 'torch.set_rng_state(tensors["random/cpu"][rank].clone())', "pass",
+           DAMAGED),
+    Mutant("resume without the teacher", "resume.py", 'session.teacher_logits = tensors.get("teacher")', "pass",
+           f"{RESUME}::test_killed_and_resumed_is_uninterrupted[in a shrink]"),
+    Mutant("losses of the open interval lost", "resume.py", "session.losses = list(", "session.losses = 0 * list(", DAMAGED),
+    Mutant("checksum not verified", "checkpoint.py", "if _identity(folder / name) != identity:", "if False:",
+           f"{CHECKPOINT}::test_a_flipped_bit_is_seen[tensors.safetensors-0.5]"),
+    Mutant("checkpoint's own digest not verified", "checkpoint.py", "if digest != _digest(content):", "if False:",
+           f"{CHECKPOINT}::test_a_flipped_bit_is_seen[checkpoint.json-0.9]"),
+    Mutant("metrics not truncated", "tracking.py", "self._file.truncate(min(metrics_bytes, self._file.tell()))", "pass",
+           "tests/unit/test_report.py::test_metrics_go_on_where_the_checkpoint_was"),
+    Mutant("one rank stops alone", "keeper.py", "self.stops, self.due = self.stops or stops",
+           "self.stops, self.due = bool(self.signals.name)",
+           f"{RESUME}::test_asked_to_stop_and_started_again[SIGUSR1-1]"),
     Mutant("first warm-up step is zero", "schedule.py", "return (step + 1) / self.warmup_steps",
            "return step / self.warmup_steps", "tests/unit/test_schedule.py::test_learning_rate_factor"),
     Mutant("teacher never leaves", "schedule.py", "return min(1.0, max(0.0, (total_steps - step) / max(1, total_steps - first)))",

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.fast
 PACKAGE = ROOT / "prunadapt_ds"
 # A module may import modules of lower floors, or of its own subpackage.
 FLOORS = (
-    {"errors", "cli"},
-    {"config", "distributed", "schedule", "reload", "memory", "attention"},
+    {"errors", "cli", "hub"},
+    {"files", "watchdog", "pulse", "config", "distributed", "schedule", "reload", "memory", "attention"},
     {"ds_config", "data", "models", "entry", "objective"},
     {"formats"},
     {"batches", "backbone", "adapters", "gates"},
@@ -21,9 +21,10 @@ FLOORS = (
     {"budget", "tmp"},
     {"resize"},
     {"engine", "state"},
-    {"export", "shrink", "tracking", "report"},
+    {"export", "shrink", "tracking", "report", "checkpoint"},
     {"card", "session", "reexport", "scoring", "adapter_folder"},
-    {"finish"},
+    {"finish", "resume"},
+    {"keeper"},
     {"train"},
 )
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
