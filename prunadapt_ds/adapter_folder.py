@@ -39,7 +39,7 @@ def _write(
         lora_dropout=lora.lora_dropout,
         target_modules=list(targets),
         fan_in_fan_out=any(m.fan_in_fan_out for m in backbone.model.modules() if is_lora(m)),
-        modules_to_save=saved_modules(backbone),
+        modules_to_save=saved_modules(backbone) or None,
         base_model_name_or_path=base,
         inference_mode=True,
     )
