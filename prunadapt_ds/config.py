@@ -95,6 +95,9 @@ class PruningOptions:
     )
     gate_learning_rate: float = option(1e-2, "peak learning rate of the gates", above=0)
     distill_weight: float = option(0.5, "weight of the run's own dense model as teacher; 0: off", least=0, most=1)
+    teacher_window: float = option(
+        0.6, "the teacher's weights are a mean over that share of the steps before it; 0: as they are", least=0, most=1
+    )
     distill_fades: bool = option(True, "the teacher counts less and less after the first decision, nothing at the end")
     neuron_multiple: int = option(8, "feed-forward neurons are cut in groups, kept counts are multiples", least=1)
     uniform: bool = option(False, "all layers keep the same counts, so that stock classes load what is left")
@@ -113,7 +116,7 @@ class LoraOptions:
     r: int = option(8, "LoRA rank", least=1)
     lora_alpha: float = option(16, "LoRA scale; updates are multiplied by lora_alpha / r", above=0)
     lora_dropout: float = option(0.0, "dropout before LoRA; probability", least=0, below=1)
-    train_norms: bool = option(False, "train the LayerNorms as well")
+    train_norms: bool | None = option(None, "train the norms as well (with the methods that cut)")
     target_modules: list[str] | None = option(None, "names of the projections that get LoRA (all of them)")
 
 
@@ -461,6 +464,8 @@ def _resolve(config: Config) -> None:
         config.prune.distill_weight = 0.0
     if config.prune.method == "prunadapt" and config.prune.target_sparsity is None:
         config.prune.target_sparsity = DEFAULT_SPARSITY
+    if config.lora.train_norms is None:
+        config.lora.train_norms = config.prune.method in ("prunadapt", "tmp")
     if config.data.task_name is None and config.data.train_file is None:
         config.data.task_name = "sample"
     wanted = {"compact", *(config.output.export_formats or ()), *(["uniform"] if config.prune.uniform else ())}

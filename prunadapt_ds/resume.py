@@ -26,6 +26,7 @@ from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.errors import Problem, PrunadaptError, UserError
 from prunadapt_ds.session import Session
 from prunadapt_ds.shrink import StepTimes
+from prunadapt_ds.teacher import WeightAverage
 from prunadapt_ds.watchdog import milestone
 
 # Options that may change while a run is interrupted, because they do not change what it computes ...
@@ -231,6 +232,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["window"] = distributed.all_gather_rows(session.recorder.capture()[None]).cpu()  # [ranks, S * U + 1]
     if session.teacher_logits is not None:
         tensors["teacher"] = session.teacher_logits
+    tensors |= {f"average/{name}": total for name, total in session.average.sums.items()}
     for name, states in random_states(session.device).items():
         tensors[f"random/{name}"] = distributed.all_gather_rows(states.to(session.device)[None]).cpu()  # [ranks, bytes]
     of_ranks = distributed.all_gather_objects(
@@ -246,6 +248,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "rank_per_layer": session.rank_per_layer,
         "ranks": of_ranks,
         "rebuilt": session.rebuilt,
+        "averaged": session.average.count,
         "teacher_metric": session.report["metric"]["teacher"],
         "progress": session.report["progress"],
         "clocks": clocks(session),
@@ -319,6 +322,7 @@ def restore(session: Session, start: Checkpoint) -> None:
     gates.apply_mask(session.model, session.plan.mask()[session.present.mask()])
     session.step = saved["step"]
     session.teacher_logits = tensors.get("teacher")
+    session.average = WeightAverage(below("average/"), saved["averaged"])
     session.report["metric"]["teacher"] = saved["teacher_metric"]
     session.report["progress"] = list(saved["progress"])
     if session.scores is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SNAPSHOTS = 10
+
 
 @dataclass(frozen=True)
 class PruningSchedule:
@@ -44,6 +46,13 @@ class PruningSchedule:
     def records_after(self, step: int) -> bool:
         """Whether statistics of the step that follows `step` are read by a later decision."""
         return self.start_step <= step < self.end_step
+
+    def averages_at(self, step: int, window: float) -> bool:
+        """Whether the weights after `step` steps join the teacher's: `SNAPSHOTS` times, evenly, in the last `window` (a
+        fraction) of the steps up to the first decision."""
+        first = self.decision_steps[0]
+        every = max(1, round(window * first / SNAPSHOTS))
+        return first * (1 - window) < step <= first and (first - step) % every == 0
 
     def teacher_factor(self, step: int, total_steps: int) -> float:
         """How much the teacher still counts: 1 at the first decision, when it was taken, falling linearly to 0 at the end.

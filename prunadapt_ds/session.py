@@ -40,6 +40,7 @@ from prunadapt_ds.models.families import uniform_floors
 from prunadapt_ds.models.structure import Structure, with_outer_floor
 from prunadapt_ds.resize import resize
 from prunadapt_ds.shrink import StepTimes
+from prunadapt_ds.teacher import WeightAverage
 from prunadapt_ds.tracking import Tracker
 
 PHASES = ("dense", "prune", "recover")
@@ -77,6 +78,7 @@ class Session:
     engine: Any = None
     build_seconds: float = 0.0  # of the last engine
     teacher_logits: Tensor | None = None
+    average: WeightAverage = field(default_factory=WeightAverage)  # of the dense phase, until it has become the teacher
     activation_bytes: int = 0
     live_bytes: dict[str, int] = field(default_factory=dict)  # "dense", "after_shrink": most of any rank
     peak_bytes: dict[str, int] = field(default_factory=dict)  # "dense_phase", "after_shrink"
@@ -321,7 +323,7 @@ def add_trainables(session: Session, cut_to: PruningPlan | None = None) -> None:
             lora_dropout=config.lora.lora_dropout,
             rank_per_layer=session.rank_per_layer,
         )
-    if method == "tmp" or config.lora.train_norms:
+    if config.lora.train_norms:
         train_norms(loaded.model)
     if method == "prunadapt":
         attach_gates(session, config.prune.criterion)

@@ -33,6 +33,7 @@ from prunadapt_ds.resize import resize
 from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
 from prunadapt_ds.session import Session, add_trainables, attach_gates, build_engine, eval_batch, evaluate, setup
 from prunadapt_ds.shrink import pays_now, shrink
+from prunadapt_ds.teacher import WeightAverage, averaged
 from prunadapt_ds.watchdog import milestone
 
 
@@ -127,6 +128,9 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
         decides = pruning is not None and pruning.decides_at(done)
         keeper.step_done(losses, settle=decides)
         milestone(f"step-{done}")
+        if pruning and pruning.averages_at(done, config.prune.teacher_window):
+            with session.timed("teacher"):
+                session.average.add(session.engine)
         if pruning and decides:
             decide_and_cut(session, pruning, done)
         if config.train.eval_steps and done % config.train.eval_steps == 0:
@@ -271,13 +275,16 @@ def shrink_model(session: Session) -> None:
 
 
 def keep_teacher(session: Session, step: int) -> None:
-    """The dense model as it is now: its score, and its logits on the training set for distillation."""
-    metrics, _ = evaluate(session)
+    """The dense model, at its mean weights so far: its score, and its logits on the training set for distillation."""
+    with averaged(session.engine, session.average):
+        metrics, _ = evaluate(session)
+        if session.config.prune.distill_weight > 0:
+            with session.timed("teacher"):
+                logits = predict(session.engine, session.train_rows, eval_batch(session), session.device)
+                session.teacher_logits = logits
+    session.average = WeightAverage()
     session.report["metric"]["teacher"] = metrics
     session.tracker.log(step, "teacher", {"eval/score": metrics["score"]})
-    if session.config.prune.distill_weight > 0:
-        with session.timed("teacher"):
-            session.teacher_logits = predict(session.engine, session.train_rows, eval_batch(session), session.device)
 
 
 def save_scores(session: Session, window: WindowSums, step: int, samples: list[int]) -> None:

@@ -290,3 +290,30 @@ def language_run(argv, prompts, new_tokens):
                 ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
         said.append(ids[0].tolist())
     return session.report, said
+
+
+def lend_averages(argv):
+    """Average the weights of three steps and lend them to the engine: its state before, during and after, and their mean."""
+    from prunadapt_ds import state, train
+    from prunadapt_ds.teacher import WeightAverage, averaged
+
+    session = _session(argv)
+    train.add_trainables(session)
+    average, masters = WeightAverage(), []
+    for step in range(3):
+        train.train_step(session, step, record=False)
+        average.add(session.engine)
+        masters.append(state.capture(session.engine).masters)
+    before = state.capture(session.engine)
+    with averaged(session.engine, average):
+        during = state.capture(session.engine).masters
+    after = state.capture(session.engine)
+    session.tracker.close()
+    mean = {name: sum(m[name] for m in masters) / 3 for name in during}
+    return {
+        "moved": max(float((masters[0][n] - masters[2][n]).abs().max()) for n in during),
+        "off_mean": max(float((during[n] - mean[n]).abs().max()) for n in during),
+        "same_after": before.steps == after.steps
+        and all(torch.equal(before.masters[n], after.masters[n]) for n in during)
+        and all(torch.equal(before.moments[k][n], after.moments[k][n]) for k in before.moments for n in during),
+    }

@@ -21,7 +21,7 @@ FLOORS = (
     {"budget", "tmp"},
     {"resize"},
     {"engine", "state"},
-    {"export", "shrink", "tracking", "report", "checkpoint"},
+    {"teacher", "export", "shrink", "tracking", "report", "checkpoint"},
     {"card", "session", "reexport", "scoring", "adapter_folder"},
     {"finish", "resume"},
     {"keeper"},

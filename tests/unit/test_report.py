@@ -184,7 +184,7 @@ def test_matched_and_mismatched_are_both_reported():
     logits = torch.eye(3)
     sets = {"matched": torch.tensor([0, 1, 2]), "mismatched": torch.tensor([0, 0, 0])}
     session = SimpleNamespace(
-        data=SimpleNamespace(task=TASKS["mnli"], is_regression=False, num_labels=3),
+        data=SimpleNamespace(task=TASKS["mnli"], is_regression=False, is_language=False, num_labels=3),
         validation_rows={name: SimpleNamespace(labels=labels) for name, labels in sets.items()},
     )
     found = measures(session, dict.fromkeys(sets, logits))

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
@@ -47,3 +49,12 @@ def test_the_teacher_counts_from_the_first_decision_and_no_more_at_the_end():
     s = PruningSchedule(10, 30, 4, 0.6)  # first decision at 15
     assert s.teacher_factor(15, 55) == 1 and s.teacher_factor(35, 55) == pytest.approx(0.5)
     assert s.teacher_factor(55, 55) == 0 and s.teacher_factor(3, 55) == 1
+
+
+def test_the_teacher_s_snapshots_end_at_the_first_decision_and_fill_the_window():
+    s = PruningSchedule.from_fractions(400, 0.25, 0.6, 8, 0.5)  # first decision after 118 steps
+    first = s.decision_steps[0]
+    steps = [step for step in range(1, 401) if s.averages_at(step, 0.6)]
+    assert steps[-1] == first and steps[0] > first * 0.4 and 9 <= len(steps) <= 12
+    assert len({b - a for a, b in itertools.pairwise(steps)}) == 1, "evenly spaced"
+    assert not any(s.averages_at(step, 0.0) for step in range(1, 401))
