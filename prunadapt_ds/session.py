@@ -157,10 +157,6 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
         lambda: load_language(config.data) if is_language else load_task(config.data, config.train.seed)
     )
     identity = {"data": same_data(data)}
-    if len(data.train) < distributed.world_size():
-        raise UserError(
-            Problem("train_file", len(data.train), f"fewer examples than the {distributed.world_size()} ranks")
-        )
     torch.manual_seed(config.train.seed)
     zero3 = engines.shard_while_loading(ds.values)
     peak = memory.PeakMemory(device)
@@ -195,6 +191,10 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
         return Rows(tokenize(dataset, loaded.tokenizer, data.task, longest), loaded.tokenizer)
 
     train_rows = rows(data.train)
+    if len(train_rows) < distributed.world_size():
+        raise UserError(
+            Problem("train_file", len(train_rows), f"fewer examples than the {distributed.world_size()} ranks")
+        )
     sampler = Sampler(
         num_samples=len(train_rows),
         micro_batch_size=ds.values["train_micro_batch_size_per_gpu"],
