@@ -129,7 +129,11 @@ class TrainOptions:
     per_device_eval_batch_size: int = option(64, "samples per rank in evaluation", least=1)
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", least=1)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass; saves memory")
-    learning_rate: float = option(1e-3, "peak learning rate of adapters and head", above=0)
+    learning_rate: float | None = option(
+        None,
+        "peak learning rate of adapters and head (0.77 / hidden size, at most 2e-3; --method full a tenth)",
+        above=0,
+    )
     weight_decay: float = option(0.01, "AdamW's; not on biases, norms, gates", least=0)
     warmup_ratio: float = option(0.06, "fraction of all steps with rising learning rate", least=0, below=1)
     lr_scheduler_type: str = option(

@@ -39,6 +39,7 @@ from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
 from prunadapt_ds.models.families import uniform_floors
 from prunadapt_ds.models.structure import Structure, with_outer_floor
 from prunadapt_ds.resize import resize
+from prunadapt_ds.schedule import default_learning_rate
 from prunadapt_ds.shrink import StepTimes
 from prunadapt_ds.teacher import WeightAverage
 from prunadapt_ds.tracking import Tracker
@@ -103,6 +104,13 @@ class Session:
     @property
     def output_dir(self) -> Path:
         return Path(self.config.output.output_dir)
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak rate of adapters and head: the ds_config's, or the option's, or the default for this model's width."""
+        asked = self.ds.adam.get("lr") or self.config.train.learning_rate
+        is_full = self.config.prune.method == "full"
+        return asked or default_learning_rate(self.model.config.hidden_size, is_full=is_full)
 
     @property
     def is_shrunk(self) -> bool:
@@ -298,6 +306,7 @@ def announce(session: Session) -> None:
         )
     resolved = ", ".join(f"{name}={value}" for name, value in ds.resolved.items()) or "nothing"
     say(f"{ds.path}: ZeRO stage {ds.stage}, {ds.dtype}, {distributed.world_size()} ranks; auto: {resolved}")
+    say(f"peak learning rate {session.learning_rate:.2g}, {session.total_steps} steps")
     if config.prune.uniform and not session.backbone.family.heads.config_fields:
         say(f"--uniform: heads stay; the stock configuration of {session.backbone.family.model_type} cannot say fewer")
     session.tracker.text("config", json.dumps(config.to_dict(), indent=2))
@@ -365,7 +374,7 @@ def build_engine(session: Session) -> Any:
     groups = engines.parameter_groups(
         session.model,
         session.backbone.head_names,
-        learning_rate=defaults.get("lr", config.train.learning_rate),
+        learning_rate=session.learning_rate,
         gate_learning_rate=config.prune.gate_learning_rate,
         weight_decay=defaults.get("weight_decay", config.train.weight_decay),
     )

@@ -169,7 +169,7 @@ SAME = {
     ),
     "what is said and kept": ({}, ["--logging_steps", "3", "--eval_steps", "5", "--checkpoint_steps", "7"]),
     "where it lies": ({}, ["--output_dir", "elsewhere", "--model_name_or_path", "bert", "--resume", "never"]),
-    "the default, said": ({}, ["--learning_rate", "0.001"]),
+    "the default, said": ({}, ["--weight_decay", "0.01"]),
     "the same from the file": ({"gradient_clipping": 1.0}, []),
 }
 

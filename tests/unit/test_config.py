@@ -30,7 +30,7 @@ def test_tables_agree():
 def test_defaults():
     config = parse([])
     assert config.uses_sample and config.data.task_name == "sample"
-    assert config.prune.target_sparsity == 0.5 and config.train.learning_rate == 1e-3
+    assert config.prune.target_sparsity == 0.5 and config.train.learning_rate is None
     assert json.dumps(config.to_dict())
 
 

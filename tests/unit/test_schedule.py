@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
+from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule, default_learning_rate
 
 pytestmark = pytest.mark.fast
 
@@ -58,3 +58,9 @@ def test_the_teacher_s_snapshots_end_at_the_first_decision_and_fill_the_window()
     assert steps[-1] == first and steps[0] > first * 0.4 and 9 <= len(steps) <= 12
     assert len({b - a for a, b in itertools.pairwise(steps)}) == 1, "evenly spaced"
     assert not any(s.averages_at(step, 0.0) for step in range(1, 401))
+
+
+def test_wider_models_get_smaller_rates():
+    rates = [default_learning_rate(size, is_full=False) for size in (32, 384, 768, 4096)]
+    assert rates == pytest.approx([2e-3, 2e-3, 1e-3, 1.875e-4])
+    assert default_learning_rate(768, is_full=True) == pytest.approx(1e-4)
