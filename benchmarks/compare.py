@@ -24,15 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("peft", "fisher@0.6", "ours@0.6", "fisher@0.8", "ours@0.8", "ours@0.5", "ours@0.9", "ours@0.95")
 METHODS += ("lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
 BASE_LEARNING_RATE = 1e-3  # best of the trials in results/tuning, as many as ours had
-VARIANTS = {  # "ours@0.6+no-teacher": one ingredient changed
+VARIANTS = {  # "ours@0.6+no-teacher": one ingredient of the defaults changed
     "no-teacher": ["--distill_weight", "0"],
+    "last-weights-teacher": ["--teacher_window", "0"],
+    "teacher-stays": ["--distill_fades", "false"],
+    "frozen-norms": ["--train_norms", "false"],
     "no-gates": ["--gate_learning_rate", "1e-9"],
     "newest-scores": ["--score_ema", "0"],
-    "one-decision": ["--num_decisions", "1"],
-    "late": ["--prune_start", "0.5", "--prune_end", "0.8"],
-    "early": ["--prune_start", "0.1", "--prune_end", "0.4"],
     "masked-to-the-end": ["--shrink", "never"],
-    "dropout": ["--dropout"],
 }
 ONE_CUT = ("fisher", "magnitude", "random")
 ROWS = {"cola": 8551, "mrpc": 3668, "rte": 2490, "stsb": 5749, "sst2": 67349, "wnli": 635}  # training examples
@@ -52,6 +51,7 @@ def options_of(method: str) -> list[str]:
     if name in ONE_CUT:  # plain LoRA, one cut, plain LoRA
         options += ["--criterion", name, "--prune_start", "0.3", "--prune_end", "0.5", "--num_decisions", "1"]
         options += ["--distill_weight", "0", "--gate_learning_rate", "1e-9", "--shrink", "always"]
+        options += ["--train_norms", "false"]
     return options + (VARIANTS[variant] if variant else [])
 
 

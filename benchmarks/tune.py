@@ -21,30 +21,46 @@ FOLDS = 5
 FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B"}  # official names
 PATHS = ("--data_dir", "--output_dir", "--ds_config")
 BASE = {"num_train_epochs": 3, "per_device_train_batch_size": 32, "ds_config": str(ROOT / "ds_configs/zero0.json")}
-OURS = {"target_sparsity": 0.8, "distill_fades": False}
+PLAIN = {  # what the search began with
+    "target_sparsity": 0.8,
+    "learning_rate": 1e-3,
+    "train_norms": False,
+    "teacher_window": 0,
+    "distill_fades": False,
+}
+NORMS = {**PLAIN, "train_norms": True, "learning_rate": 2e-3, "distill_weight": 0}
+MEAN = {"target_sparsity": 0.8, "learning_rate": 2e-3, "train_norms": True, "teacher_window": 0.6, "distill_fades": True}
+LORA = {"method": "lora", "learning_rate": 1e-3}
 VARIANTS: dict[str, dict[str, object]] = {
-    "lora": {"method": "lora"},
-    "lora-5e-4": {"method": "lora", "learning_rate": 5e-4},
-    "lora-2e-3": {"method": "lora", "learning_rate": 2e-3},
-    "ours": OURS,
-    "ours-stable": {**OURS, "lr_scheduler_type": "warmup_stable_decay"},
-    "ours-norms": {**OURS, "train_norms": True},
-    "ours-no-teacher": {**OURS, "distill_weight": 0},
-    "ours-early": {**OURS, "prune_start": 0.1, "prune_end": 0.5},
-    "ours-2e-3": {**OURS, "learning_rate": 2e-3},
-    "ours-fades": {**OURS, "distill_fades": True},
-    "ours-fades-norms": {**OURS, "distill_fades": True, "train_norms": True},
-    "ours-fades-norms-2e-3": {**OURS, "distill_fades": True, "train_norms": True, "learning_rate": 2e-3},
-    "ours-fades-early": {**OURS, "distill_fades": True, "prune_start": 0.05, "prune_end": 0.45},
-    "ours-fades-5ep": {**OURS, "distill_fades": True, "num_train_epochs": 5},
-    "lora-5ep": {"method": "lora", "num_train_epochs": 5},
-    "ours-no-teacher-masked": {**OURS, "distill_weight": 0, "shrink": "never"},
-    "ours-no-teacher-one-cut": {**OURS, "distill_weight": 0, "num_decisions": 1},
-    "ours-r16": {**OURS, "r": 16, "lora_alpha": 32},
-    "ours-norms-2e-3": {**OURS, "train_norms": True, "learning_rate": 2e-3},
-    "ours-norms-no-teacher": {**OURS, "train_norms": True, "distill_weight": 0},
-    "ours-norms-stable": {**OURS, "train_norms": True, "lr_scheduler_type": "warmup_stable_decay"},
-    "ours-taylor": {**OURS, "criterion": "taylor"},
+    "lora": LORA,
+    "lora-2e-3": {**LORA, "learning_rate": 2e-3},
+    "lora-batch16": {**LORA, "per_device_train_batch_size": 16},
+    "lora-5epochs": {**LORA, "num_train_epochs": 5},
+    "plain": PLAIN,
+    "level-rate": {**PLAIN, "lr_scheduler_type": "warmup_stable_decay"},
+    "no-teacher": {**PLAIN, "distill_weight": 0},
+    "no-teacher-masked": {**PLAIN, "distill_weight": 0, "shrink": "never"},
+    "fades": {**PLAIN, "distill_fades": True},
+    "fades-norms-2e-3": {**PLAIN, "distill_fades": True, "train_norms": True, "learning_rate": 2e-3},
+    "fades-norms-2e-3-5epochs": {
+        **PLAIN,
+        "distill_fades": True,
+        "train_norms": True,
+        "learning_rate": 2e-3,
+        "num_train_epochs": 5,
+    },
+    "norms-2e-3": NORMS,
+    "norms-2e-3-early": {**NORMS, "prune_start": 0.05, "prune_end": 0.45},
+    "norms-2e-3-r16": {**NORMS, "r": 16, "lora_alpha": 32},
+    "norms-4e-3": {**NORMS, "learning_rate": 4e-3},
+    "norms-batch16": {**NORMS, "learning_rate": 1e-3, "per_device_train_batch_size": 16},
+    "mean-teacher": MEAN,
+    "mean-teacher-1e-3": {**MEAN, "learning_rate": 1e-3},
+    "mean-teacher-3e-3": {**MEAN, "learning_rate": 3e-3},
+    "mean-teacher-level-rate": {**MEAN, "lr_scheduler_type": "warmup_stable_decay"},
+    "mean-teacher-stays": {**MEAN, "distill_fades": False},
+    "mean-teacher-stays@0.6": {**MEAN, "target_sparsity": 0.6, "distill_fades": False},
+    "mean-teacher@0.6": {**MEAN, "target_sparsity": 0.6},
 }
 
 
