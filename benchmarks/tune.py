@@ -29,7 +29,13 @@ PLAIN = {  # what the search began with
     "distill_fades": False,
 }
 NORMS = {**PLAIN, "train_norms": True, "learning_rate": 2e-3, "distill_weight": 0}
-MEAN = {"target_sparsity": 0.8, "learning_rate": 2e-3, "train_norms": True, "teacher_window": 0.6, "distill_fades": True}
+MEAN = {
+    "target_sparsity": 0.8,
+    "learning_rate": 2e-3,
+    "train_norms": True,
+    "teacher_window": 0.6,
+    "distill_fades": True,
+}
 LORA = {"method": "lora", "learning_rate": 1e-3}
 VARIANTS: dict[str, dict[str, object]] = {
     "lora": LORA,
