@@ -230,6 +230,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["scores"] = session.scores.value
     if session.recorder is not None:
         tensors["window"] = distributed.all_gather_rows(session.recorder.capture()[None]).cpu()  # [ranks, S * U + 1]
+    tensors |= {f"average/{name}": total for name, total in session.average.sums.items()}
     if session.teacher_logits is not None:
         tensors["teacher"] = session.teacher_logits
     tensors |= {f"average/{name}": total for name, total in session.average.sums.items()}
@@ -249,6 +250,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "ranks": of_ranks,
         "rebuilt": session.rebuilt,
         "averaged": session.average.count,
+        "average_count": session.average.count,
         "teacher_metric": session.report["metric"]["teacher"],
         "progress": session.report["progress"],
         "clocks": clocks(session),
@@ -322,6 +324,7 @@ def restore(session: Session, start: Checkpoint) -> None:
     gates.apply_mask(session.model, session.plan.mask()[session.present.mask()])
     session.step = saved["step"]
     session.teacher_logits = tensors.get("teacher")
+    session.average = WeightAverage(below("average/"), saved["average_count"])
     session.average = WeightAverage(below("average/"), saved["averaged"])
     session.report["metric"]["teacher"] = saved["teacher_metric"]
     session.report["progress"] = list(saved["progress"])

@@ -18,7 +18,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds import adapters, backbone, distributed, gates, memory, report
+from prunadapt_ds import adapters, backbone, distributed, gates, memory, report, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan, max_sparsity
@@ -396,6 +396,7 @@ def evaluate(session: Session) -> tuple[dict[str, float], dict[str, Tensor]]:
             name: predict(session.engine, rows, eval_batch(session), session.device)
             for name, rows in session.validation_rows.items()
         }
+        watchdog.rest()  # measures may load their libraries first
         return measures(session, logits), logits
 
 
