@@ -60,6 +60,7 @@ STEP_TIMES_KEPT = 1000  # of each size
 class Start:
     """How a run begins: from nothing, from a checkpoint, or not at all because its work is done."""
 
+    options: dict[str, Any]  # what was asked for, as it is now: a ds_config may be edited while a run goes on
     checkpoint: Checkpoint | None = None
     finished: dict[str, Any] | None = None  # the report of the same run, complete
     notes: list[str] = field(default_factory=list)
@@ -114,17 +115,17 @@ def find(config: Config) -> Start:
 
 
 def _find(config: Config) -> Start:
-    if config.output.resume == "never" or config.prune.score_only:
-        return Start()
     asked = options(config)
+    if config.output.resume == "never" or config.prune.score_only:
+        return Start(asked)
     if config.output.resume != "auto":
-        start = Start(_given(Path(config.output.resume)))
+        start = Start(asked, _given(Path(config.output.resume)))
     else:
         finished = _finished(Path(config.output.output_dir), {**asked, **names(config)})
         if finished is not None:
-            return Start(finished=finished)
+            return Start(asked, finished=finished)
         newest, damaged = checkpoint.newest(root_of(config))
-        start = Start(newest, notes=damaged)
+        start = Start(asked, newest, notes=damaged)
     if start.checkpoint is None:
         return start
     if problems := changes(asked, start.checkpoint.state["options"], str(start.checkpoint.folder)):
@@ -173,15 +174,12 @@ def begin(session: Session) -> None:
         (root_of(session.config) / REBUILDS).unlink(missing_ok=True)
         for name in LEFT_BEHIND:
             (session.output_dir / name).unlink(missing_ok=True)
-        record_options(session.config)
+        text = json.dumps(
+            {**(session.options or options(session.config)), **names(session.config)}, indent=2, sort_keys=True
+        )
+        files.replace(session.output_dir / "run.json", text + "\n")  # by which the run is known again
 
     distributed.on_rank_0("clearing the output folder", clear)
-
-
-def record_options(config: Config) -> None:
-    """run.json: what the run was asked for, by which it is known again."""
-    text = json.dumps({**options(config), **names(config)}, indent=2, sort_keys=True)
-    files.replace(Path(config.output.output_dir) / "run.json", text + "\n")
 
 
 def note_rebuilds(session: Session) -> None:
@@ -230,6 +228,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["scores"] = session.scores.value
     if session.recorder is not None:
         tensors["window"] = distributed.all_gather_rows(session.recorder.capture()[None]).cpu()  # [ranks, S * U + 1]
+    tensors |= {f"average/{name}": total for name, total in session.average.sums.items()}
     if session.teacher_logits is not None:
         tensors["teacher"] = session.teacher_logits
     tensors |= {f"average/{name}": total for name, total in session.average.sums.items()}
@@ -239,7 +238,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         {"losses": [float(loss) for loss in session.losses], "python": random.getstate(), "numpy": numpy_state()}
     )
     return tensors, {
-        "options": options(session.config),
+        "options": session.options or options(session.config),
         "identity": session.identity,
         "world_size": distributed.world_size(),
         "optimizer_steps": learnt.steps,
@@ -249,6 +248,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "ranks": of_ranks,
         "rebuilt": session.rebuilt,
         "averaged": session.average.count,
+        "average_count": session.average.count,
         "teacher_metric": session.report["metric"]["teacher"],
         "progress": session.report["progress"],
         "clocks": clocks(session),
@@ -322,6 +322,7 @@ def restore(session: Session, start: Checkpoint) -> None:
     gates.apply_mask(session.model, session.plan.mask()[session.present.mask()])
     session.step = saved["step"]
     session.teacher_logits = tensors.get("teacher")
+    session.average = WeightAverage(below("average/"), saved["average_count"])
     session.average = WeightAverage(below("average/"), saved["averaged"])
     session.report["metric"]["teacher"] = saved["teacher_metric"]
     session.report["progress"] = list(saved["progress"])

@@ -18,7 +18,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds import adapters, backbone, distributed, gates, memory, report
+from prunadapt_ds import adapters, backbone, distributed, gates, memory, report, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan, max_sparsity
@@ -45,13 +45,8 @@ from prunadapt_ds.teacher import WeightAverage
 from prunadapt_ds.tracking import Tracker
 
 PHASES = ("dense", "prune", "recover")
-TRAINING = (
-    *(f"{phase}_phase" for phase in PHASES),
-    "teacher",
-    "importance",
-    "shrink",
-    "checkpoint",
-)  # timers whose sum is train_s
+# Timers whose sum is train_s.
+TRAINING = (*(f"{phase}_phase" for phase in PHASES), "teacher", "importance", "shrink", "checkpoint")
 
 
 @dataclass
@@ -91,10 +86,9 @@ class Session:
     cpu_seconds: dict[str, float] = field(default_factory=dict)  # of this process, all threads
     step: int = 0  # optimizer steps done
     scores: ScoreAverage | None = None
-    losses: list[Tensor] = field(
-        default_factory=list
-    )  # of this rank's share of the steps since the last line of metrics
+    losses: list[Tensor] = field(default_factory=list)  # of this rank's share of the steps since the last log line
     rebuilt: dict[int, bool] = field(default_factory=dict)  # by decision step, whether the clock spoke for a rebuild
+    options: dict[str, Any] = field(default_factory=dict)  # by which a run is known again; see resume.py
     identity: dict[str, str] = field(default_factory=dict)  # sha256 of "data", and on rank 0 of "backbone"
 
     @property
@@ -396,6 +390,7 @@ def evaluate(session: Session) -> tuple[dict[str, float], dict[str, Tensor]]:
             name: predict(session.engine, rows, eval_batch(session), session.device)
             for name, rows in session.validation_rows.items()
         }
+        watchdog.rest()  # measures may load their libraries first
         return measures(session, logits), logits
 
 

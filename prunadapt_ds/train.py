@@ -51,6 +51,7 @@ def run(config: Config) -> dict[str, Any]:
             say_finished(config, start.finished)
             return start.finished
         session = setup(config, start.saved)
+        session.options = start.options
         if start.checkpoint is not None:
             go_on(session, start)
         else:
@@ -251,11 +252,10 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
     decisions = [(size, end - start) for size, start, end in zip(sizes, [step, *later], ends, strict=True)]
     cost = session.rebuild_seconds or session.build_seconds
     pays = pays_now(session.present.cost("macs"), decisions, session.step_times.predict, cost)
-    session.rebuilt[step] = bool(
-        distributed.broadcast_object(pays)
-    )  # clocks differ between ranks, the decision must not
+    pays = bool(distributed.broadcast_object(pays))  # clocks differ between ranks, the decision must not
+    session.rebuilt[step] = pays
     resume.note_rebuilds(session)
-    return session.rebuilt[step]
+    return pays
 
 
 def shrink_model(session: Session) -> None:

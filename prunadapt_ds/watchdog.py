@@ -25,6 +25,7 @@ class _Watch:
         self.folder, self.rank = folder, rank
         self.least = float(os.environ.get("PRUNADAPT_STUCK_SECONDS", LEAST_SECONDS))
         self.last, self.longest, self.resting = time.monotonic(), 0.0, True
+        self.silent = 0.0  # seconds without a beat while this process was running
         self.done = threading.Event()
         threading.Thread(target=self._run, daemon=True, name="watchdog").start()
 
@@ -34,12 +35,11 @@ class _Watch:
         return max(self.least, TIMES_THE_LONGEST * self.longest)
 
     def _run(self) -> None:
-        while not self.done.wait(min(1.0, self.least / 4)):
-            # Where a library holds the interpreter, this thread does not run: then the interpreter's own timer strikes.
-            faulthandler.dump_traceback_later(self.limit() + 60, exit=True)
-            if time.monotonic() - self.last > self.limit():
+        tick = min(1.0, self.least / 4)
+        while not self.done.wait(tick):
+            self.silent += tick  # not by the clock, which goes on while a process is suspended
+            if self.silent > self.limit():
                 self._strike()
-        faulthandler.cancel_dump_traceback_later()
 
     def _strike(self) -> None:
         path = self.folder / f"stuck-rank-{self.rank}.txt"
@@ -77,13 +77,13 @@ def beat() -> None:
         now = time.monotonic()
         if not _watch.resting:
             _watch.longest = max(_watch.longest, now - _watch.last)
-        _watch.last, _watch.resting = now, False
+        _watch.last, _watch.silent, _watch.resting = now, 0.0, False
 
 
 def rest() -> None:
     """What comes next, up to the next beat, takes its time."""
     if _watch is not None:
-        _watch.last, _watch.resting = time.monotonic(), True
+        _watch.last, _watch.silent, _watch.resting = time.monotonic(), 0.0, True
 
 
 def milestone(name: str) -> None:

@@ -149,6 +149,8 @@ MUTANTS = (
            DAMAGED),
     Mutant("resume without the teacher", "resume.py", 'session.teacher_logits = tensors.get("teacher")', "pass",
            f"{RESUME}::test_killed_and_resumed_is_uninterrupted[in a shrink]"),
+    Mutant("resume without the teacher's mean", "resume.py", 'WeightAverage(below("average/"), saved["average_count"])',
+           "WeightAverage()", DAMAGED),
     Mutant("losses of the open interval lost", "resume.py", "session.losses = list(", "session.losses = 0 * list(", DAMAGED),
     Mutant("checksum not verified", "checkpoint.py", "if _identity(folder / name) != identity:", "if False:",
            f"{CHECKPOINT}::test_a_flipped_bit_is_seen[tensors.safetensors-0.5]"),
