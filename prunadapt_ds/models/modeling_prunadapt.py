@@ -145,7 +145,7 @@ class RemovedAttention(nn.Module):
         super().__init__()
         self.output_name = output_name
         for name, module in rest.items():
-            self.add_module(name, module)
+            self.add_module(name, module.requires_grad_(False))  # nothing reads it any more
         if output_name is not None:
             self.add_module(output_name, output)
 

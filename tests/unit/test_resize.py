@@ -115,6 +115,18 @@ def test_folded_and_narrowed_equals_masked(model_type, how):
     torch.testing.assert_close(stock(**inputs()).logits, masked, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_left_of_a_removed_attention_does_not_train():
+    """Norms of queries and keys keep their values for other formats, and no gradient is waited for."""
+    model, layout, structure = adapted("qwen3")
+    plan = plan_of(structure, "no-heads")
+    resize(model, layout, plan)
+    model(**inputs()).logits.sum().backward()
+    left = dict(model.get_submodule(layout.layers)[1].self_attn.named_parameters())
+    assert {"q_norm.weight", "k_norm.weight"} == {n for n, p in left.items() if not p.requires_grad}
+    unused = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert unused == {f"{layout.layers}.1.input_layernorm.weight"}, "the norm before it has nothing to do either"
+
+
 @pytest.mark.parametrize("model_type", MODELS)
 def test_resized_model_trains(model_type):
     model, layout, structure = adapted(model_type)
