@@ -16,7 +16,7 @@ WIDTH = 4.8  # inches: drawn for a phone, so that its letters stay legible there
 INK, PAPER, ACCENT, SECOND = "#1b2a41", "#ffffff", "#0072b2", "#d55e00"  # the last two differ in lightness as well
 PHASE_TONES = {"dense": "#ffffff", "prune": "#dcdcdc", "recover": "#f2f2f2"}
 BLOCKS = 24  # groups of neurons in a picture, whatever a layer's width
-STYLE = {
+STYLE: Any = {
     "font.size": 8.5,
     "axes.edgecolor": "#666666",
     "axes.spines.top": False,
@@ -35,14 +35,15 @@ class Picture:
     svg: str
 
 
-def _figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+def figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """A figure `height` inches high, and its axes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=PAPER)
-    return figure, figure.subplots(rows, columns, **options)
+    drawing = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=PAPER)
+    return drawing, drawing.subplots(rows, columns, **options)
 
 
-def _picture(title: str, alt: str, figure: Any) -> Picture:
+def picture(title: str, alt: str, figure: Any) -> Picture:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
@@ -61,7 +62,10 @@ def drawn(function: Any, *arguments: Any) -> Any:
 
 
 def kept_tables(plan: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Of plan.json: "heads" [layers, most heads], 1 kept and 0 cut, and "neurons" [layers, BLOCKS], the share kept; NaN where none was."""
+    """Of plan.json: "heads" [layers, most heads], 1 kept and 0 cut, and "neurons" [layers, BLOCKS], the share kept.
+
+    NaN where a layer has fewer.
+    """
     tables = {}
     for kind in ("heads", "neurons"):
         units = [u for u in plan["units"] if u["kind"] == kind]
@@ -84,7 +88,9 @@ def in_blocks(rows: Sequence[np.ndarray], blocks: int = BLOCKS) -> np.ndarray:
     return padded([np.array([part.mean() for part in np.array_split(row, min(blocks, len(row)))]) for row in rows])
 
 
-def heatmap(axis: Any, table: np.ndarray, title: str, *, lowest: float | None = None, highest: float | None = None) -> Any:
+def heatmap(
+    axis: Any, table: np.ndarray, title: str, *, lowest: float | None = None, highest: float | None = None
+) -> Any:
     """Layers as rows; dark is much. Returns the image."""
     image = axis.imshow(
         np.ma.masked_invalid(table), cmap="Greys", aspect="auto", vmin=lowest, vmax=highest, interpolation="nearest"
@@ -103,7 +109,7 @@ def structure(plan: Mapping[str, Any]) -> Picture:
     """Which heads stayed, and how much of each group of neurons."""
     tables = kept_tables(plan)
     rows = max(len(table) for table in tables.values())
-    figure, axes = _figure(min(7.0, 0.9 + 0.17 * rows), 1, len(tables), squeeze=False)
+    drawing, axes = figure(min(7.0, 0.9 + 0.17 * rows), 1, len(tables), squeeze=False)
     names = {"heads": "attention heads", "neurons": f"neurons, in {BLOCKS} groups"}
     words = []
     for axis, (kind, table) in zip(axes[0], tables.items(), strict=True):
@@ -113,7 +119,7 @@ def structure(plan: Mapping[str, Any]) -> Picture:
         shares = [f"{u['layer']}: {len(u['kept'])} of {u['dense']}" for u in units]
         words.append(f"{kind} kept by layer: " + ", ".join(shares))
     axes[0][0].set_ylabel("layer")
-    return _picture("What was kept (dark) and what was cut (light)", "; ".join(words) + ".", figure)
+    return picture("What was kept (dark) and what was cut (light)", "; ".join(words) + ".", drawing)
 
 
 # ---------------------------------------------------------------------------------------------------- course
@@ -133,7 +139,7 @@ def spans(progress: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
 def course(progress: Sequence[Mapping[str, Any]], scores: Sequence[tuple[int, float]] = ()) -> Picture:
     """Sparsity, score, loss and samples per second over the steps, phases shaded."""
     rows = [(name, [row[key] for row in progress]) for name, key in _COURSE]
-    figure, axes = _figure(1.2 + 0.85 * (len(rows) + bool(scores)), len(rows) + bool(scores), 1, sharex=True)
+    drawing, axes = figure(1.2 + 0.85 * (len(rows) + bool(scores)), len(rows) + bool(scores), 1, sharex=True)
     phases = spans(progress)
     for axis in axes:
         for phase, start, end in phases:
@@ -147,10 +153,10 @@ def course(progress: Sequence[Mapping[str, Any]], scores: Sequence[tuple[int, fl
         axes[-1].plot(*zip(*scores, strict=True), color=SECOND, linestyle="--", marker="o", markersize=4)
         axes[-1].set_ylabel("score")
     axes[-1].set_xlabel("step")
-    figure.align_ylabels(axes)
+    drawing.align_ylabels(axes)
     where = ", ".join(f"{phase} from step {start} to {end}" for phase, start, end in phases)
     ends = f"sparsity ends at {progress[-1]['sparsity']:.3f}" + (f", score at {scores[-1][1]:.3f}" if scores else "")
-    return _picture("Sparsity, loss, speed and score over the steps", f"Phases: {where}; {ends}.", figure)
+    return picture("Sparsity, loss, speed and score over the steps", f"Phases: {where}; {ends}.", drawing)
 
 
 _COURSE = (("sparsity", "sparsity"), ("loss", "loss"), ("samples/s", "samples_per_s"))
@@ -168,7 +174,7 @@ def bars(title: str, parts: Mapping[str, float | None], unit: str, scale: float 
     known = {name: value / scale for name, value in parts.items() if value is not None}
     if not known:
         return None
-    figure, axis = _figure(0.45 + 0.28 * len(known))
+    drawing, axis = figure(0.45 + 0.28 * len(known))
     names, values = list(known), list(known.values())
     places = range(len(names))
     axis.barh(places, values, color=ACCENT, height=0.62)
@@ -181,7 +187,7 @@ def bars(title: str, parts: Mapping[str, float | None], unit: str, scale: float 
     axis.spines["bottom"].set_visible(False)
     axis.tick_params(length=0)
     alt = ", ".join(f"{name} {value:,.1f} {unit}" for name, value in known.items())
-    return _picture(title, alt + ".", figure)
+    return picture(title, alt + ".", drawing)
 
 
 # -------------------------------------------------------------------------------------------------- outcomes
@@ -191,27 +197,31 @@ def confusion(labels: Sequence[int], predictions: Sequence[int], names: Sequence
     """Examples by label (rows) and prediction (columns)."""
     counts = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(counts, (np.asarray(labels, dtype=int), np.asarray(predictions, dtype=int)), 1)
-    figure, axis = _figure(1.4 + 0.42 * len(names))
+    drawing, axis = figure(1.4 + 0.42 * len(names))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="Greys", vmin=0, vmax=1.15, aspect="auto")
     show = len(names) <= 12
     for (i, j), count in np.ndenumerate(counts) if show else ():
         axis.text(j, i, str(count), ha="center", va="center", color=PAPER if shares[i, j] > 0.55 else INK)
-    axis.set_xticks(range(len(names)), names, rotation=0 if len(names) <= 3 else 45, ha="center" if len(names) <= 3 else "right")
+    axis.set_xticks(
+        range(len(names)), names, rotation=0 if len(names) <= 3 else 45, ha="center" if len(names) <= 3 else "right"
+    )
     axis.set_yticks(range(len(names)), names)
     axis.set_xlabel("predicted")
     axis.set_ylabel("labelled")
     axis.tick_params(length=0)
     right = int(np.trace(counts))
     alt = f"{right} of {counts.sum()} examples are right. " + "; ".join(
-        f"{count} labelled {names[i]} were predicted {names[j]}" for (i, j), count in np.ndenumerate(counts) if i != j and count
+        f"{count} labelled {names[i]} were predicted {names[j]}"
+        for (i, j), count in np.ndenumerate(counts)
+        if i != j and count
     )
-    return _picture("Confusion matrix of the exported model", alt.rstrip() + ("" if alt.endswith(" ") else "."), figure)
+    return picture("Confusion matrix of the exported model", alt.rstrip() + ("" if alt.endswith(" ") else "."), drawing)
 
 
 def scatter(labels: Sequence[float], predictions: Sequence[float]) -> Picture:
     """Predicted against labelled numbers."""
-    figure, axis = _figure(3.4)
+    drawing, axis = figure(3.4)
     low, high = min(*labels, *predictions), max(*labels, *predictions)
     axis.plot([low, high], [low, high], color="#888888", linewidth=1, linestyle="--")
     axis.scatter(labels, predictions, s=9, color=ACCENT, alpha=0.5, linewidths=0)
@@ -219,4 +229,4 @@ def scatter(labels: Sequence[float], predictions: Sequence[float]) -> Picture:
     axis.set_ylabel("predicted")
     error = float(np.mean(np.abs(np.subtract(labels, predictions))))
     alt = f"{len(labels)} examples; predictions are off by {error:.3f} on average (dashed: where they would be right)."
-    return _picture("Predicted against labelled", alt, figure)
+    return picture("Predicted against labelled", alt, drawing)

@@ -11,7 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prunadapt_ds import adapter_folder, backbone, card, distributed, export, files, formats, outline, pages, report, watchdog
+from prunadapt_ds import (
+    adapter_folder,
+    backbone,
+    board,
+    card,
+    distributed,
+    export,
+    files,
+    formats,
+    outline,
+    pages,
+    report,
+    watchdog,
+)
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
@@ -61,7 +74,10 @@ def finish(session: Session, stop_if_asked: Callable[[], None] = lambda: None) -
     distributed.on_rank_0("proving the export", lambda: prove(session, folder, needs_remote_code, masked, reference))
     milestone("report")
     write_report(session, "complete")
+    options, found = board.options_of(session.config.to_dict()), board.measures_of(session.report)
+    session.tracker.show(lambda writer: board.result(writer, options, found))
     session.tracker.say(report.table(session.report))
+    session.tracker.say(outline.footer(session.config, session.data.task.name))
     session.tracker.close()
 
 

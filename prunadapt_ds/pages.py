@@ -23,12 +23,12 @@ Prediction = Mapping[str, Any]  # a line of predictions.jsonl
 
 
 def write(output_dir: Path, result: dict[str, Any], texts: Texts | None = None) -> None:
-    """Write report.json, report.md and report.html. `texts` says what the worst examples read."""
+    """Write report.html, report.md and, last, report.json. `texts` says what the worst examples read."""
     result = report.finite(result)
     predictions = _lines(output_dir / "predictions.jsonl")
     examples = worst(predictions, result["labels"], texts)
-    report.write(output_dir, result, _examples_markdown(examples))
     files.replace(output_dir / "report.html", page(result, pictures(output_dir, result, predictions), examples))
+    report.write(output_dir, result, _examples_markdown(examples))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -45,7 +45,9 @@ EXAMPLE_HEADER = ("example", "label", "prediction", "how wrong")
 
 def worst(predictions: Sequence[Prediction], labels: Sequence[str], texts: Texts | None) -> list[report.Row]:
     """The wrong answers of the exported model, worst first: (example, label, prediction, how wrong)."""
-    ranked = sorted(((*_wrongness(p, labels), p) for p in predictions), key=lambda found: (-found[0], found[2]["index"]))
+    ranked = sorted(
+        ((*_wrongness(p, labels), p) for p in predictions), key=lambda found: (-found[0], found[2]["index"])
+    )
     rows = []
     for wrong, words, p in ranked[:WORST]:
         if wrong <= 0:
@@ -160,7 +162,7 @@ def _after_and_dense(live: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def html_table(header: report.Row, rows: Sequence[report.Row], caption: str, text_columns: int = 1) -> str:
     def row(cells: report.Row, tag: str) -> str:
-        classes = ["text" if i < text_columns else "number" for i in range(len(cells))]
+        classes = ["first", *("text" if i < text_columns else "number" for i in range(1, len(cells)))]
         inner = (f'<{tag} class="{c}">{html.escape(cell)}</{tag}>' for c, cell in zip(classes, cells, strict=True))
         return f"<tr>{''.join(inner)}</tr>"
 
@@ -186,19 +188,21 @@ def page(result: dict[str, Any], drawn: Sequence[Picture], examples: Sequence[re
         f"<li><b>{html.escape(figure)}</b> <span>{html.escape(what)}</span> <small>{html.escape(beside)}</small></li>"
         for what, figure, beside in headline(result)
     )
-    setting = html.escape(report.setting(result)).replace("**", "")
+    setting = html.escape(report.setting(result)).replace("**", "").replace("`", "")
     parts = [
         f"<h1>{title}</h1><p>{setting}</p><ul class=cards>{cards}</ul>",
         html_table(report.SCORE_HEADER, report.scores(result), "Scores"),
         html_table(report.COST_HEADER, report.costs(result), "Costs"),
-        "<p>The teacher is this run's own model before its first cut, part of the way through the training. "
+        "<p>The teacher comes from this run's own dense phase, before the first cut. "
         f"{html.escape(report.parity(result))}</p>",
         f"<div class=pictures>{''.join(map(image, drawn))}</div>",
     ]
     if examples:
         parts.append(html_table(EXAMPLE_HEADER, examples, "Worst examples of the exported model", 4))
     rows = [report.progress_cells(row) for row in result["progress"]]
-    parts.append(f"<details><summary>Every interval</summary>{html_table(report.PROGRESS_HEADER, rows, 'Progress')}</details>")
+    parts.append(
+        f"<details><summary>Every interval</summary>{html_table(report.PROGRESS_HEADER, rows, 'Progress')}</details>"
+    )
     if result["command"]:
         parts.append(f"<h2>Command</h2><pre class=scroll tabindex=0>{html.escape(result['command'])}</pre>")
     parts.append(f"<p>{html.escape(report.versions(result))}</p>")
@@ -229,7 +233,7 @@ table { border-collapse: collapse; width: 100%; }
 caption { text-align: left; font-weight: 600; font-size: 1.1rem; padding: .3rem 0; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #d5dae1; vertical-align: top; }
 th { border-bottom: 2px solid #1b2a41; }
-.text { text-align: left; overflow-wrap: anywhere; } .number { text-align: right; white-space: nowrap; }
+.first, .text { text-align: left; } .first { min-width: 9rem; } .number { text-align: right; white-space: nowrap; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1rem; align-items: start; }
 figure { margin: 0; border: 1px solid #d5dae1; border-radius: .5rem; padding: .6rem; }
 figcaption { font-weight: 600; padding-bottom: .3rem; }

@@ -125,8 +125,8 @@ def finite(report: dict[str, Any]) -> dict[str, Any]:
 def write(output_dir: Path, report: dict[str, Any], more: str = "") -> None:
     """Write report.json and report.md (with `more` at its end), each complete or not at all."""
     report = finite(report)
-    files.replace(output_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     files.replace(output_dir / "report.md", markdown(report) + more)
+    files.replace(output_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def _number(value: float | None, text: str = "{:,.0f}", scale: float = 1) -> str:
@@ -143,8 +143,7 @@ COST_HEADER = ("cost", "dense", "pruned")
 
 
 def scores(report: dict[str, Any]) -> list[Row]:
-    """Every measure in percent (perplexity as it is). The teacher is this run's model before the first cut, not a dense model trained to
-    the end."""
+    """Every measure in percent, perplexity as it is. The teacher is this run's model before its first cut."""
     metric = report["metric"]
     kinds = SCORE_HEADER[1:]
     names = list(dict.fromkeys(key for kind in kinds for key in metric[kind] or {}))
@@ -242,7 +241,7 @@ def markdown(report: dict[str, Any]) -> str:
         setting(report),
         markdown_table(SCORE_HEADER, scores(report)),
         markdown_table(COST_HEADER, costs(report)),
-        "The teacher is this run's own model before its first cut, part of the way through the training.",
+        "The teacher comes from this run's own dense phase, before the first cut.",
         parity(report),
         "## Kept units",
         markdown_table(("layer", "heads", "neurons"), structure, 0),
