@@ -31,6 +31,7 @@ def render(report: dict[str, Any], base_model: str, label_names: tuple[str, ...]
     ]
     # A folder of the machine it was trained on means nothing to a reader, and its name may be private.
     report = {**report, "model": base_model if not Path(base_model).exists() else "a local checkpoint"}
+    report["command"] = None
     on_hub = not Path(base_model).exists() and base_model != "sample"
     name = f"{report['task']}-{report['method']}"
     data = ModelCardData(

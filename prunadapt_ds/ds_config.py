@@ -61,7 +61,8 @@ class DsConfig:
     """A configuration that DeepSpeed takes as it is.
 
     values: no "auto", no optimizer or scheduler block.  resolved: field -> what its "auto" became.  adam: the optimizer
-    block's lr, betas, eps and weight_decay where it states them.
+    block's lr, betas, eps and weight_decay where it states them.  A "tensorboard" block says where our own events go; DeepSpeed
+    would write some of them a second time.
     """
 
     values: dict[str, Any]
@@ -70,6 +71,7 @@ class DsConfig:
     dtype: str  # "bf16" or "fp32"
     path: str
     adam: dict[str, Any]
+    board_dir: str | None = None  # where a "tensorboard" block wants the events of the run
 
 
 def fast_bf16() -> bool:
@@ -92,6 +94,7 @@ def resolve_ds_config(config: Config, world_size: int, probe: Callable[[], bool]
     problems: list[Problem] = []
     _refuse_unknown(values, problems)
     adam = _take_optimizer(values, problems)
+    board_dir = _take_tensorboard(values, problems)
     if values.pop("scheduler", None) is not None:
         remedy = "learning rates are set by --learning_rate, --warmup_ratio and --gate_learning_rate; remove the block"
         problems.append(Problem("scheduler", "in " + path, remedy))
@@ -120,7 +123,7 @@ def resolve_ds_config(config: Config, world_size: int, probe: Callable[[], bool]
         raise UserError(problems)
     values.setdefault("steps_per_print", 2**31 - 1)  # progress is ours to print
     dtype = "bf16" if values["bf16"]["enabled"] else "fp32"
-    return DsConfig(values, resolved, int(stage or 0), dtype, path, adam)
+    return DsConfig(values, resolved, int(stage or 0), dtype, path, adam, board_dir)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -169,6 +172,19 @@ def _take_optimizer(values: dict[str, Any], problems: list[Problem]) -> dict[str
     for name in set(params) - {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"}:
         problems.append(Problem(f"optimizer.params.{name}", params[name], "not an option of AdamW"))
     return {k: params[k] for k in ("lr", "betas", "eps", "weight_decay") if k in params}
+
+
+def _take_tensorboard(values: dict[str, Any], problems: list[Problem]) -> str | None:
+    """Remove the tensorboard block and return the folder it names, if it is enabled and names one."""
+    block = values.pop("tensorboard", None) or {}
+    if not isinstance(block, dict):
+        problems.append(Problem("tensorboard", block, "must be an object"))
+        return None
+    for name in set(block) - {"enabled", "output_path", "job_name"}:
+        problems.append(Problem(f"tensorboard.{name}", block[name], "taken are enabled, output_path and job_name"))
+    if not block.get("enabled") or not block.get("output_path"):
+        return None
+    return str(Path(str(block["output_path"])) / str(block.get("job_name", "")))
 
 
 def _check_precision(values: dict[str, Any], problems: list[Problem]) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds.gates import GATE_NAME
+from prunadapt_ds.gates import GATE_NAME, gates_of
+from prunadapt_ds.models.structure import full_numel
 
 Group = dict[str, Any]  # a torch optimizer's parameter group; "name" and "base_lr" are kept beside "lr"
 
@@ -37,6 +38,13 @@ def gathered(parameters: Iterable[nn.Parameter], *, write_from: int | None = Non
 
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=write_from):
         yield
+
+
+def gate_values(model: nn.Module) -> torch.Tensor:
+    """The scale of every unit that is physically there, float32 on the CPU, in flat order. Collective; not for every step."""
+    deltas = [gate.delta for gate in gates_of(model)]
+    with gathered(deltas):
+        return torch.cat([1 + delta.detach().float().cpu() for delta in deltas])
 
 
 @contextmanager
@@ -77,6 +85,16 @@ def parameter_groups(
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def trainable_counts(model: nn.Module, head_names: frozenset[str]) -> dict[str, int]:
+    """Numbers that train, by kind: adapters, head, gates, backbone."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            family = _group_name(name, head_names)
+            counts[family] = counts.get(family, 0) + full_numel(parameter)
+    return counts
 
 
 def _group_name(name: str, head_names: frozenset[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prunadapt_ds import adapter_folder, backbone, card, distributed, export, files, formats, report, watchdog
+from prunadapt_ds import (
+    adapter_folder,
+    backbone,
+    board,
+    card,
+    distributed,
+    export,
+    files,
+    formats,
+    outline,
+    pages,
+    report,
+    watchdog,
+)
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
@@ -60,13 +74,17 @@ def finish(session: Session, stop_if_asked: Callable[[], None] = lambda: None) -
     distributed.on_rank_0("proving the export", lambda: prove(session, folder, needs_remote_code, masked, reference))
     milestone("report")
     write_report(session, "complete")
+    options, found = board.options_of(session.config.to_dict()), board.measures_of(session.report)
+    session.tracker.show(lambda writer: board.result(writer, options, found))
     session.tracker.say(report.table(session.report))
+    session.tracker.say(outline.footer(session.config, session.data.task.name))
     session.tracker.close()
 
 
 def write_report(session: Session, status: str) -> None:
     session.report["status"] = status
-    distributed.on_rank_0("writing the report", lambda: report.write(session.output_dir, session.report))
+    texts = functools.partial(text_of, session)
+    distributed.on_rank_0("writing the report", lambda: pages.write(session.output_dir, session.report, texts))
 
 
 def report_unfinished(session: Session, error: PrunadaptError) -> None:
@@ -209,6 +227,8 @@ def describe(session: Session) -> None:
         "zero_stage": session.ds.stage,
         "dtype": session.ds.dtype,
         "device": device_name(session.device),
+        "command": outline.command(config, distributed.world_size()),
+        "labels": list(session.data.label_names),
         "versions": versions(),
         "structure": plan.counts(),
         "plan_hash": plan.hash,
@@ -248,6 +268,12 @@ def describe(session: Session) -> None:
     result["memory"]["frozen_shard_bytes"] = int(distributed.dist_max(frozen_bytes))
     result["memory"]["live_tensor_bytes"] |= session.live_bytes
     result["memory"]["peak_rank_bytes"] |= session.peak_bytes
+
+
+def text_of(session: Session, name: str, index: int) -> str:
+    """What a validation example reads, its first words."""
+    row = session.data.validation[name][index]
+    return " / ".join(str(row[key])[:200] for key in ("sentence1", "sentence2", "text") if row.get(key))
 
 
 def device_name(device: torch.device) -> str:

@@ -9,6 +9,7 @@ import copy
 import io
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _SCHEMA: dict[str, Any] = {
     "schema": SCHEMA_VERSION,
     **_nothing("status", "task", "method", "criterion", "model", "seed"),
     **_nothing("world_size", "zero_stage", "dtype", "device"),
+    "command": None,
+    "labels": [],
     "versions": _nothing("torch", "deepspeed", "transformers", "peft"),
     "metric": _nothing("teacher", "masked", "exported"),
     "params": _nothing("encoder_dense", "encoder_kept", "total_dense", "total_kept", "trainable"),
@@ -113,11 +116,16 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(output_dir: Path, report: dict[str, Any]) -> None:
-    """Write report.json and report.md, each complete or not at all."""
+def finite(report: dict[str, Any]) -> dict[str, Any]:
+    """The report as report.json says it. Raises ValueError where it does not follow its schema."""
     validate(report)
-    report = _finite(report)
-    files.replace(output_dir / "report.md", markdown(report))
+    return _finite(report)
+
+
+def write(output_dir: Path, report: dict[str, Any], more: str = "") -> None:
+    """Write report.json and report.md (with `more` at its end), each complete or not at all."""
+    report = finite(report)
+    files.replace(output_dir / "report.md", markdown(report) + more)
     files.replace(output_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
@@ -129,109 +137,120 @@ def _share(kept: float | None, dense: float | None) -> str:
     return f" ({kept / dense:.1%})" if kept is not None and dense else ""
 
 
-def _bytes(dense: int | None, after: int | None) -> tuple[str, str, str]:
-    return _number(dense, "{:,.1f}", 2**20), _number(after, "{:,.1f}", 2**20) + _share(after, dense), "-"
+Row = tuple[str, ...]
+SCORE_HEADER = ("score", "teacher", "masked", "exported")
+COST_HEADER = ("cost", "dense", "pruned")
 
 
-def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The final table: (what, teacher, masked, exported)."""
-    metric, params, macs = report["metric"], report["params"], report["macs"]
-    latency, memory, time = report["latency"], report["memory"], report["time"]
-    names = list(dict.fromkeys(key for kind in ("masked", "exported") for key in metric[kind] or {}))
-    table = [
-        (
-            name,
-            *(_number((metric[kind] or {}).get(name), "{:.2f}", 0.01) for kind in ("teacher", "masked", "exported")),
-        )
-        for name in names
+def scores(report: dict[str, Any]) -> list[Row]:
+    """Every measure in percent, perplexity as it is. The teacher is this run's model before its first cut."""
+    metric = report["metric"]
+    kinds = SCORE_HEADER[1:]
+    names = list(dict.fromkeys(key for kind in kinds for key in metric[kind] or {}))
+    scale = 1 if report["task"] == "causal_lm" else 0.01
+    return [(name, *(_number((metric[kind] or {}).get(name), "{:.2f}", scale) for kind in kinds)) for name in names]
+
+
+def _compared(name: str, dense: float | None, pruned: float | None, text: str = "{:,.1f}", scale: float = 1) -> Row:
+    return name, _number(dense, text, scale), _number(pruned, text, scale) + _share(pruned, dense)
+
+
+def costs(report: dict[str, Any]) -> list[Row]:
+    """What the dense model and the pruned one cost, and the pruned one's share."""
+    params, macs, latency, time = report["params"], report["macs"], report["latency"], report["time"]
+    live, peak = report["memory"]["live_tensor_bytes"], report["memory"]["peak_rank_bytes"]
+    return [
+        _compared("encoder parameters", params["encoder_dense"], params["encoder_kept"], "{:,.0f}"),
+        _compared(f"MACs, {macs['seq_length']} tokens (M)", macs["dense"], macs["kept"], "{:,.0f}", 1e6),
+        _compared(f"latency (ms), batch {latency['batch_size']}", latency["dense_ms"], latency["exported_ms"]),
+        _compared("training step (s)", time["dense_step_s"], time["last_step_s"], "{:,.3f}"),
+        _compared("live memory per rank (MiB)", live["dense"], live["after_shrink"], scale=2**20),
+        _compared("peak memory per rank (MiB)", peak["dense_phase"], peak["after_shrink"], scale=2**20),
+        ("train time (s), all of it", "-", _number(time["train_s"], "{:,.1f}")),
     ]
-    kept_params, kept_macs = params["encoder_kept"], macs["kept"]
-    dense_params, dense_macs = params["encoder_dense"], macs["dense"]
-    smaller = _number(kept_params) + _share(kept_params, dense_params)
-    table += [
-        ("encoder parameters", _number(dense_params), smaller, smaller),
-        (
-            f"MACs, {macs['seq_length']} tokens (M)",
-            _number(dense_macs, scale=1e6),
-            *[_number(kept_macs, scale=1e6) + _share(kept_macs, dense_macs)] * 2,
-        ),
-        (
-            f"latency (ms), batch {latency['batch_size']}",
-            _number(latency["dense_ms"], "{:,.1f}"),
-            "-",
-            _number(latency["exported_ms"], "{:,.1f}") + _share(latency["exported_ms"], latency["dense_ms"]),
-        ),
-        ("train time (s)", "-", _number(time["train_s"], "{:,.1f}"), "-"),
-        (
-            "live memory per rank (MiB)",
-            *_bytes(memory["live_tensor_bytes"]["dense"], memory["live_tensor_bytes"]["after_shrink"]),
-        ),
-        (
-            "peak memory per rank (MiB)",
-            *_bytes(memory["peak_rank_bytes"]["dense_phase"], memory["peak_rank_bytes"]["after_shrink"]),
-        ),
-    ]
-    return table
-
-
-_HEADER = ("", "teacher / dense", "masked", "exported")
 
 
 def table(report: dict[str, Any]) -> str:
-    """The final table as text, 100 columns wide at most."""
+    """The final tables as text, 100 columns wide at most."""
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{report['task']}  {report['method']}  sparsity {_number(report['sparsity']['achieved'], '{:.3f}')}"
-    drawn = Table(title=title, title_justify="left")
-    for i, name in enumerate(_HEADER):
-        drawn.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows(report):
-        drawn.add_row(*row)
     console = Console(file=io.StringIO(), width=100, force_terminal=False)
-    console.print(drawn)
+    title = f"{report['task']}  {report['method']}  sparsity {_number(report['sparsity']['achieved'], '{:.3f}')}"
+    for header, rows in ((SCORE_HEADER, scores(report)), (COST_HEADER, costs(report))):
+        drawn = Table(title=title, title_justify="left")
+        for i, name in enumerate(header):
+            drawn.add_column(name, justify="left" if i == 0 else "right")
+        for row in rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+        title = ""
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def _progress_cells(row: dict[str, Any]) -> tuple[str, ...]:
+def markdown_table(header: Row, rows: Iterable[Row], text_columns: int = 1) -> str:
+    """A table whose first `text_columns` columns hold text and the others numbers."""
+
+    def line(cells: Row) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    rule = "|" + "---|" * text_columns + "---:|" * (len(header) - text_columns)
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+
+
+PROGRESS_HEADER = ("phase", "step", "loss", "sparsity", "samples/s", "live MiB per rank")
+
+
+def progress_cells(row: dict[str, Any]) -> Row:
     cells = (
         _number(row["loss"], "{:.4f}"),
         _number(row["sparsity"], "{:.3f}"),
         _number(row["samples_per_s"], "{:,.1f}"),
     )
-    return str(row["step"]), str(row["phase"]), *cells, _number(row["live_tensor_bytes"], "{:,.1f}", 2**20)
+    return str(row["phase"]), str(row["step"]), *cells, _number(row["live_tensor_bytes"], "{:,.1f}", 2**20)
+
+
+def setting(report: dict[str, Any]) -> str:
+    """How the run was made, in one paragraph."""
+    return (
+        f"Status **{report['status']}**, seed {report['seed']}, {report['world_size']} rank(s), "
+        f"ZeRO stage {report['zero_stage']}, {report['dtype']} on {report['device']}. "
+        f"Sparsity {_number(report['sparsity']['achieved'], '{:.4f}')} "
+        f"(target {_number(report['sparsity']['target'], '{:.4f}')}), plan `{report['plan_hash']}`."
+    )
+
+
+def parity(report: dict[str, Any]) -> str:
+    found = report["parity"]
+    return (
+        f"Exported and trained model differ by at most {_number(found['max_abs_logit_diff'], '{:.2e}')} in their logits "
+        f"on {_number(found['examples'])} examples (allowed: {_number(found['tolerance'], '{:.2e}')})."
+    )
+
+
+def versions(report: dict[str, Any]) -> str:
+    return "Versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + "."
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report for reading."""
-
-    def line(cells: tuple[str, ...]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    parity, time = report["parity"], report["time"]
-    structure = [line((str(r["layer"]), str(r["heads"]), str(r["neurons"]))) for r in report["structure"]]
-    seconds = [line((k, _number(v, "{:,.2f}"))) for k, v in time.items()]
+    structure = [(str(r["layer"]), str(r["heads"]), str(r["neurons"])) for r in report["structure"]]
+    seconds = [(key, _number(value, "{:,.2f}")) for key, value in report["time"].items()]
     parts = [
         f"# {report['task']}: {report['method']} on {report['model']}",
-        f"Status **{report['status']}**, seed {report['seed']}, {report['world_size']} rank(s), "
-        f"ZeRO stage {report['zero_stage']}, {report['dtype']} on {report['device']}. "
-        f"Sparsity {_number(report['sparsity']['achieved'], '{:.4f}')} "
-        f"(target {_number(report['sparsity']['target'], '{:.4f}')}), plan `{report['plan_hash']}`.",
-        "\n".join([line(_HEADER), "|---|---:|---:|---:|", *(line(row) for row in rows(report))]),
-        f"Exported and trained model differ by at most {_number(parity['max_abs_logit_diff'], '{:.2e}')} in their logits "
-        f"on {_number(parity['examples'])} examples (allowed: {_number(parity['tolerance'], '{:.2e}')}).",
+        setting(report),
+        markdown_table(SCORE_HEADER, scores(report)),
+        markdown_table(COST_HEADER, costs(report)),
+        "The teacher comes from this run's own dense phase, before the first cut.",
+        parity(report),
         "## Kept units",
-        "\n".join([line(("layer", "heads", "neurons")), "|---:|---:|---:|", *structure]),
+        markdown_table(("layer", "heads", "neurons"), structure, 0),
         "## Time",
-        "\n".join([line(("", "")), "|---|---:|", *seconds]),
+        markdown_table(("", ""), seconds),
         "## Progress",
-        "\n".join(
-            [
-                line(("step", "phase", "loss", "sparsity", "samples/s", "live MiB per rank")),
-                "|---:|---|---:|---:|---:|---:|",
-                *(line(_progress_cells(row)) for row in report["progress"]),
-            ]
-        ),
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + ".",
+        markdown_table(PROGRESS_HEADER, map(progress_cells, report["progress"])),
+        versions(report),
     ]
+    if report["command"]:
+        parts.append(f"Command:\n\n```\n{report['command']}\n```")
     return "\n\n".join(parts) + "\n"

@@ -231,6 +231,7 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
             enabled=distributed.rank() == 0,
             step=saved["step"] if saved else 0,
             metrics_bytes=saved["metrics_bytes"] if saved else 0,
+            board_dir=Path(ds.board_dir) if ds.board_dir else None,
         ),
         peak=peak,
         plan=PruningPlan.dense(loaded.structure),

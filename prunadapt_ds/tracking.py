@@ -7,8 +7,12 @@ import json
 import math
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from prunadapt_ds import board
 
 
 class Tracker:
@@ -20,7 +24,16 @@ class Tracker:
     A run that goes on at `step` keeps the first `metrics_bytes` of metrics.jsonl, which were written up to there.
     """
 
-    def __init__(self, output_dir: Path, total_steps: int, *, enabled: bool, step: int = 0, metrics_bytes: int = 0):
+    def __init__(
+        self,
+        output_dir: Path,
+        total_steps: int,
+        *,
+        enabled: bool,
+        step: int = 0,
+        metrics_bytes: int = 0,
+        board_dir: Path | None = None,
+    ):
         self.enabled = enabled
         self.problem = ""  # why a line of metrics could not be written; for all ranks to hear of
         if not enabled:
@@ -30,10 +43,12 @@ class Tracker:
 
         output_dir.mkdir(parents=True, exist_ok=True)
         self.total_steps = total_steps
-        self._writer: Any = SummaryWriter(str(output_dir / "runs"), purge_step=step + 1)
+        self._writer: Any = SummaryWriter(str(board_dir or output_dir / "runs"), purge_step=step + 1)
         self._file = (output_dir / "metrics.jsonl").open("ab", buffering=0)
         self._file.truncate(min(metrics_bytes, self._file.tell()))
         self._bar = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), file=sys.stderr)
+        self._began = step, time.monotonic()
+        self.show(board.begin)
 
     def say(self, text: str) -> None:
         """Print text for the user, above the bar."""
@@ -45,6 +60,11 @@ class Tracker:
         """A text page in TensorBoard."""
         if self.enabled:
             self._board("add_text", tag, f"```\n{text}\n```")
+
+    def show(self, draw: Callable[[Any], None]) -> None:
+        """Let `draw` write pictures and the like with TensorBoard's writer."""
+        if self.enabled:
+            self._guarded(draw)
 
     def advance(self, step: int, phase: str) -> None:
         """`step` optimizer steps are done; nothing is logged."""
@@ -59,18 +79,28 @@ class Tracker:
         line: dict[str, Any] = {"step": step, "phase": phase}
         for key, value in metrics.items():
             line[key] = value if math.isfinite(value) else None  # JSON has no NaN
-            self._board("add_scalar", key, value, step)
+            self._board("add_scalar", board.tag(key), value, step)
         try:
             text = json.dumps(line).encode() + b"\n"
             if self._file.write(text) != len(text):
                 self.problem = "metrics.jsonl cannot be written: no space left on device"
         except OSError as error:
             self.problem = f"metrics.jsonl cannot be written: {error}"
-        short = "  ".join(f"{_SHOWN[key]} {value:.4g}" for key, value in metrics.items() if key in _SHOWN)
+        short = "  ".join(
+            f"{_SHOWN[key][0]} {value / _SHOWN[key][1]:.4g}" for key, value in metrics.items() if key in _SHOWN
+        )
         self.advance(step, phase)
         self._bar.set_postfix_str(short)
         if self._bar.disable and short:
-            self.say(f"step {step}/{self.total_steps}  {phase}  {short}")
+            self.say(f"step {step}/{self.total_steps}  {phase}  {short}{self._left(step)}")
+
+    def _left(self, step: int) -> str:
+        """How long the remaining steps take at the pace so far, every phase and evaluation included."""
+        first, began = self._began
+        if not first < step < self.total_steps:
+            return ""
+        seconds = (time.monotonic() - began) / (step - first) * (self.total_steps - step)
+        return f"  left {int(seconds) // 60}:{int(seconds) % 60:02d}"
 
     def metrics_bytes(self) -> int:
         """Size of metrics.jsonl, which the disk holds up to there."""
@@ -87,14 +117,24 @@ class Tracker:
             self.enabled = False
 
     def _board(self, method: str, *values: Any) -> None:
-        """Call TensorBoard's writer. A run goes on without it when its folder has vanished or its disk is full."""
+        self._guarded(lambda writer: getattr(writer, method)(*values))
+
+    def _guarded(self, write: Callable[[Any], None]) -> None:
+        """Use TensorBoard's writer. A run goes on without it when its folder has vanished or its disk is full."""
         if self._writer is None:
             return
         try:
-            getattr(self._writer, method)(*values)
+            write(self._writer)
         except Exception as error:  # whatever its own thread stumbled over
             self._writer = None
             self.say(f"TensorBoard is not written any more: {' '.join(str(error).split())}")
 
 
-_SHOWN = {"train/loss": "loss", "sparsity/achieved": "sparsity", "samples/s": "samples/s", "eval/score": "score"}
+_SHOWN = {
+    "train/loss": ("loss", 1),
+    "sparsity/achieved": ("sparsity", 1),
+    "samples/s": ("samples/s", 1),
+    "memory/live(bytes)": ("MiB", 2**20),
+    "eval/score": ("score", 1),
+}
+"""Metrics on the console: (name there, divided by)."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunadapt_ds import distributed, files, gates, memory, resume, tmp, watchdog
+from prunadapt_ds import board, distributed, files, gates, memory, outline, resume, tmp, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds import report as reports
 from prunadapt_ds.batches import Batch, Rows, Sampler
@@ -118,6 +118,7 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
     pruning = pruning_schedule(session)
     rates = learning_rate_schedule(session, pruning)
     interval = _Interval(session.step * session.sampler.samples_per_step)
+    say_what_will_happen(session, pruning)
     for step in range(session.step, session.total_steps):
         phase = pruning.phase(step) if pruning else "dense"
         learning_rates = engines.set_learning_rates(session.engine, rates.factor(step))
@@ -141,6 +142,16 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
             log_interval(session, phase, pruning, interval, learning_rates)
         session.tracker.advance(done, phase)
         keeper.save_if_due()
+
+
+def say_what_will_happen(session: Session, pruning: PruningSchedule | None) -> None:
+    total, structure, stage = session.total_steps, session.backbone.structure, session.ds.stage
+    start, end = (pruning.start_step, pruning.end_step) if pruning else (total, total)
+    phases = [("dense", session.step, start), ("prune", max(start, session.step), end), ("recover", end, total)]
+    counts = engines.trainable_counts(session.model, session.backbone.head_names)
+    sharding = outline.sharding(stage, distributed.world_size())
+    numbers = structure.dense_cost("params") + structure.other_params
+    session.tracker.say(outline.header(session.config, phases, counts, numbers, sharding))
 
 
 def log_interval(
@@ -169,6 +180,7 @@ def log_interval(
             "samples/s": rate,
             "memory/parameters(bytes)": memory.parameter_bytes(session.model),
             "memory/live(bytes)": live,
+            "distillation/weight": distill_weight(session, pruning, step - 1),
             "time/train(s)": seconds,
             **{f"learning_rate/{name}": value for name, value in learning_rates.items()},
         },
@@ -224,6 +236,8 @@ def decide_and_cut(session: Session, pruning: PruningSchedule, step: int) -> Non
         distributed.same_on_all_ranks(f"the pruning plan of step {step}", plan.hash)
         gates.apply_mask(session.model, plan.mask()[session.present.mask()])
     session.plan = plan
+    scales = engines.gate_values(session.model)
+    session.tracker.show(lambda writer: board.decision(writer, step=step, plan=plan, scores=scores, gates=scales))
     if pays_to_shrink(session, pruning, step):
         with session.timed("shrink"):
             shrink_model(session)

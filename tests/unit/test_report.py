@@ -81,6 +81,7 @@ def test_table_says_what_the_report_says():
     for figure in ("81.23", "87.00", "84.00", "400 (40.0%)", "2 (50.0%)", "5.0 (50.0%)"):
         assert figure in text, figure
     assert "40.0%" in report.markdown(filled())
+    assert "teacher / dense" not in text + report.markdown(filled())
 
 
 def test_card_is_valid_for_the_hub():

@@ -1,0 +1,8 @@
+"""Runs as one table and one page: `python launcher/compare.py outputs/a outputs/sweep --output_dir outputs`. Trains nothing."""
+
+import sys
+
+from prunadapt_ds.compare import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""What TensorBoard shows beside plain curves: pictures of every decision, score and gate histograms, the run as a row of a sweep.
+
+Functions that take a SummaryWriter; called on rank 0 only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunadapt_ds import figures
+from prunadapt_ds.budget import PruningPlan
+
+TAGS = {
+    "sparsity/target": "pruning/target_sparsity",
+    "sparsity/achieved": "pruning/sparsity",
+    "samples/s": "efficiency/samples_per_second",
+    "memory/parameters(bytes)": "efficiency/parameter_bytes_per_rank",
+    "memory/live(bytes)": "efficiency/live_bytes_per_rank",
+    "time/train(s)": "efficiency/train_seconds",
+}
+"""Metrics whose group in TensorBoard is not that of metrics.jsonl."""
+
+LAYOUT = {
+    "run": {
+        "score": ["Multiline", ["eval/score"]],
+        "sparsity": ["Multiline", [TAGS["sparsity/achieved"], TAGS["sparsity/target"]]],
+        "speed": ["Multiline", [TAGS["samples/s"]]],
+        "loss": ["Multiline", ["train/loss"]],
+    }
+}
+
+
+def tag(metric: str) -> str:
+    """Where TensorBoard shows a metric: train, distillation, eval, pruning or efficiency."""
+    return TAGS.get(metric, metric.replace("learning_rate/", "train/learning_rate_"))
+
+
+def begin(writer: Any) -> None:
+    """One dashboard with score, sparsity, speed and loss ("Custom Scalars")."""
+    writer.add_custom_scalars(LAYOUT)
+
+
+def decision(writer: Any, *, step: int, plan: PruningPlan, scores: Tensor, gates: Tensor) -> None:
+    """Scores [U] and what was decided from them, by layer; gates: float [units that are physically there]."""
+    tables = score_tables(plan, scores)
+    figure = figures.drawn(importance_figure, tables)
+    writer.add_figure("pruning/importance", figure, step)
+    writer.add_figure("pruning/kept", figures.drawn(kept_figure, figures.kept_tables(plan.to_dict())), step)
+    for kind in tables:
+        values = torch.cat([scores[s.span] for s in plan.structure.sublayers if s.kind == kind]).float()
+        writer.add_histogram(f"pruning/log10_scores_{kind}", values.clamp(min=1e-20).log10(), step)
+    writer.add_histogram("pruning/gates", gates, step)
+    counts = [f"| {row['layer']} | {row.get('heads', '-')} | {row.get('neurons', '-')} |" for row in plan.counts()]
+    writer.add_text("plan", "\n".join(["| layer | heads | neurons |", "|---|---|---|", *counts]), step)
+    for kind in tables:
+        kept = sum(len(k) for s, k in zip(plan.structure.sublayers, plan.kept, strict=True) if s.kind == kind)
+        writer.add_scalar(f"pruning/kept_{kind}", kept, step)
+
+
+def score_tables(plan: PruningPlan, scores: Tensor) -> dict[str, np.ndarray]:
+    """log10 of the scores: "heads" [layers, most heads] and "neurons" [layers, blocks], of each block its mean."""
+    tables = {}
+    for kind in dict.fromkeys(s.kind for s in plan.structure.sublayers):
+        rows = [scores[s.span].double().cpu().numpy() for s in plan.structure.sublayers if s.kind == kind]
+        table = figures.padded(rows) if kind == "heads" else figures.in_blocks(rows)
+        tables[kind] = np.log10(np.maximum(table, 1e-20))
+    return tables
+
+
+def importance_figure(tables: Mapping[str, np.ndarray]) -> Any:
+    """Dark is important. The scale of a panel spans its own scores, the lowest twentieth cut off."""
+    figure, axes = figures.figure(1.2 + 0.2 * max(map(len, tables.values())), 1, len(tables), squeeze=False)
+    for axis, (kind, table) in zip(axes[0], tables.items(), strict=True):
+        lowest = float(np.nanpercentile(table, 5))
+        axis.set_xlabel("head" if kind == "heads" else "group of neurons")
+        drawn = figures.heatmap(axis, table, f"{kind}: log10 importance", lowest=lowest)
+        figure.colorbar(drawn, ax=axis, shrink=0.8)
+    axes[0][0].set_ylabel("layer")
+    return figure
+
+
+def kept_figure(tables: Mapping[str, np.ndarray]) -> Any:
+    """Dark stays, light is cut."""
+    figure, axes = figures.figure(1.0 + 0.2 * max(map(len, tables.values())), 1, len(tables), squeeze=False)
+    for axis, (kind, table) in zip(axes[0], tables.items(), strict=True):
+        axis.set_xlabel("head" if kind == "heads" else "group of neurons")
+        figures.heatmap(axis, table, f"{kind} kept", lowest=-0.12, highest=1)
+    axes[0][0].set_ylabel("layer")
+    return figure
+
+
+def result(writer: Any, options: Mapping[str, Any], measures: Mapping[str, float | None]) -> None:
+    """The run as one row of TensorBoard's table of runs ("HParams")."""
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in options.items()}
+    known = {f"result/{name}": value for name, value in measures.items() if value is not None}
+    for summary in hparams(plain, known):
+        writer.file_writer.add_summary(summary)
+    for name, value in known.items():
+        writer.add_scalar(name, value)
+
+
+def measures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
+    """What a sweep is compared by."""
+    metric, params, latency = (
+        report["metric"]["exported"] or report["metric"]["masked"] or {},
+        report["params"],
+        report["latency"],
+    )
+    dense = params["encoder_dense"]
+    return {
+        "score": metric.get("score"),
+        "sparsity": report["sparsity"]["achieved"],
+        "parameters_of_dense": params["encoder_kept"] / dense if dense else None,
+        "latency_of_dense": latency["exported_ms"] / latency["dense_ms"] if latency["dense_ms"] else None,
+        "train_seconds": report["time"]["train_s"],
+    }
+
+
+def options_of(config: Mapping[str, Mapping[str, Any]], names: Sequence[str] = ()) -> dict[str, Any]:
+    """The options of a sweep's table, by name."""
+    flat = {name: value for section in config.values() for name, value in section.items()}
+    return {name: flat[name] for name in names or _COMPARED if flat.get(name) is not None}
+
+
+_COMPARED = (
+    *("model_name_or_path", "task_name", "method", "criterion", "target_sparsity", "budget", "r", "lora_alpha"),
+    *("learning_rate", "gate_learning_rate", "distill_weight", "num_train_epochs", "num_decisions", "seed"),
+)

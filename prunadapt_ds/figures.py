@@ -1,0 +1,232 @@
+"""Pictures of a run, each with words that say the same. Grey tones, markers and line styles carry the meaning, never hue alone.
+
+Plain functions from what a run has left behind to SVG text; nothing here reads a file or knows a model.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+WIDTH = 4.8  # inches: drawn for a phone, so that its letters stay legible there
+INK, PAPER, ACCENT, SECOND = "#1b2a41", "#ffffff", "#0072b2", "#d55e00"  # the last two differ in lightness as well
+PHASE_TONES = {"dense": "#ffffff", "prune": "#dcdcdc", "recover": "#f2f2f2"}
+BLOCKS = 24  # groups of neurons in a picture, whatever a layer's width
+STYLE: Any = {
+    "font.size": 8.5,
+    "axes.edgecolor": "#666666",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "svg.hashsalt": "prunadapt",  # the same run gives the same file
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure. `alt` says in words what a reader who cannot see it must know."""
+
+    title: str
+    alt: str
+    svg: str
+
+
+def figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """A figure `height` inches high, and its axes."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=PAPER)
+    return drawing, drawing.subplots(rows, columns, **options)
+
+
+def picture(title: str, alt: str, figure: Any) -> Picture:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    return Picture(title, alt, svg[svg.index("<svg") :])
+
+
+def drawn(function: Any, *arguments: Any) -> Any:
+    """`function(*arguments)` in the style of these pictures, without a trace in the caller's own settings."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        return function(*arguments)
+
+
+# ------------------------------------------------------------------------------------------------- structure
+
+
+def kept_tables(plan: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Of plan.json: "heads" [layers, most heads], 1 kept and 0 cut, and "neurons" [layers, BLOCKS], the share kept.
+
+    NaN where a layer has fewer.
+    """
+    tables = {}
+    for kind in ("heads", "neurons"):
+        units = [u for u in plan["units"] if u["kind"] == kind]
+        masks = [np.isin(np.arange(u["dense"]), u["kept"]).astype(float) for u in units]
+        if masks:
+            tables[kind] = in_blocks(masks) if kind == "neurons" else padded(masks)
+    return tables
+
+
+def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of unequal length as one table, NaN behind the shorter ones."""
+    table = np.full((len(rows), max(map(len, rows))), np.nan)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table
+
+
+def in_blocks(rows: Sequence[np.ndarray], blocks: int = BLOCKS) -> np.ndarray:
+    """Means over `blocks` neighbouring groups of each row: [rows, blocks] (fewer where a row has fewer units)."""
+    return padded([np.array([part.mean() for part in np.array_split(row, min(blocks, len(row)))]) for row in rows])
+
+
+def heatmap(
+    axis: Any, table: np.ndarray, title: str, *, lowest: float | None = None, highest: float | None = None
+) -> Any:
+    """Layers as rows; dark is much. Returns the image."""
+    image = axis.imshow(
+        np.ma.masked_invalid(table), cmap="Greys", aspect="auto", vmin=lowest, vmax=highest, interpolation="nearest"
+    )
+    axis.set_title(title, fontsize=8.5, loc="left")
+    axis.set_xticks(np.arange(-0.5, table.shape[1]), minor=True)
+    axis.set_yticks(np.arange(-0.5, table.shape[0]), minor=True)
+    axis.grid(which="minor", color="#bbbbbb", linewidth=0.4)
+    axis.tick_params(which="both", length=0)
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    return image
+
+
+def structure(plan: Mapping[str, Any]) -> Picture:
+    """Which heads stayed, and how much of each group of neurons."""
+    tables = kept_tables(plan)
+    rows = max(len(table) for table in tables.values())
+    drawing, axes = figure(min(7.0, 0.9 + 0.17 * rows), 1, len(tables), squeeze=False)
+    names = {"heads": "attention heads", "neurons": f"neurons, in {BLOCKS} groups"}
+    words = []
+    for axis, (kind, table) in zip(axes[0], tables.items(), strict=True):
+        heatmap(axis, table, names[kind], lowest=-0.12, highest=1)
+        axis.set_xlabel("head" if kind == "heads" else "group")
+        units = [u for u in plan["units"] if u["kind"] == kind]
+        shares = [f"{u['layer']}: {len(u['kept'])} of {u['dense']}" for u in units]
+        words.append(f"{kind} kept by layer: " + ", ".join(shares))
+    axes[0][0].set_ylabel("layer")
+    return picture("What was kept (dark) and what was cut (light)", "; ".join(words) + ".", drawing)
+
+
+# ---------------------------------------------------------------------------------------------------- course
+
+
+def spans(progress: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
+    """(phase, first step, last step) of every phase, in order."""
+    found: list[tuple[str, int, int]] = []
+    for row in progress:
+        if found and found[-1][0] == row["phase"]:
+            found[-1] = (row["phase"], found[-1][1], row["step"])
+        else:
+            found.append((row["phase"], found[-1][2] if found else 0, row["step"]))
+    return found
+
+
+def course(progress: Sequence[Mapping[str, Any]], scores: Sequence[tuple[int, float]] = ()) -> Picture:
+    """Sparsity, score, loss and samples per second over the steps, phases shaded."""
+    rows = [(name, [row[key] for row in progress]) for name, key in _COURSE]
+    drawing, axes = figure(1.2 + 0.85 * (len(rows) + bool(scores)), len(rows) + bool(scores), 1, sharex=True)
+    phases = spans(progress)
+    for axis in axes:
+        for phase, start, end in phases:
+            axis.axvspan(start, end, color=PHASE_TONES.get(phase, PAPER), linewidth=0)
+    for phase, start, end in phases:
+        axes[0].text((start + end) / 2, 1.04, phase, transform=axes[0].get_xaxis_transform(), ha="center", fontsize=7.5)
+    for axis, (name, values) in zip(axes, rows, strict=False):
+        axis.plot([row["step"] for row in progress], [_value(v) for v in values], color=INK)
+        axis.set_ylabel(name)
+    if scores:
+        axes[-1].plot(*zip(*scores, strict=True), color=SECOND, linestyle="--", marker="o", markersize=4)
+        axes[-1].set_ylabel("score")
+    axes[-1].set_xlabel("step")
+    drawing.align_ylabels(axes)
+    where = ", ".join(f"{phase} from step {start} to {end}" for phase, start, end in phases)
+    ends = f"sparsity ends at {progress[-1]['sparsity']:.3f}" + (f", score at {scores[-1][1]:.3f}" if scores else "")
+    return picture("Sparsity, loss, speed and score over the steps", f"Phases: {where}; {ends}.", drawing)
+
+
+_COURSE = (("sparsity", "sparsity"), ("loss", "loss"), ("samples/s", "samples_per_s"))
+
+
+def _value(number: float | None) -> float:
+    return np.nan if number is None else number
+
+
+# ------------------------------------------------------------------------------------------------- breakdown
+
+
+def bars(title: str, parts: Mapping[str, float | None], unit: str, scale: float = 1.0) -> Picture | None:
+    """Horizontal bars with their figures written beside them; None where nothing is known."""
+    known = {name: value / scale for name, value in parts.items() if value is not None}
+    if not known:
+        return None
+    drawing, axis = figure(0.45 + 0.28 * len(known))
+    names, values = list(known), list(known.values())
+    places = range(len(names))
+    axis.barh(places, values, color=ACCENT, height=0.62)
+    axis.set_yticks(places, names)
+    axis.invert_yaxis()
+    axis.set_xlim(0, (max(values) or 1) * 1.22)
+    for place, value in zip(places, values, strict=True):
+        axis.text(value, place, f" {value:,.1f} {unit}", va="center")
+    axis.xaxis.set_visible(False)
+    axis.spines["bottom"].set_visible(False)
+    axis.tick_params(length=0)
+    alt = ", ".join(f"{name} {value:,.1f} {unit}" for name, value in known.items())
+    return picture(title, alt + ".", drawing)
+
+
+# -------------------------------------------------------------------------------------------------- outcomes
+
+
+def confusion(labels: Sequence[int], predictions: Sequence[int], names: Sequence[str]) -> Picture:
+    """Examples by label (rows) and prediction (columns)."""
+    counts = np.zeros((len(names), len(names)), dtype=int)
+    np.add.at(counts, (np.asarray(labels, dtype=int), np.asarray(predictions, dtype=int)), 1)
+    drawing, axis = figure(1.4 + 0.42 * len(names))
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axis.imshow(shares, cmap="Greys", vmin=0, vmax=1.15, aspect="auto")
+    show = len(names) <= 12
+    for (i, j), count in np.ndenumerate(counts) if show else ():
+        axis.text(j, i, str(count), ha="center", va="center", color=PAPER if shares[i, j] > 0.55 else INK)
+    axis.set_xticks(
+        range(len(names)), names, rotation=0 if len(names) <= 3 else 45, ha="center" if len(names) <= 3 else "right"
+    )
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("labelled")
+    axis.tick_params(length=0)
+    right = int(np.trace(counts))
+    alt = f"{right} of {counts.sum()} examples are right. " + "; ".join(
+        f"{count} labelled {names[i]} were predicted {names[j]}"
+        for (i, j), count in np.ndenumerate(counts)
+        if i != j and count
+    )
+    return picture("Confusion matrix of the exported model", alt.rstrip() + ("" if alt.endswith(" ") else "."), drawing)
+
+
+def scatter(labels: Sequence[float], predictions: Sequence[float]) -> Picture:
+    """Predicted against labelled numbers."""
+    drawing, axis = figure(3.4)
+    low, high = min(*labels, *predictions), max(*labels, *predictions)
+    axis.plot([low, high], [low, high], color="#888888", linewidth=1, linestyle="--")
+    axis.scatter(labels, predictions, s=9, color=ACCENT, alpha=0.5, linewidths=0)
+    axis.set_xlabel("labelled")
+    axis.set_ylabel("predicted")
+    error = float(np.mean(np.abs(np.subtract(labels, predictions))))
+    alt = f"{len(labels)} examples; predictions are off by {error:.3f} on average (dashed: where they would be right)."
+    return picture("Predicted against labelled", alt, drawing)

@@ -1,0 +1,60 @@
+"""What TensorBoard gets, read back from the events."""
+
+import json
+
+import pytest
+import torch
+
+from prunadapt_ds import board, report
+from prunadapt_ds.budget import decide
+from prunadapt_ds.models.structure import Structure, SubLayer
+from prunadapt_ds.tracking import Tracker
+
+pytestmark = pytest.mark.fast
+SUBLAYERS = (SubLayer(0, "heads", 0, 4, 100, 10), SubLayer(0, "neurons", 4, 16, 10, 1))
+STRUCTURE = Structure(SUBLAYERS, fixed_params=10, other_params=50, seq_length=8)
+
+
+def written(folder):
+    tracker = Tracker(folder, 10, enabled=True)
+    scores = torch.arange(1.0, 21.0)
+    plan = decide(scores, STRUCTURE, 0.5)
+    tracker.log(2, "dense", {"train/loss": 0.5, "sparsity/achieved": 0.1, "samples/s": 3.0, "learning_rate/gates": 0.1})
+    tracker.show(lambda w: board.decision(w, step=4, plan=plan, scores=scores, gates=torch.ones(20)))
+    tracker.text("config", "{}")
+    filled = report.empty()
+    filled["metric"]["exported"], filled["time"]["train_s"] = {"score": 0.75}, 3.0
+    options = board.options_of({"prune": {"method": "prunadapt", "r": 8, "shrink": "auto"}})
+    tracker.show(lambda w: board.result(w, options, board.measures_of(filled)))
+    tracker.close()
+    return plan
+
+
+def test_everything_is_under_its_group(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    plan = written(tmp_path)
+    events = EventAccumulator(str(tmp_path / "runs")).Reload()
+    tags = events.Tags()
+    scalars = {"train/loss", "pruning/sparsity", "efficiency/samples_per_second", "train/learning_rate_gates"}
+    assert scalars | {"result/score", "pruning/kept_heads"} <= set(tags["scalars"])
+    assert {"pruning/importance", "pruning/kept"} == set(tags["images"])
+    assert {"pruning/gates", "pruning/log10_scores_heads", "pruning/log10_scores_neurons"} == set(tags["histograms"])
+    assert {"config/text_summary", "plan/text_summary"} <= set(tags["tensors"])
+    kept = plan.counts()[0]
+    assert events.Scalars("pruning/kept_heads")[0].value == kept["heads"]
+    assert events.Scalars("result/score")[0].value == 0.75
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["samples/s"] == 3.0  # names in metrics.jsonl stay
+
+
+def test_blocks_of_neurons_are_means_and_heads_are_themselves():
+    scores = torch.tensor([1.0, 10, 100, 1000] + [1.0] * 8 + [100.0] * 8)
+    tables = board.score_tables(decide(scores, STRUCTURE, 0.0), scores)
+    assert tables["heads"].tolist() == [[0, 1, 2, 3]]
+    assert tables["neurons"].tolist() == [[0.0] * 8 + [2.0] * 8]
+
+
+def test_the_layout_names_tags_that_exist(tmp_path):
+    known = {board.tag(m) for m in ("train/loss", "eval/score", "sparsity/target", "sparsity/achieved", "samples/s")}
+    assert {name for chart in board.LAYOUT["run"].values() for name in chart[1]} <= known

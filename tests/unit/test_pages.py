@@ -1,0 +1,120 @@
+"""The report's pages and pictures, from the files a run leaves behind."""
+
+import json
+import re
+import xml.dom.minidom
+from base64 import b64decode
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from prunadapt_ds import figures, outline, pages
+from prunadapt_ds.config import parse
+from tests.unit.test_report import filled
+
+pytestmark = pytest.mark.fast
+PLAN = {
+    "units": [
+        {"layer": 0, "kind": "heads", "dense": 4, "kept": [0, 2]},
+        {"layer": 0, "kind": "neurons", "dense": 48, "kept": list(range(24))},
+        {"layer": 1, "kind": "heads", "dense": 4, "kept": []},
+        {"layer": 1, "kind": "neurons", "dense": 48, "kept": list(range(48))},
+    ]
+}
+
+
+def answer(index, label, logits):
+    values = {"prediction": int(np.argmax(logits)), "logits": logits}
+    return {"split": "validation", "index": index, "label": label, "masked": values, "exported": values}
+
+
+ANSWERS = [answer(0, 0, [1.0, 2.0]), answer(1, 1, [0.0, 3.0]), answer(2, 1, [5.0, -2.0]), answer(3, 0, [1.0, 0.0])]
+
+
+def run_folder(folder):
+    (folder / "plan.json").write_text(json.dumps(PLAN))
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(a) + "\n" for a in ANSWERS))
+    lines = [{"step": 4, "phase": "dense", "eval/score": 0.7}, {"step": 8, "phase": "finish", "eval/score": 0.75}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = filled() | {"labels": ["no", "yes & <no>"], "command": "python launcher/train.py --seed 1"}
+    result["progress"] = [
+        {"step": 4 * (i + 1), "phase": phase, "loss": 1.0 / (i + 1), "sparsity": 0.2 * i, "samples_per_s": 9.0}
+        | {"live_tensor_bytes": 2**20, "train_s": 1.0}
+        for i, phase in enumerate(("dense", "prune", "recover"))
+    ]
+    result["time"] |= {"train_s": 9.0, "dense_phase_s": 4.0, "steps": 12}
+    result["memory"]["live_tensor_bytes"] |= {"dense": 2**21, "after_shrink": 2**20}
+    return result
+
+
+class Page(HTMLParser):
+    """What a browser would fetch or show."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.images, self.links, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        if tag == "img":
+            self.images.append(values)
+        self.links += [v for k, v in attributes if k in ("href", "src") and not v.startswith("data:")]
+
+
+def test_the_page_stands_alone_and_every_picture_is_said_in_words(tmp_path):
+    pages.write(tmp_path, run_folder(tmp_path), lambda name, index: f"text {index} <b> | x")
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert not page.links and "http" not in re.sub(r"base64,[^\"]*", "", text)
+    assert len(page.images) == 5
+    for image in page.images:
+        assert len(image["alt"]) > 10
+        xml.dom.minidom.parseString(b64decode(image["src"].split("base64,")[1]))
+    alts = " ".join(image["alt"] for image in page.images)
+    for words in ("0: 2 of 4", "prune from step 4 to 8", "2 of 4 examples are right", "dense phase 4.0 s"):
+        assert words in alts, words
+    assert "text 2 &lt;b&gt;" in text and "<b> |" not in text and "python launcher/train.py --seed 1" in text
+    assert "text 2 <b> \\| x" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["labels"] == ["no", "yes & <no>"]
+
+
+def test_worst_examples_are_the_surest_mistakes():
+    rows = pages.worst(ANSWERS, ["no", "yes"], None)
+    assert [row[0] for row in rows] == ["validation 2", "validation 0"]
+    assert rows[0][1:] == ("yes", "no", "99.9% sure")
+
+
+def test_numbers_are_scattered_and_ranked_by_error():
+    lines = [answer(i, 2.0, [0.0]) for i in range(3)]
+    for line, value in zip(lines, (2.5, 0.0, 2.0), strict=True):
+        line["exported"] = {"prediction": value, "logits": [value]}
+    assert [row[0] for row in pages.worst(lines, [], None)] == ["validation 1", "validation 0"]
+    picture = pages._outcome(lines, [])
+    assert "off by 0.833" in picture.alt
+
+
+def test_a_run_that_ended_early_has_pages(tmp_path):
+    from prunadapt_ds import report
+
+    pages.write(tmp_path, report.empty())
+    assert "report" not in Page((tmp_path / "report.html").read_text()).images
+    assert (tmp_path / "report.md").is_file() and (tmp_path / "report.json").is_file()
+
+
+def test_kept_units_become_tables():
+    tables = figures.kept_tables(PLAN)
+    assert tables["heads"].tolist() == [[1, 0, 1, 0], [0, 0, 0, 0]]
+    assert tables["neurons"].shape == (2, figures.BLOCKS)
+    assert tables["neurons"].sum(1).tolist() == [12, 24]
+
+
+def test_the_command_makes_the_same_run_again():
+    argv = ["--task_name", "sst2", "--model_name_or_path", "a b", "--save_scores", "--target_modules", "query", "value"]
+    text = outline.command(parse(argv), 2)
+    import shlex
+
+    words = shlex.split(text)
+    assert words[:4] == ["deepspeed", "--num_accelerators", "2", "launcher/train.py"]
+    assert parse(words[4:]) == parse(argv)
