@@ -38,6 +38,10 @@ class UserError(PrunadaptError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+class LaunchError(UserError):
+    """Ranks that cannot find each other: seen by each process alone, before there is a group that could share it."""
+
+
 class ParityError(PrunadaptError):
     """The exported model does not compute what the trained model computes."""
 

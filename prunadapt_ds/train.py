@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(argv)
         run(config)
     except PrunadaptError as error:
-        if distributed.rank() == 0:
+        if distributed.speaks_of(error):
             print(f"error: {error}" if len(str(error).splitlines()) == 1 else f"errors:\n{error}", file=sys.stderr)
         return error.exit_code
     finally:

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "prunadapt_ds"
 # A module may import modules of lower floors, or of its own subpackage.
 FLOORS = (
     {"errors", "cli"},
+    {"launchers"},
     {"config", "distributed", "schedule", "reload", "memory", "objective", "attention"},
     {"ds_config", "data", "models"},
     {"batches", "backbone", "adapters", "gates"},
@@ -23,7 +24,7 @@ FLOORS = (
     {"export", "shrink", "tracking", "report"},
     {"card", "session"},
     {"finish"},
-    {"train"},
+    {"train", "doctor", "glue_table"},
 )
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 
