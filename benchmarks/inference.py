@@ -67,6 +67,27 @@ def sweep(
     return rows
 
 
+def draw(results: Path) -> None:
+    """Latency ratio against MACs ratio, a point per batch and length; on the line nothing is lost beside the arithmetic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 4))
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    for export, marker in zip(found, "osD^vP*X<>", strict=False):
+        rows = export["rows"]
+        label = f"{export['name']}, {export['dtype']}"
+        axis.scatter([r["macs"] for r in rows], [r["latency"] for r in rows], marker=marker, label=label, alpha=0.7)
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    axis.set(xlim=(0, 1), ylim=(0, 1.1), xlabel="MACs of the blocks / dense", ylabel="latency / dense")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(results / "inference.png", dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exports", nargs="+", required=True, metavar="NAME=DIR")
@@ -103,6 +124,7 @@ def main() -> None:
             cells += [f"{r['exported_ms']:.1f}", f"{r['latency']:.2f}", f"{r['macs']:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
     (args.results / "table.md").write_text("\n".join(lines) + "\n")
+    draw(args.results)
     print("\n".join(lines))
 
 

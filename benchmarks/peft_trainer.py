@@ -1,7 +1,9 @@
 """What a user would take instead: PEFT LoRA (or full fine-tuning) with HF Trainer on DeepSpeed ZeRO-3.
 
 Launched by compare.py with `deepspeed`; takes the trainer's own options, so that data, epochs, batch, rank and learning rate
-are the same by construction. Writes result.json to --output_dir. Dropout is off as in the trainer it is compared with.
+are the same by construction. Writes result.json to --output_dir. Dropout is off as in the trainer it is compared with, and
+attention is whichever of transformers' own is fastest here: "eager" for bf16 on a CPU, where torch's fused kernel takes half
+as long again, "sdpa" elsewhere. With --eval_steps the development score is followed; its time is not training time.
 """
 
 import json
@@ -35,15 +37,32 @@ from prunadapt_ds.models.families import family_of, layout_of  # noqa: E402
 
 
 class Watched(Trainer):
-    """Counts the bytes a rank holds during the second training step, as the trainer it is compared with does."""
+    """Counts the bytes of the step with the longest samples, follows the score, and keeps evaluation out of the time."""
 
     live_bytes = 0
-    seen = 0
+    longest = 0
+    start = cpu_start = 0.0
+    away = cpu_away = 0.0  # seconds spent on evaluation
+    curve: list  # [step, training seconds so far, score]
+
+    def seconds(self):
+        """(Wall, CPU) seconds of training so far on this rank."""
+        return time.perf_counter() - self.start - self.away, time.process_time() - self.cpu_start - self.cpu_away
+
+    def evaluate(self, *args, **kwargs):
+        before = self.seconds()
+        found = super().evaluate(*args, **kwargs)
+        after = self.seconds()
+        self.away += after[0] - before[0]
+        self.cpu_away += after[1] - before[1]
+        self.curve.append([self.state.global_step, before[0], found["eval_score"]])
+        return found
 
     def training_step(self, *args, **kwargs):
-        self.seen += 1
-        if self.seen != 2:
+        length = args[1]["input_ids"].shape[1]
+        if length <= self.longest:
             return super().training_step(*args, **kwargs)
+        self.longest = length
         saved = memory.SavedActivations()
         with saved.watch():
             loss = super().training_step(*args, **kwargs)
@@ -89,6 +108,8 @@ def main(argv):
         train_sampling_strategy="group_by_length",
         save_strategy="no",
         report_to="none",
+        eval_strategy="steps" if config.train.eval_steps else "no",
+        eval_steps=config.train.eval_steps,
         logging_steps=50,
         disable_tqdm=True,
         remove_unused_columns=True,
@@ -102,7 +123,10 @@ def main(argv):
     torch.manual_seed(config.train.seed)
     peak = memory.PeakMemory(distributed.device())
     dtype = torch.bfloat16 if bf16 else torch.float32
-    model = AutoModelForSequenceClassification.from_pretrained(name, config=model_config, dtype=dtype)
+    attention = "sdpa" if cuda or not bf16 else "eager"
+    model = AutoModelForSequenceClassification.from_pretrained(
+        name, config=model_config, dtype=dtype, attn_implementation=attention
+    )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -132,11 +156,14 @@ def main(argv):
         model=model,
         args=arguments,
         train_dataset=train,
+        eval_dataset=rows(next(iter(data.validation.values()))),
+        compute_metrics=lambda found: {"score": compute_metrics(data, found.predictions, found.label_ids)["score"]},
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
     )
-    start = time.perf_counter()
+    trainer.curve = []
+    trainer.start, trainer.cpu_start = time.perf_counter(), time.process_time()
     trainer.train()
-    train_s = time.perf_counter() - start
+    train_s, train_cpu_s = trainer.seconds()
     peak_bytes = int(distributed.dist_max(peak.bytes()))
     live = int(distributed.dist_max(trainer.live_bytes))
     trainer.args.train_sampling_strategy = "random"  # with grouping, predictions would come in another order
@@ -153,6 +180,9 @@ def main(argv):
         result = {
             "metric": metrics,
             "train_s": train_s,
+            "train_cpu_s": train_cpu_s,
+            "attention": attention,
+            "scores": trainer.curve,
             "steps": trainer.state.global_step,
             "live_bytes": live,
             "peak_bytes": peak_bytes,

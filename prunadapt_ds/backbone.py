@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunadapt_ds import attention
+from prunadapt_ds import attention, hub
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.families import Family, family_of, layout_of
 from prunadapt_ds.models.modeling_prunadapt import Layout
@@ -57,6 +57,18 @@ def locate(model_name_or_path: str) -> str:
     return str(folder)
 
 
+def identity(model_name_or_path: str) -> str:
+    """sha256 over configuration and weights of a checkpoint that `load` has loaded, wherever it lies."""
+    from transformers.utils import cached_file
+
+    folder = Path(str(cached_file(locate(model_name_or_path), "config.json"))).parent
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
 def _check_folder(name: str) -> None:
     """Refuse a local folder that cannot be loaded, or that holds pickled weights only."""
     folder = Path(name)
@@ -78,6 +90,17 @@ def _check_folder(name: str) -> None:
                 "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR), on a machine where you trust the file",
             )
         )
+
+
+def _why_offline(name: str) -> str | None:
+    """Why the hub does not give a model that lies there; None for a local folder, or when it does."""
+    from huggingface_hub import constants
+
+    if Path(name).is_dir():
+        return None
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    return hub.unreachable(lambda api, timeout: api.model_info(name, timeout=timeout))
 
 
 def _check_weights(name: str, folder: Path) -> None:
@@ -116,30 +139,45 @@ def load(
     device: torch.device | str = "cpu",
     seq_length: int = 128,
     trust_remote_code: bool = False,
+    is_language: bool = False,
 ) -> Backbone:
-    """Load a sequence classifier with everything frozen but its head.
+    """Load a sequence classifier, or a causal language model, with everything frozen but what is new or its head.
 
     Where an `HfDeepSpeedConfig` of stage 3 is alive, every rank keeps its shard only. Raises UserError for an unsupported
     family, a missing or pickled checkpoint, and a failed download.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     name = locate(model_name_or_path)
     _check_folder(name)
+    offline = _why_offline(name)
     labels = list(label_names) or [f"LABEL_{i}" for i in range(num_labels)]
+    answers = {
+        "num_labels": num_labels,
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": "regression" if is_regression else "single_label_classification",
+    }
+    auto_class: Any = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
     try:
         config = AutoConfig.from_pretrained(
             name,
-            num_labels=num_labels,
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-            problem_type="regression" if is_regression else "single_label_classification",
             trust_remote_code=trust_remote_code,
+            local_files_only=bool(offline),
+            **({} if is_language else answers),
         )
         family = family_of(config)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if is_language and not family.is_decoder:
+            remedy = f"{config.model_type} is no decoder and generates no text; leave --task_type out"
+            raise UserError(Problem("task_type", "causal_lm", remedy))
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, local_files_only=bool(offline)
+        )
+        if family.is_decoder:
+            agree_on_padding(model_name_or_path, config, tokenizer)
+            config.use_cache = False  # nothing is generated while training; the export switches it on again
         with _quiet():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model, info = auto_class.from_pretrained(
                 name,
                 config=config,
                 dtype=dtype,
@@ -147,11 +185,17 @@ def load(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                local_files_only=bool(offline),
                 attn_implementation=attention.register(),
             )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(Problem("model_name_or_path", model_name_or_path, f"cannot be loaded: {reason}")) from error
+        reason = f"cannot be loaded: {' '.join(str(error).split())[:300]}"
+        if offline:
+            reason = (
+                f"could not be loaded from the hub ({offline}), nor is it in the local cache; offline, name a folder with "
+                "a copy of the model, set HF_HOME to a cache that holds it, or use --model_name_or_path sample"
+            )
+        raise UserError(Problem("model_name_or_path", model_name_or_path, reason)) from error
     if not hasattr(next(model.parameters()), "ds_id"):
         model.to(device)
     layout = layout_of(family, config, model.base_model_prefix)
@@ -161,6 +205,29 @@ def load(
     _refuse_damaged(model_name_or_path, layout, new)
     freeze(model, head)
     return Backbone(model, tokenizer, family, layout, measure(model, layout, seq_length), head)
+
+
+def agree_on_padding(name: str, config: Any, tokenizer: Any) -> None:
+    """Let tokenizer and decoder name the same padding token, on the right.
+
+    A decoder's classifier reads the last token that is no padding; if it took another token for padding than the tokenizer,
+    it would read a padded position and nobody would tell. On the right, positions count from the first real token and
+    causal attention never sees what follows. A tokenizer without such a token gets the configuration's, or an existing one
+    that stands for no text: no embedding is added. Raises UserError where there is none.
+    """
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        of_config = config.pad_token_id
+        known = None if of_config is None or of_config < 0 else tokenizer.convert_ids_to_tokens(of_config)
+        found = known or tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+        if found is None:
+            remedy = "its tokenizer has no padding token and none to take for it; set one in tokenizer_config.json"
+            raise UserError(Problem("model_name_or_path", name, remedy))
+        tokenizer.pad_token = found
+    if not 0 <= tokenizer.pad_token_id < config.vocab_size:
+        remedy = f"its padding token is number {tokenizer.pad_token_id}, the model has {config.vocab_size} embeddings"
+        raise UserError(Problem("model_name_or_path", name, remedy))
+    config.pad_token_id = tokenizer.pad_token_id
 
 
 def _prefixes(modules: tuple[str, ...]) -> tuple[str, ...]:

@@ -27,9 +27,9 @@ GROUPED_STEPS = 8  # a run is sorted by length: long enough to save padding, sho
 class Batch:
     """One micro-batch of one rank.
 
-    inputs: model inputs [B, T].  labels: [B].  index: int64 [B], positions in the dataset.  weights: float [B]; the loss of
-    the micro-batch is sum_b weights[b] * L_b, whose mean over ranks and accumulation steps is the mean loss of the step's
-    samples. A row of weight 0 is no sample.
+    inputs: model inputs [B, T].  labels: [B], of language [B, T].  index: int64 [B], positions in the dataset.  weights:
+    float [B]; the loss of the micro-batch is sum_b weights[b] * L_b, whose mean over ranks and accumulation steps is the
+    mean loss of the step's samples. A row of weight 0 is no sample.
     """
 
     inputs: dict[str, Tensor]
@@ -49,7 +49,9 @@ class Rows:
         self.tokenizer = tokenizer
         self.columns = [c for c in ("input_ids", "attention_mask", "token_type_ids") if c in dataset.column_names]
         self.examples: list[dict[str, Any]] = dataset.to_list()
-        self.labels = torch.tensor([row["labels"] for row in self.examples])
+        labels = [row["labels"] for row in self.examples]
+        self.token_labels: list[list[int]] | None = labels if labels and isinstance(labels[0], list) else None
+        self.labels = torch.zeros(len(labels)) if self.token_labels else torch.tensor(labels)
         self.lengths = [len(row["input_ids"]) for row in self.examples]
 
     def __len__(self) -> int:
@@ -59,7 +61,21 @@ class Rows:
         """The first `count` rows."""
         some = copy.copy(self)
         some.examples, some.labels, some.lengths = self.examples[:count], self.labels[:count], self.lengths[:count]
+        some.token_labels = None if self.token_labels is None else self.token_labels[:count]
         return some
+
+    def without_labels(self) -> Rows:
+        """Language rows of which the last token's logits are asked for, not their likelihood."""
+        some = copy.copy(self)
+        some.token_labels = None
+        return some
+
+    def padded_labels(self, positions: Sequence[int], width: int) -> Tensor | None:
+        """A label for each token [B, T], -100 for padding; None for rows that have one label each."""
+        if self.token_labels is None:
+            return None
+        rows = [self.token_labels[i] for i in positions]
+        return torch.tensor([row + [-100] * (width - len(row)) for row in rows])
 
     def inputs(self, positions: Sequence[int]) -> dict[str, Tensor]:
         """Model inputs of these rows, padded to the longest of them and on to a multiple of 8."""
@@ -70,8 +86,10 @@ class Rows:
         return dict(padded)
 
     def batch(self, positions: Sequence[int], weight: float) -> Batch:
-        index = torch.tensor(list(positions))
-        return Batch(self.inputs(positions), self.labels[index], index, torch.full((len(index),), weight))
+        index, inputs = torch.tensor(list(positions)), self.inputs(positions)
+        labels = self.padded_labels(positions, inputs["input_ids"].shape[1])
+        labels = self.labels[index] if labels is None else labels
+        return Batch(inputs, labels, index, torch.full((len(index),), weight))
 
 
 @dataclass(frozen=True)

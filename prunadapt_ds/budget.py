@@ -96,12 +96,15 @@ def decide(
     neuron_multiple: int = 8,
     floors: Mapping[tuple[int, str], int] | None = None,
     gone: Tensor | None = None,
+    uniform: bool = False,
 ) -> PruningPlan:
     """Cut the units with the least score per cost, over all layers and kinds at once, until the budget is met.
 
     scores: float [U]. The cost kept differs from `(1 - sparsity) * dense` by at most one item (one head, or one group of
-    `neuron_multiple` neurons). `floors`: least units left of a (layer, kind). `gone`: bool [U], units that are physically
-    removed already and cannot come back. Ties break by flat index.
+    `neuron_multiple` neurons). `floors`: least units left of a (layer, kind), beside the structure's own. `gone`: bool
+    [U], units that are physically removed already and cannot come back. `uniform`: all layers lose alike; an item is then
+    the least important head (or group of neurons) of every layer together, and all layers must have equal floors. Ties
+    break by flat index.
     Raises UserError when `sparsity` is more than can be cut, naming the maximum.
     """
     scores = scores.detach().double().cpu()
@@ -110,18 +113,19 @@ def decide(
         scores = scores.masked_fill(gone, -torch.inf)  # before all others
     unit_costs = structure.unit_costs(budget)
     pieces = [
-        cut_items(s, scores[s.span], neuron_multiple, (floors or {}).get((s.layer, s.kind), 0))
+        cut_items(s, scores[s.span], neuron_multiple, max(s.floor, (floors or {}).get((s.layer, s.kind), 0)))
         for s in structure.sublayers
     ]
     flat, sizes = (torch.cat(column) for column in zip(*pieces, strict=True))
-    num_items = len(sizes)
+    items = _item_numbers(structure, [len(s) for _, s in pieces], uniform)
+    num_items = int(items.max()) + 1 if len(items) else 0
     keep = torch.ones(structure.num_units, dtype=torch.bool)
     dense = structure.dense_cost(budget)
     excess = sparsity * dense  # cost still to be cut
     if not num_items and sparsity > 0:
         raise _too_sparse(sparsity, 0.0)
     if num_items and sparsity > 0:
-        owner = torch.arange(num_items).repeat_interleave(sizes)
+        owner = items.repeat_interleave(sizes)
         zeros = torch.zeros(num_items, dtype=torch.double)
         item_costs = zeros.scatter_add(0, owner, unit_costs[flat].double())  # [items]
         densities = zeros.scatter_add(0, owner, scores[flat]) / item_costs  # [items]
@@ -139,9 +143,28 @@ def decide(
     return PruningPlan.from_mask(structure, keep)
 
 
+def _item_numbers(structure: Structure, counts: list[int], uniform: bool) -> Tensor:
+    """The item that each piece belongs to: int64 [pieces]. `counts`: pieces of each sub-layer.
+
+    Pieces are items of their own; with `uniform`, the n-th pieces of all sub-layers of a kind are one item.
+    """
+    if not uniform:
+        return torch.arange(sum(counts))
+    start: dict[str, int] = {}
+    numbers, used = [], 0
+    for sublayer, count in zip(structure.sublayers, counts, strict=True):
+        if sublayer.kind not in start:
+            start[sublayer.kind], used = used, used + count
+        numbers.append(start[sublayer.kind] + torch.arange(count))
+    assert used == len(set(torch.cat(numbers).tolist())), "layers differ in what may be cut"
+    return torch.cat(numbers)
+
+
 def max_sparsity(structure: Structure, budget: str) -> float:
-    """The sparsity at which every unit is gone."""
-    return 1 - structure.fixed_cost(budget) / structure.dense_cost(budget)
+    """The sparsity at which every unit is gone that may go."""
+    per_unit = {"params": "params_per_unit", "macs": "macs_per_unit"}[budget]
+    stays = structure.fixed_cost(budget) + sum(s.floor * getattr(s, per_unit) for s in structure.sublayers)
+    return 1 - stays / structure.dense_cost(budget)
 
 
 def _too_sparse(sparsity: float, maximum: float) -> UserError:

@@ -15,6 +15,7 @@ def render(report: dict[str, Any], base_model: str, label_names: tuple[str, ...]
     from huggingface_hub import EvalResult, ModelCardData
 
     glue = report["task"] in _TASKS_OF_GLUE
+    task = "text-generation" if report["task"] == "causal_lm" else "text-classification"
     results = [
         EvalResult(
             task_type="text-classification",
@@ -35,7 +36,7 @@ def render(report: dict[str, Any], base_model: str, label_names: tuple[str, ...]
     data = ModelCardData(
         language="en",
         library_name="transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=task,
         tags=["pruning", "lora", "prunadapt-ds"],
         base_model=base_model if on_hub else None,
         model_name=name if results else None,
@@ -50,19 +51,28 @@ def render(report: dict[str, Any], base_model: str, label_names: tuple[str, ...]
         else "\n\nNothing was cut, so the stock class loads it."
     )
     labels = ", ".join(label_names) if label_names else "one number (regression)"
+    what, use, auto_class = (
+        ("A language model", 'run("once upon a time")', "AutoModelForCausalLM")
+        if task == "text-generation"
+        else (
+            f"A text classifier ({labels})",
+            'run({"text": "first sentence", "text_pair": "second sentence"})',
+            "AutoModelForSequenceClassification",
+        )
+    )
     body = f"""# {name}
 
-A text classifier ({labels}) trained with prunadapt_ds: the backbone stays frozen, LoRA adapts it, and what the task does
-not need is removed. LoRA and gates are merged into the weights.
+{what} trained with prunadapt_ds: the backbone stays frozen, LoRA adapts it, and what the task does not need is removed.
+LoRA and gates are merged into the weights.
 
 ```python
 from transformers import pipeline
 
-classify = pipeline("text-classification", model="PATH"{argument})
-classify({{"text": "first sentence", "text_pair": "second sentence"}})
+run = pipeline("{task}", model="PATH"{argument})
+{use}
 ```
 
-or `AutoModelForSequenceClassification.from_pretrained("PATH"{argument})`.{why}
+or `{auto_class}.from_pretrained("PATH"{argument})`.{why}
 
 Limits: it does this one task, on inputs like those it was trained on, and it inherits the biases of its base model.
 

@@ -12,8 +12,11 @@ from pathlib import Path
 def prepare_environment() -> None:
     """Choose the CPU backend where there is no GPU, find the compiler tools of this environment, and keep logs short.
 
-    Every value can be overridden from outside.
+    Every value can be overridden from outside. The script's own folder leaves the import path: `launcher/evaluate.py` must
+    not hide the library `evaluate`.
     """
+    if sys.argv[0] and sys.path[0] == str(Path(sys.argv[0]).resolve().parent):
+        del sys.path[0]
     if shutil.which("nvidia-smi") is None and not Path("/proc/driver/nvidia").exists():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

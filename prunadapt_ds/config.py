@@ -22,10 +22,13 @@ from prunadapt_ds.errors import Problem, UserError
 
 METHODS = ("prunadapt", "tmp", "lora", "full")
 BUDGETS = ("params", "macs")
-CRITERION_NAMES = ("fisher", "taylor", "magnitude", "random")
+CRITERION_NAMES = ("fisher", "taylor", "outlier", "activation_norm", "magnitude", "random")
+TASK_TYPES = ("sequence_classification", "causal_lm")
 TASK_NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "sample")
+EXPORT_FORMATS = ("compact", "padded", "uniform", "adapter")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 SHRINKING = ("auto", "always", "never")
+LR_SCHEDULES = ("linear", "warmup_stable_decay")
 DEFAULT_SPARSITY = 0.5
 
 
@@ -56,6 +59,11 @@ class ModelOptions:
 class DataOptions:
     """Task and data."""
 
+    task_type: str = option(
+        "sequence_classification",
+        "what is learnt: labels, or text (causal_lm: a .txt file, or columns prompt and response, or text)",
+        choices=TASK_TYPES,
+    )
     task_name: str | None = option(None, "GLUE task, or the built-in `sample`", choices=TASK_NAMES)
     data_dir: str | None = option(None, "official GLUE TSVs, one folder per task, instead of the hub")
     train_file: str | None = option(None, "own training data: csv, tsv, jsonl, parquet; sentence1[, sentence2], label")
@@ -87,7 +95,15 @@ class PruningOptions:
     )
     gate_learning_rate: float = option(1e-2, "peak learning rate of the gates", above=0)
     distill_weight: float = option(0.5, "weight of the run's own dense model as teacher; 0: off", least=0, most=1)
+    teacher_window: float = option(
+        0.6, "the teacher's weights are a mean over that share of the steps before it; 0: as they are", least=0, most=1
+    )
+    distill_fades: bool = option(True, "the teacher counts less and less after the first decision, nothing at the end")
     neuron_multiple: int = option(8, "feed-forward neurons are cut in groups, kept counts are multiples", least=1)
+    uniform: bool = option(False, "all layers keep the same counts, so that stock classes load what is left")
+    keep_in_outer_layers: float = option(
+        0.0, "share of the heads and of the neurons that stay in the first and the last layer", least=0, most=1
+    )
     tmp_scoring_examples: int = option(64, "examples that rank heads with --method tmp", least=1)
     save_scores: bool = option(False, "write raw statistics of every decision to scores/")
     score_only: bool = option(False, "write the statistics at the initial weights and stop")
@@ -100,6 +116,7 @@ class LoraOptions:
     r: int = option(8, "LoRA rank", least=1)
     lora_alpha: float = option(16, "LoRA scale; updates are multiplied by lora_alpha / r", above=0)
     lora_dropout: float = option(0.0, "dropout before LoRA; probability", least=0, below=1)
+    train_norms: bool | None = option(None, "train the norms as well (with the methods that cut)")
     target_modules: list[str] | None = option(None, "names of the projections that get LoRA (all of them)")
 
 
@@ -112,9 +129,18 @@ class TrainOptions:
     per_device_eval_batch_size: int = option(64, "samples per rank in evaluation", least=1)
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", least=1)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass; saves memory")
-    learning_rate: float = option(1e-3, "peak learning rate of adapters and head", above=0)
+    learning_rate: float | None = option(
+        None,
+        "peak learning rate of adapters and head (0.77 / hidden size, at most 2e-3; --method full a tenth)",
+        above=0,
+    )
     weight_decay: float = option(0.01, "AdamW's; not on biases, norms, gates", least=0)
     warmup_ratio: float = option(0.06, "fraction of all steps with rising learning rate", least=0, below=1)
+    lr_scheduler_type: str = option(
+        "linear",
+        "linear decay after the warm-up, or (warmup_stable_decay) only once pruning has ended",
+        choices=LR_SCHEDULES,
+    )
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: off", least=0)
     num_train_epochs: float = option(3.0, "passes over the training data", above=0)
     max_steps: int = option(-1, "optimizer steps instead of epochs; -1: by epochs", least=-1)
@@ -130,9 +156,20 @@ class OutputOptions:
     """Output."""
 
     output_dir: str = option("outputs", "folder for everything the run leaves behind")
+    export_formats: list[str] | None = option(
+        None,
+        "folders to write beside `compact`: stock shapes with zeros, a stock configuration (with --uniform: always), "
+        "a PEFT adapter (with --method lora)",
+        choices=EXPORT_FORMATS,
+    )
     export_dtype: str = option("float32", "dtype of the exported weights", choices=EXPORT_DTYPES)
-    checkpoint_steps: int | None = option(None, "not available yet")
-    resume: str = option("never", "not available yet")
+    checkpoint_steps: int | None = option(
+        None, "steps between two checkpoints; default: by the clock, at a hundredth of the run's time", least=1
+    )
+    save_total_limit: int = option(2, "checkpoints that are kept, the newest ones", least=1)
+    resume: str = option(
+        "auto", "auto: go on from the newest intact checkpoint; never: start over; or a checkpoint's folder"
+    )
 
 
 SECTIONS = {
@@ -347,8 +384,9 @@ def _problems(config: Config, unread: set[str]) -> list[Problem]:
 
 
 def _out_of_limits(o: _Option, value: Any) -> str:
-    if o.limits["choices"] and value not in o.limits["choices"]:
-        return suggestion(str(value), o.limits["choices"])
+    wrong = [v for v in (value if o.is_list else [value]) if o.limits["choices"] and v not in o.limits["choices"]]
+    if wrong:
+        return suggestion(str(wrong[0]), o.limits["choices"])
     if o.kind not in (int, float) or o.is_list:
         return ""
     words = {"least": "at least", "most": "at most", "above": "more than", "below": "less than"}
@@ -372,8 +410,22 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(Problem("target_sparsity", prune.target_sparsity, f"--method {prune.method} {why}; leave it out"))
     if prune.method != "prunadapt" and prune.score_only:
         found.append(Problem("score_only", True, "scores come from the gates of --method prunadapt"))
+    formats = output.export_formats or []
+    if prune.method != "prunadapt" and prune.uniform:
+        found.append(Problem("uniform", True, f"there is no decision to constrain with --method {prune.method}"))
+    if prune.keep_in_outer_layers and (prune.uniform or prune.method != "prunadapt"):
+        why = "layers are all alike with --uniform" if prune.uniform else "there is no decision with this --method"
+        found.append(Problem("keep_in_outer_layers", prune.keep_in_outer_layers, f"{why}; leave it out"))
+    if "uniform" in formats and not prune.uniform:
+        found.append(
+            Problem("export_formats", "uniform", "layers that differ fit no stock configuration; add --uniform")
+        )
+    if "adapter" in formats and prune.method != "lora":
+        found.append(Problem("export_formats", "adapter", "an adapter fits the unpruned model only: use --method lora"))
     if prune.method != "prunadapt" and prune.save_scores:
         found.append(Problem("save_scores", True, "there are no decisions but those of --method prunadapt"))
+    if data.task_type == "causal_lm":
+        found += _language_problems(config)
     if data.test_file is not None:
         found.append(Problem("test_file", data.test_file, "test sets are not used yet; leave it out"))
     if prune.prune_start >= prune.prune_end:
@@ -392,18 +444,33 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(Problem("task_name", None, "--data_dir needs the name of a GLUE task"))
     if Path(output.output_dir).exists() and not Path(output.output_dir).is_dir():
         found.append(Problem("output_dir", output.output_dir, "is a file; name a folder"))
-    if output.checkpoint_steps is not None:
-        found.append(
-            Problem("checkpoint_steps", output.checkpoint_steps, "checkpoints are not available yet; leave it out")
-        )
-    if output.resume != "never":
-        found.append(Problem("resume", output.resume, "resuming is not available yet; leave it out"))
+    if output.resume not in ("auto", "never") and not Path(output.resume).is_dir():
+        found.append(Problem("resume", output.resume, "must be auto, never, or the folder of a checkpoint"))
+    return found
+
+
+def _language_problems(config: Config) -> list[Problem]:
+    """What --task_type causal_lm does not go with."""
+    data, prune, found = config.data, config.prune, []
+    if not data.train_file:
+        found.append(Problem("train_file", None, "--task_type causal_lm needs --train_file and --validation_file"))
+    if prune.method == "tmp":
+        found.append(Problem("method", "tmp", "its rule is one for classifiers; use prunadapt, lora or full"))
+    if "distill_weight" in config.given and prune.distill_weight > 0:
+        remedy = "a teacher's logits of every token and word are not kept; leave it out, or write 0"
+        found.append(Problem("distill_weight", prune.distill_weight, remedy))
     return found
 
 
 def _resolve(config: Config) -> None:
     """Fill in the defaults that depend on other options."""
+    if config.data.task_type == "causal_lm":
+        config.prune.distill_weight = 0.0
     if config.prune.method == "prunadapt" and config.prune.target_sparsity is None:
         config.prune.target_sparsity = DEFAULT_SPARSITY
+    if config.lora.train_norms is None:
+        config.lora.train_norms = config.prune.method in ("prunadapt", "tmp")
     if config.data.task_name is None and config.data.train_file is None:
         config.data.task_name = "sample"
+    wanted = {"compact", *(config.output.export_formats or ()), *(["uniform"] if config.prune.uniform else ())}
+    config.output.export_formats = [kind for kind in EXPORT_FORMATS if kind in wanted]

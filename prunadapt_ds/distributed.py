@@ -5,9 +5,13 @@ Every collective of this module is a no-op where no process group exists, so tha
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prunadapt_ds import launchers
-from prunadapt_ds.errors import LaunchError, RanksDisagree, UserError
+from prunadapt_ds.errors import LaunchError, PrunadaptError, RanksDisagree, UserError
 
 T = TypeVar("T")
 
@@ -34,6 +38,8 @@ def init() -> None:
         return
     place = launchers.find(os.environ)
     os.environ.update(place.variables())
+    if not torch.cuda.is_available():
+        free_compiler_lock(compiler_lock())
     store = launchers.rendezvous(place)
     backend = get_accelerator().communication_backend_name()
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT)
@@ -42,6 +48,44 @@ def init() -> None:
         torch.cuda.set_device(device())
     else:
         use_local_threads()
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone (gloo has no type of its own for that)."""
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or "/gloo/" in str(error)
+
+
+def compiler_lock() -> Path:
+    """Where torch keeps others out while it builds DeepSpeed's operator for CPU ranks."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory("deepspeed_shm_comm", False)) / "lock"
+
+
+def free_compiler_lock(lock: Path, patience: float = 120) -> None:
+    """Return once nobody compiles under `lock`; remove it if its owner died, for whom everybody would wait forever.
+
+    torch's lock is a file that is open as long as its owner lives. An owner on another host that shares the folder cannot be
+    seen: it gets `patience` seconds.
+    """
+    while True:
+        try:
+            status = lock.stat()
+        except OSError:
+            return
+        if time.time() - status.st_mtime > patience and not _is_open_here(status):
+            lock.unlink(missing_ok=True)
+            return
+        time.sleep(0.5)
+
+
+def _is_open_here(status: os.stat_result) -> bool:
+    """Whether a process of this host holds the file open, as far as this user may see."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(link.stat(), status):
+                return True
+    return False
 
 
 def shutdown() -> None:
@@ -62,6 +106,30 @@ def together(work: Callable[[], T]) -> T:
     for found in all_gather_objects(problems):
         if found:
             raise UserError(found)
+    return result  # type: ignore[return-value]
+
+
+def on_rank_0(what: str, work: Callable[[], T]) -> T:
+    """`work()` on rank 0 while the others wait: its result (small, JSON-like) is every rank's, and so is its failure.
+
+    `what` begins the message of a failure that nobody foresaw: "writing the report".
+    """
+    from safetensors import SafetensorError
+
+    result, failure = None, None
+    if rank() == 0:
+        try:
+            result = work()
+        except PrunadaptError as error:
+            failure = error
+        except (OSError, SafetensorError) as error:
+            failure = PrunadaptError(f"{what} failed: {error}")
+        except Exception as error:
+            traceback.print_exc()
+            failure = PrunadaptError(f"{what} failed: {type(error).__name__}: {error}")
+    result, failure = broadcast_object((result, failure))
+    if failure is not None:
+        raise failure
     return result  # type: ignore[return-value]
 
 
@@ -143,6 +211,21 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def broadcast_tensors(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Rank 0's named tensors on the CPU of every rank; the others pass None."""
+    if world_size() == 1:
+        return dict(tensors or {})
+    shapes = broadcast_object({n: (t.shape, t.dtype) for n, t in tensors.items()} if tensors is not None else None)
+    received = {}
+    for name, (shape, dtype) in shapes.items():
+        tensor = torch.empty(shape, dtype=dtype, device=device())
+        if tensors is not None:
+            tensor.copy_(tensors[name])
+        dist.broadcast(tensor, src=0)
+        received[name] = tensor.cpu()
+    return received
 
 
 def same_on_all_ranks(name: str, digest: str) -> None:

@@ -189,6 +189,12 @@ def _check_zero(zero: dict[str, Any], problems: list[Problem]) -> None:
         device = (zero.get(block) or {}).get("device", "none")
         if device not in ("none", "cpu", "nvme"):
             problems.append(Problem(f"zero_optimization.{block}.device", device, "must be none, cpu or nvme"))
+        elif device == "nvme" and block == "offload_optimizer":
+            remedy = "adapters have little optimizer state: cpu is enough, and nvme is not taken"
+            problems.append(Problem(f"zero_optimization.{block}.device", device, remedy))
+        elif device == "nvme" and not Path(zero[block].get("nvme_path") or "-").is_dir():
+            remedy = "there is no such folder; name one on a local NVMe disk"
+            problems.append(Problem(f"zero_optimization.{block}.nvme_path", zero[block].get("nvme_path"), remedy))
     for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if zero.get(name) and not torch.cuda.is_available():
             problems.append(Problem(f"zero_optimization.{name}", True, "quantised communication needs a CUDA device"))

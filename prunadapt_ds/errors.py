@@ -37,6 +37,9 @@ class UserError(PrunadaptError):
         self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(map(str, self.problems)))
 
+    def __reduce__(self) -> Any:  # ranks send each other what went wrong
+        return type(self), (self.problems,)
+
 
 class LaunchError(UserError):
     """Ranks that cannot find each other: seen by each process alone, before there is a group that could share it."""
@@ -46,6 +49,12 @@ class ParityError(PrunadaptError):
     """The exported model does not compute what the trained model computes."""
 
     exit_code = 3
+
+
+class Interrupted(PrunadaptError):
+    """Asked to stop; a checkpoint is written, and the same command goes on from there."""
+
+    exit_code = 75
 
 
 class RanksDisagree(PrunadaptError):

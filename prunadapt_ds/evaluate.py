@@ -14,20 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunadapt_ds import watchdog
 from prunadapt_ds.batches import Rows, evaluation_batches
 from prunadapt_ds.distributed import all_gather_rows, rank, world_size
+from prunadapt_ds.reload import summary
 
 
 @torch.no_grad()
 def predict(engine: Any, rows: Rows, batch_size: int, device: torch.device) -> Tensor:
-    """float32 [N, C] in the order of `rows`, on the CPU of every rank. `engine`: a DeepSpeed engine or a module."""
+    """float32 [N, C] in the order of `rows`, on the CPU of every rank: the logits, or what `reload.summary` keeps of
+    language. `engine`: a DeepSpeed engine or a module."""
     was_training = engine.module.training if hasattr(engine, "module") else engine.training
     engine.eval()
     positions, logits = [], []
     per_rank = batch_size
     for batch in evaluation_batches(rows.lengths, batch_size, rank(), world_size()):
+        watchdog.beat()
         inputs = rows.inputs(batch or [0])  # a rank without rows keeps the others company
-        output = engine(**{k: v.to(device) for k, v in inputs.items()}).logits.float()
+        output = engine(**{k: v.to(device) for k, v in inputs.items()}).logits
+        if output.dim() == 3:
+            labels = rows.padded_labels(batch or [0], output.shape[1])
+            output = summary(output, inputs["attention_mask"].to(device), None if labels is None else labels.to(device))
+        output = output.float()
         padding = per_rank - len(batch)
         index = torch.tensor(batch + [-1] * padding, device=device)
         positions.append(index)

@@ -24,15 +24,18 @@ from prunadapt_ds import reload
 from prunadapt_ds.adapters import ADAPTER, is_lora
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.budget import PruningPlan
-from prunadapt_ds.distributed import rank
+from prunadapt_ds.distributed import on_rank_0, rank
 from prunadapt_ds.engine import gathered
 from prunadapt_ds.errors import ParityError
+from prunadapt_ds.files import whole_folder
+from prunadapt_ds.formats import MODELING_FILE
 from prunadapt_ds.gates import GATE_NAME, Gate
 from prunadapt_ds.models import modeling_prunadapt
+from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
+from prunadapt_ds.watchdog import milestone
 
 TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
-MODELING_FILE = "modeling_prunadapt.py"
 
 
 @dataclass(frozen=True)
@@ -90,16 +93,18 @@ def pruned_tensors(
     """Name and fp32 tensor of everything the exported checkpoint holds, under the stock model's names.
 
     `present`: what the model physically holds (None: dense). Collective: every rank must consume the whole iterator.
-    One module is gathered at a time.
+    One module is gathered at a time. A tensor that several modules share comes once, under its first name.
     """
     cuts = cuts_of(layout, plan, present or PruningPlan.dense(plan.structure))
     inside: tuple[str, ...] = ()
+    seen: set[int] = set()
     for name, module in model.named_modules():
         if name.startswith(inside):  # part of a projection that was taken as a whole
             continue
         cut = cuts.get(name)
         if cut is None:
-            own = list(module.named_parameters(recurse=False))
+            own = [(key, p) for key, p in module.named_parameters(recurse=False) if id(p) not in seen]
+            seen |= {id(p) for _, p in own}
             with gathered([p for _, p in own]):
                 for key, parameter in own:
                     yield f"{name}.{key}".lstrip("."), parameter.detach().float()
@@ -141,26 +146,27 @@ def export(
     for name, tensor in pruned_tensors(model, layout, plan, present):
         if rank() == 0:
             state[name] = tensor.cpu().contiguous().clone()
-    if rank() != 0:
-        return needs_remote_code
+    config = exported_config(model, layout, plan, needs_remote_code)
+    generation = None
+    if auto_class_for(type(model).__name__) == "AutoModelForCausalLM":
+        generation, tokenizer = model.generation_config, copy.deepcopy(tokenizer)
+        tokenizer.padding_side = "left"  # generation goes on at the right end
+    parts = [part for part in (config, generation, tokenizer) if part is not None]
+    on_rank_0(f"writing the export {folder}", lambda: write_folder(folder, state, parts, needs_remote_code))
+    return needs_remote_code
 
+
+def write_folder(folder: Path, state: dict[str, Tensor], parts: list[Any], needs_remote_code: bool) -> None:
+    """The Hugging Face folder, whole or not at all. `parts`: configurations and tokenizer, which save themselves."""
     from huggingface_hub import save_torch_state_dict
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    unfinished.chmod(0o755)
-    config = exported_config(model, layout, plan, needs_remote_code)
-    config.save_pretrained(unfinished)
-    if needs_remote_code:
-        shutil.copyfile(Path(modeling_prunadapt.__file__), unfinished / MODELING_FILE)
-    save_torch_state_dict(state, unfinished)
-    tokenizer.save_pretrained(unfinished)
-    for file in unfinished.iterdir():
-        file.chmod(0o644)
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
-    return needs_remote_code
+    with whole_folder(folder) as unfinished:
+        if needs_remote_code:
+            shutil.copyfile(Path(modeling_prunadapt.__file__), unfinished / MODELING_FILE)
+        save_torch_state_dict(state, unfinished)
+        milestone("export/half written")
+        for part in parts:
+            part.save_pretrained(unfinished)
 
 
 def exported_config(model: Any, layout: Layout, plan: PruningPlan, needs_remote_code: bool) -> Any:
@@ -168,6 +174,8 @@ def exported_config(model: Any, layout: Layout, plan: PruningPlan, needs_remote_
     config = copy.deepcopy(model.config)
     stock = type(model).__name__
     config.dtype = torch.float32
+    if FAMILIES[config.model_type].is_decoder:
+        config.use_cache = True  # it was off for training
     config.architectures = [f"Pruned{stock}" if needs_remote_code else stock]
     if needs_remote_code:
         kept = [len(units) for units in plan.kept]
@@ -175,8 +183,21 @@ def exported_config(model: Any, layout: Layout, plan: PruningPlan, needs_remote_
         rows = [kept[i : i + width] for i in range(0, len(kept), width)]
         config.pruned_structure = {"layout": layout.to_dict(), "kept": rows}
         module = MODELING_FILE.removesuffix(".py")
-        config.auto_map = {"AutoModelForSequenceClassification": f"{module}.Pruned{stock}"}
+        config.auto_map = {auto_class_for(stock): f"{module}.Pruned{stock}"}
     return config
+
+
+def auto_class_for(stock: str) -> str:
+    """The auto class that loads a stock class."""
+    return (
+        "AutoModelForCausalLM"
+        if stock.endswith(("ForCausalLM", "LMHeadModel"))
+        else "AutoModelForSequenceClassification"
+    )
+
+
+def auto_class_of(folder: Path) -> str:
+    return auto_class_for(json.loads((folder / "config.json").read_text())["architectures"][0])
 
 
 @dataclass(frozen=True)
@@ -197,10 +218,12 @@ def reload_in_fresh_process(
     dtype: str = "float32",
     latency: dict[str, Any] | None = None,
     threads: int | None = None,
+    adapter_of: dict[str, Any] | None = None,
 ) -> Reloaded:
     """Load `folder` in a new Python process that does not import this package and predict `datasets`.
 
     `latency`: {"batch_size", "seq_length", "repeats", "dtype"} to time it against the dense stock model as well.
+    `adapter_of`: the folder is a PEFT adapter of this base: {"model", "auto_class", "num_labels", "pad_token_id"}.
     Raises ParityError with the process's last words if it fails.
     """
     from safetensors.torch import load_file
@@ -211,6 +234,8 @@ def reload_in_fresh_process(
             "rows": {
                 name: [{c: row[c] for c in rows.columns} for row in rows.examples] for name, rows in datasets.items()
             },
+            "labels": {name: rows.token_labels for name, rows in datasets.items() if rows.token_labels is not None},
+            "auto_class": adapter_of["auto_class"] if adapter_of else auto_class_of(folder),
             "needs_remote_code": needs_remote_code,
             "pad_token_id": next(iter(datasets.values())).tokenizer.pad_token_id,
             "batch_size": batch_size,
@@ -218,6 +243,7 @@ def reload_in_fresh_process(
             "dtype": dtype,
             "threads": threads,
             "latency": latency,
+            "adapter_of": adapter_of,
             "logits": f"{scratch}/logits.safetensors",
             "result": f"{scratch}/result.json",
         }

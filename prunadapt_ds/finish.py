@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from prunadapt_ds import card, distributed, export, report
+from prunadapt_ds import adapter_folder, backbone, card, distributed, export, files, formats, report, watchdog
 from prunadapt_ds import engine as engines
-from prunadapt_ds.errors import ParityError, PrunadaptError
+from prunadapt_ds.batches import Rows
+from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.evaluate import predict, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
-from prunadapt_ds.session import Session, eval_batch, evaluate, measures
+from prunadapt_ds.session import PHASES, Session, eval_batch, evaluate, measures
+from prunadapt_ds.watchdog import milestone
 
 PARITY_EXAMPLES = 512  # of each validation set, compared in fp32 where the run itself was not
 LATENCY = {"batch_size": 32, "seq_length": 128, "repeats": 20}
 
 
-def finish(session: Session) -> None:
-    """Score, export, reload in a fresh process, compare, report."""
+def finish(session: Session, stop_if_asked: Callable[[], None] = lambda: None) -> None:
+    """Score, export, reload in a fresh process, compare, report. `stop_if_asked` is called where a run may be left."""
+    watchdog.rest()
+    milestone("finish/begin")
     session.note_peak()
     masked_metrics, masked = evaluate(session)
     session.tracker.log(session.total_steps, "finish", {"eval/score": masked_metrics["score"]})
     reference = parity_reference(session, masked)
     folder = session.output_dir / "exports" / "compact"
+    stop_if_asked()
+    watchdog.rest()
+    milestone("export/begin")
     needs_remote_code = export.export(
         session.model,
         session.backbone.layout,
@@ -34,31 +43,61 @@ def finish(session: Session) -> None:
         folder,
         session.present,
     )
-    fill_report(session, masked_metrics, needs_remote_code)
-    failure = ""
-    if distributed.rank() == 0:
-        try:
-            prove(session, folder, needs_remote_code, masked, reference)
-        except PrunadaptError as error:  # the other ranks wait for the verdict
-            failure = str(error)
-            session.report["status"] = "failed"
-        report.write(session.output_dir, session.report)
-        session.tracker.say(report.table(session.report))
-    failure = distributed.broadcast_object(failure)
+    if "adapter" in formats_of(session):
+        base = backbone.locate(session.config.model.model_name_or_path)
+        adapter_folder.write(
+            session.backbone, base, session.lora_targets, session.config.lora, folder.parent / "adapter"
+        )
+    describe(session)
+    session.report["metric"]["masked"] = masked_metrics
+    session.report["exports"] = {
+        kind: {"path": str(Path("exports") / kind), "needs_remote_code": needs_remote_code and kind == "compact"}
+        for kind in formats_of(session)
+    }
+    milestone("export/end")
+    stop_if_asked()
+    watchdog.rest()
+    distributed.on_rank_0("proving the export", lambda: prove(session, folder, needs_remote_code, masked, reference))
+    milestone("report")
+    write_report(session, "complete")
+    session.tracker.say(report.table(session.report))
     session.tracker.close()
-    if failure:
-        raise ParityError(failure)
+
+
+def write_report(session: Session, status: str) -> None:
+    session.report["status"] = status
+    distributed.on_rank_0("writing the report", lambda: report.write(session.output_dir, session.report))
+
+
+def report_unfinished(session: Session, error: PrunadaptError) -> None:
+    """Leave a report of a run that ends early, with all that is known; what cannot be written is not."""
+    session.tracker.close()
+    describe(session)
+    with contextlib.suppress(PrunadaptError):  # the disk that is full, or whatever it was that ends the run
+        write_report(session, "interrupted" if isinstance(error, Interrupted) else "failed")
+
+
+def formats_of(session: Session) -> list[str]:
+    return session.config.output.export_formats or ["compact"]
 
 
 def parity_reference(session: Session, masked: dict[str, Tensor]) -> dict[str, Tensor]:
     """fp32 logits of the masked model: those at hand, or for a bf16 run those of the first rows, parameters upcast."""
-    if session.ds.dtype == "fp32":
+    if session.ds.dtype == "fp32" and not session.data.is_language:
         return masked
     with session.timed("evaluation"), upcast_parameters(session.model):
         return {
-            name: predict(session.engine, rows.head(PARITY_EXAMPLES), eval_batch(session), session.device)
-            for name, rows in session.validation_rows.items()
+            name: predict(session.engine, rows, eval_batch(session), session.device)
+            for name, rows in compared_rows(session).items()
         }
+
+
+def compared_rows(session: Session) -> dict[str, Rows]:
+    """The first rows of each set; of language, rows that answer with their last token's logits."""
+    some = {name: rows.head(PARITY_EXAMPLES) for name, rows in session.validation_rows.items()}
+    if not session.data.is_language:
+        return some
+    return {f"{name}/last_token": rows.without_labels() for name, rows in some.items()}
 
 
 def prove(
@@ -75,7 +114,7 @@ def prove(
         low = "bfloat16" if session.ds.dtype == "bf16" else "float32"
         return export.reload_in_fresh_process(
             folder,
-            session.validation_rows,
+            {**compared_rows(session), **session.validation_rows},
             needs_remote_code=needs_remote_code,
             batch_size=eval_batch(session),
             device=session.device,
@@ -83,10 +122,13 @@ def prove(
             latency={**LATENCY, "dtype": low} if latency else None,
         )
 
-    (session.output_dir / "plan.json").write_text(json.dumps(session.plan.to_dict(), sort_keys=True))
+    files.replace(session.output_dir / "plan.json", json.dumps(session.plan.to_dict(), sort_keys=True))
     exported = reloaded("float32", latency=export_dtype == "float32")
-    pairs = {name: (logits, exported.logits[name][: len(logits)]) for name, logits in reference.items()}
-    result["parity"] |= export.compare_logits(pairs)
+    result["parity"] |= parity(reference, exported)
+    for kind in formats_of(session)[1:]:
+        found = parity(reference, prove_format(session, kind, folder))
+        if found["max_abs_logit_diff"] > result["parity"]["max_abs_logit_diff"]:  # the report holds the worst
+            result["parity"] |= found
     if export_dtype != "float32":
         export.cast(folder, getattr(torch, export_dtype))
         exported = reloaded(export_dtype, latency=True)
@@ -98,32 +140,62 @@ def prove(
             f"the export's logits differ by {difference:.2e} from the trained model's; allowed is {tolerance:.2e}"
         )
     result["metric"]["exported"] = measures(session, exported.logits)
-    result["status"] = "complete"
+    result["status"] = "complete"  # the card says so
     model = config.model.model_name_or_path
-    (folder / "README.md").write_text(card.render(result, model, session.data.label_names, "compact"))
+    files.replace(folder / "README.md", card.render(result, model, session.data.label_names, "compact"))
+
+
+def parity(reference: dict[str, Tensor], exported: export.Reloaded) -> dict[str, float]:
+    return export.compare_logits(
+        {name: (logits, exported.logits[name][: len(logits)]) for name, logits in reference.items()}
+    )
+
+
+def prove_format(session: Session, kind: str, compact: Path) -> export.Reloaded:
+    """Rank 0: write one more folder beside the compact one, and what a fresh process computes with stock classes from it."""
+    folder = compact.parent / kind
+    if kind != "adapter":
+        formats.convert(kind, compact, session.plan.to_dict(), folder)
+    exported = export.reload_in_fresh_process(
+        folder,
+        compared_rows(session),
+        needs_remote_code=False,
+        batch_size=eval_batch(session),
+        device=session.device,
+        adapter_of=adapter_folder.base_of(session.backbone, folder) if kind == "adapter" else None,
+    )
+    if kind != "adapter" and session.config.output.export_dtype != "float32":
+        export.cast(folder, getattr(torch, session.config.output.export_dtype))
+    return exported
 
 
 def write_predictions(session: Session, masked: dict[str, Tensor], exported: dict[str, Tensor]) -> None:
     """predictions.jsonl: a line per validation example."""
-    with (session.output_dir / "predictions.jsonl").open("w") as file:
-        for name, rows in session.validation_rows.items():
-            for i, label in enumerate(rows.labels.tolist()):
-                line = {"split": name, "index": i, "label": label}
-                for kind, logits in (("masked", masked[name][i]), ("exported", exported[name][i])):
-                    prediction = float(logits) if session.data.is_regression else int(logits.argmax())
-                    line[kind] = {"prediction": prediction, "logits": logits.tolist()}
-                file.write(json.dumps(line) + "\n")
+    lines = []
+    for name, rows in session.validation_rows.items():
+        for i, label in enumerate(rows.labels.tolist()):
+            if session.data.is_language:
+                values = {"masked": masked[name][i].tolist(), "exported": exported[name][i].tolist()}
+                sums = {kind: {"nll": nll, "tokens": int(n)} for kind, (nll, n) in values.items()}
+                lines.append(json.dumps({"split": name, "index": i, **sums}) + "\n")
+                continue
+            line = {"split": name, "index": i, "label": label}
+            for kind, logits in (("masked", masked[name][i]), ("exported", exported[name][i])):
+                prediction = float(logits) if session.data.is_regression else int(logits.argmax())
+                line[kind] = {"prediction": prediction, "logits": logits.tolist()}
+            lines.append(json.dumps(line) + "\n")
+    files.replace(session.output_dir / "predictions.jsonl", "".join(lines))
 
 
-def fill_report(session: Session, masked_metrics: dict[str, float], needs_remote_code: bool) -> None:
-    """Everything of the report that is known before the export was read back."""
+def describe(session: Session) -> None:
+    """Everything of the report that does not need the model's answers. Collective."""
     config, result, plan = session.config, session.report, session.plan
     structure = session.backbone.structure
-    seconds = session.seconds
-    phases = {name: seconds.get(f"{name}_phase", 0.0) for name in ("dense", "prune", "recover")}
-    train_s = sum(phases.values()) + seconds.get("teacher", 0.0) + seconds.get("importance", 0.0)
-    train_s += seconds.get("shrink", 0.0)
-    steps = session.total_steps
+    seconds, steps = session.seconds, session.step
+    phases = {name: seconds.get(f"{name}_phase", 0.0) for name in PHASES}
+    train_s, train_cpu_s = session.train_seconds(), distributed.dist_max(session.train_cpu_seconds())
+    (dense_step, last_step), (dense_cpu, last_cpu) = session.step_times.ends(), session.step_cpu_times.ends()
+    on_cpu = session.device.type == "cpu"
     is_pruning = config.prune.method == "prunadapt"
     trainable = sum(full_numel(p) for p in session.model.parameters() if p.requires_grad)
     frozen_bytes = engines.frozen_shard_bytes(session.model)
@@ -141,7 +213,6 @@ def fill_report(session: Session, masked_metrics: dict[str, float], needs_remote
         "structure": plan.counts(),
         "plan_hash": plan.hash,
     }
-    result["metric"]["masked"] = masked_metrics
     result["params"] |= {
         "encoder_dense": structure.dense_cost("params"),
         "encoder_kept": plan.cost("params"),
@@ -160,6 +231,7 @@ def fill_report(session: Session, masked_metrics: dict[str, float], needs_remote
     }
     result["time"] |= {
         "train_s": train_s,
+        "train_cpu_s": train_cpu_s if on_cpu else None,
         "dense_phase_s": phases["dense"],
         "prune_phase_s": phases["prune"] if is_pruning else None,
         "recover_phase_s": phases["recover"] if is_pruning else None,
@@ -167,12 +239,15 @@ def fill_report(session: Session, masked_metrics: dict[str, float], needs_remote
         "importance_s": seconds.get("importance"),
         "shrink_s": seconds.get("shrink"),
         "steps": steps,
-        "samples_per_s": steps * session.sampler.samples_per_step / train_s,
+        "samples_per_s": steps * session.sampler.samples_per_step / train_s if train_s else None,
+        "dense_step_s": dense_step,
+        "last_step_s": last_step,
+        "dense_step_cpu_s": dense_cpu if on_cpu else None,
+        "last_step_cpu_s": last_cpu if on_cpu else None,
     }
     result["memory"]["frozen_shard_bytes"] = int(distributed.dist_max(frozen_bytes))
     result["memory"]["live_tensor_bytes"] |= session.live_bytes
     result["memory"]["peak_rank_bytes"] |= session.peak_bytes
-    result["exports"] = {"compact": {"path": str(Path("exports") / "compact"), "needs_remote_code": needs_remote_code}}
 
 
 def device_name(device: torch.device) -> str:

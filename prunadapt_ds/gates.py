@@ -36,6 +36,9 @@ class SampleStatistics(Protocol):
     active: bool
 
     @property
+    def batch_size(self) -> int: ...
+
+    @property
     def wants_activations(self) -> bool: ...
 
     def add(self, start: int, d: Tensor) -> None: ...
@@ -114,7 +117,10 @@ class Gate(nn.Module):
         self.hook: RemovableHandle | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, U * W] -> [B, T, U * W]."""
+        """[B, T, U * W] -> the same, scaled. Also [B * T, U * W], as some models flatten before the feed-forward."""
+        if x.dim() == 2:
+            rows = self.recorder.batch_size if self.recorder is not None and self.recorder.active else 1
+            return self(x.unflatten(0, (rows, -1))).flatten(0, 1)
         if self.recorder is not None and self.recorder.wants_activations:
             self.recorder.add_activations(self.start, x.detach().unflatten(-1, (self.num_units, self.width)))
         return _Gating.apply(x, self.delta, self)

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from prunadapt_ds.distributed import dist_sum
 
-STATISTICS = ("grad_sq", "grad_abs", "activation_abs")
+BACKWARD = ("grad_sq", "grad_abs")
+FORWARD = {"activation_abs": 1, "activation_sq": 2, "activation_4th": 4}  # and the power of |x| that each is a mean of
+STATISTICS = (*BACKWARD, *FORWARD)
 
 
 @dataclass(frozen=True)
 class WindowSums:
     """Sums over all samples of a decision window, on all ranks: each statistic float32 [U], and the sample count.
 
-    grad_sq: sum_b d[b,u]^2.  grad_abs: sum_b |d[b,u]|.  activation_abs: sum_b of the mean |x| over the real tokens and
-    the width of the unit.
+    grad_sq: sum_b d[b,u]^2.  grad_abs: sum_b |d[b,u]|.  activation_abs, activation_sq, activation_4th: sum_b of the mean
+    |x|, |x|^2, |x|^4 over the real tokens and the width of the unit.
     """
 
     sums: dict[str, Tensor]
@@ -81,6 +83,24 @@ def magnitude(window: WindowSums) -> Tensor:
     return window.mean("activation_abs")
 
 
+@criterion("activation_sq")
+def activation_norm(window: WindowSums) -> Tensor:
+    """Root of the mean x^2 over real tokens; no gradient: the input norms of Wanda (Sun et al., arXiv 2306.11695)."""
+    return window.mean("activation_sq").sqrt()
+
+
+@criterion("grad_abs", "activation_sq", "activation_4th")
+def outlier(window: WindowSums) -> Tensor:
+    """`taylor`, more for units whose activations have outliers: times the root of their kurtosis E[x^4] / E[x^2]^2.
+
+    APT (Zhao et al., arXiv 2401.12200) adds that root to a salience of its own scale; here it multiplies, because heads
+    and neurons are compared by score per cost, which a sum of unlike scales would decide alone.
+    """
+    fourth, square = window.mean("activation_4th"), window.mean("activation_sq")
+    kurtosis = fourth / square.square().clamp(min=torch.finfo(torch.float32).tiny)
+    return window.mean("grad_abs") * torch.where(square > 0, kurtosis, 1.0).sqrt()
+
+
 @criterion()
 def random(window: WindowSums) -> Tensor:
     """Uniform noise, the same on every rank and at every decision of a run."""
@@ -92,7 +112,7 @@ class Recorder:
     """Collects the gates' per-sample statistics of one rank.
 
     Around each micro-batch: `begin`, forward, backward, `end`. Several contributions to one sample (a chunked
-    feed-forward calls its gate more than once) are added before they are squared.
+    feed-forward calls its gate more than once, and so do layers that share weights) are added before they are squared.
     """
 
     def __init__(self, num_units: int, *, activations: bool, device: torch.device | str = "cpu", seed: int = 0):
@@ -103,7 +123,7 @@ class Recorder:
         self._sums = torch.zeros(len(STATISTICS), num_units, device=self.device)
         self._count = torch.zeros(1, device=self.device)
         self._d: Tensor | None = None  # [B, U], as autograd sees it
-        self._a: Tensor | None = None  # [B, U]
+        self._a: Tensor | None = None  # [forward statistics, B, U]
         self._coefficients: Tensor | None = None  # [B]
         self._token_mask: Tensor | None = None  # [B, T]
         self._tokens_seen: dict[int, int] = {}  # by gate, in the present forward pass
@@ -113,6 +133,15 @@ class Recorder:
         self._present = present
         self.num_units = int(present.sum())
         self._sums = torch.zeros(len(STATISTICS), self.num_units, device=self.device)
+
+    def capture(self) -> Tensor:
+        """What this rank has summed up since the last decision: float32 [S * U + 1], the count last."""
+        return torch.cat([self._sums.flatten(), self._count])
+
+    def restore(self, flat: Tensor) -> None:
+        """Go on from such sums, this rank's own or, on one rank alone, those of all together."""
+        self._sums = flat[:-1].view(len(STATISTICS), self.num_units).to(self.device)
+        self._count = flat[-1:].to(self.device)
 
     def begin(self, coefficients: Tensor, attention_mask: Tensor) -> None:
         """Start a micro-batch.
@@ -125,7 +154,13 @@ class Recorder:
         self._coefficients, self._token_mask = coefficients.float(), attention_mask
         self._tokens_seen = {}
         self._d = torch.zeros(size, self.num_units, device=self.device)
-        self._a = torch.zeros(size, self.num_units, device=self.device) if self.activations else None
+        self._a = torch.zeros(len(FORWARD), size, self.num_units, device=self.device) if self.activations else None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the present micro-batch."""
+        assert self._coefficients is not None
+        return len(self._coefficients)
 
     def add(self, start: int, d: Tensor) -> None:
         """Add d: float [B, units of one gate], not yet divided by the samples' coefficients."""
@@ -139,15 +174,17 @@ class Recorder:
         return self.active and self.activations and not recomputing
 
     def add_activations(self, start: int, x: Tensor) -> None:
-        """Add the mean |x| over real tokens and width. x: [B, T, U, W]; T may be the next chunk of the tokens."""
+        """Add the means of |x|'s powers over real tokens and width. x: [B, T, U, W]; T may be the next chunk of the tokens."""
         assert self._a is not None and self._token_mask is not None
         mask = self._token_mask.to(torch.float32)  # [B, all tokens]
-        first = self._tokens_seen.get(start, 0)
+        first = self._tokens_seen.get(start, 0) % mask.shape[1]  # a block that runs again starts over
         self._tokens_seen[start] = first + x.shape[1]
         chunk = mask[:, first : first + x.shape[1]]  # [B, T]
-        per_token = x.abs().float().mean(dim=3)  # [B, T, U]
-        mean = torch.einsum("btu,bt->bu", per_token, chunk) / mask.sum(1, keepdim=True).clamp(min=1)
-        self._a[:, start : start + mean.shape[1]] += mean
+        tokens = mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+        magnitude = x.abs().float()
+        for sums, power in zip(self._a, FORWARD.values(), strict=True):
+            per_token = (magnitude if power == 1 else magnitude**power).mean(dim=3)  # [B, T, U]
+            sums[:, start : start + x.shape[2]] += torch.einsum("btu,bt->bu", per_token, chunk) / tokens
 
     def end(self) -> None:
         """Finish a micro-batch: undo the coefficients and add its samples to the window."""
@@ -158,7 +195,7 @@ class Recorder:
         self._sums[0] += d.square().sum(0)
         self._sums[1] += d.abs().sum(0)
         if self._a is not None:
-            self._sums[2] += (self._a * real[:, None]).sum(0)
+            self._sums[len(BACKWARD) :] += (self._a * real[:, None]).sum(1)
         self._count += real.sum()
         self._d = self._a = self._coefficients = self._token_mask = None
         self.active = False

@@ -29,10 +29,12 @@ class PeakMemory:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.before = 0  # the mark of an earlier process of the same run
         self.baseline = 0 if device.type == "cuda" else _status_bytes("RssAnon")
         self.reset()
 
     def reset(self) -> None:
+        self.before = 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
@@ -41,8 +43,8 @@ class PeakMemory:
 
     def bytes(self) -> int:
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return max(0, _status_bytes("VmHWM") - _status_bytes("RssFile") - self.baseline)
+            return max(self.before, torch.cuda.max_memory_allocated(self.device))
+        return max(self.before, _status_bytes("VmHWM") - _status_bytes("RssFile") - self.baseline)
 
 
 class SavedActivations:

@@ -1,6 +1,6 @@
 """The loss of each sample: the task's own, and distillation from the run's own dense model once there is one.
 
-Legend: B samples, C classes (1 for regression).
+Legend: B samples, C classes (1 for regression), T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prunadapt_ds.reload import token_losses
+
 
 def task_loss(logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor:
-    """Cross entropy, or squared error: logits [B, C], labels [B] -> float32 [B]."""
+    """Cross entropy, or squared error: logits [B, C], labels [B] -> float32 [B]; [B, T, V] and [B, T] for language."""
+    if logits.dim() == 3:
+        sums, counts = token_losses(logits, labels)
+        return sums / counts.clamp(min=1)  # each sequence's own mean, so that no other one of its batch matters
     if is_regression:
         return (logits.float().squeeze(-1) - labels.float()).square()
     return F.cross_entropy(logits.float(), labels, reduction="none")

@@ -16,8 +16,38 @@ from pathlib import Path
 from typing import Any
 
 
-def predict(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int, batch_size: int, device: Any) -> Any:
-    """float32 [N, C] in the order of `rows`; rows of like length share a batch."""
+def token_losses(logits: Any, labels: Any) -> tuple[Any, Any]:
+    """Negative log-likelihood of every sequence, and of how many tokens: [B, T, V] and [B, T] -> float32 [B] twice.
+
+    The logits of a token are of the next one; a label below 0 counts nothing.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    targets = labels[:, 1:]
+    real = targets >= 0
+    losses = F.cross_entropy(logits[:, :-1][real].float(), targets[real], reduction="none")
+    sums = torch.zeros(len(labels), device=logits.device).index_add(0, real.nonzero()[:, 0], losses)
+    return sums, real.sum(1).float()
+
+
+def summary(logits: Any, attention_mask: Any, labels: Any) -> Any:
+    """What is kept of a batch's logits, float32: all of a classifier's [B, C]; of language [B, T, V] its `token_losses`
+    as [B, 2], or without labels the logits of the last token [B, V]."""
+    import torch
+
+    if logits.dim() == 2:
+        return logits.float()
+    if labels is not None:
+        return torch.stack(token_losses(logits, labels), 1)
+    last = (attention_mask * torch.arange(attention_mask.shape[1], device=logits.device)).argmax(1)
+    return logits[torch.arange(len(logits), device=logits.device), last].float()
+
+
+def predict(
+    model: Any, rows: list[dict[str, list[int]]], pad_token_id: int, batch_size: int, device: Any, labels: Any = None
+) -> Any:
+    """`summary` of all rows in their order, float32 [N, C]; rows of like length share a batch."""
     import torch
 
     logits = None
@@ -30,8 +60,12 @@ def predict(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int, bat
             fill = pad_token_id if column == "input_ids" else 0
             padded = [rows[i][column] + [fill] * (longest - len(rows[i][column])) for i in chosen]
             inputs[column] = torch.tensor(padded, device=device)
+        padded_labels = None
+        if labels is not None:
+            padded = [labels[i] + [-100] * (longest - len(labels[i])) for i in chosen]
+            padded_labels = torch.tensor(padded, device=device)
         with torch.inference_mode():
-            output = model(**inputs).logits.float().cpu()
+            output = summary(model(**inputs).logits, inputs["attention_mask"], padded_labels).cpu()
         if logits is None:
             logits = torch.empty(len(rows), output.shape[1])
         logits[chosen] = output
@@ -60,17 +94,33 @@ def latency(models: list[Any], batch_size: int, seq_length: int, repeats: int, d
     return [statistics.median(taken) for taken in times]
 
 
+def load_adapter(folder: str, base: dict[str, Any], dtype: Any) -> Any:
+    """A base model with the PEFT adapter of `folder`."""
+    import transformers
+    from peft import PeftModel
+
+    numbers = {k: base[k] for k in ("num_labels", "pad_token_id") if base[k] is not None}
+    model = getattr(transformers, base["auto_class"]).from_pretrained(
+        base["model"], dtype=dtype, ignore_mismatched_sizes=True, **numbers
+    )
+    return PeftModel.from_pretrained(model, folder)
+
+
 def answer(request: dict[str, Any]) -> None:
     import torch
+    import transformers
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
+    auto_class = getattr(transformers, request["auto_class"])
     device = torch.device(request["device"])
     if request["threads"]:
         torch.set_num_threads(request["threads"])
 
     def load(dtype: str) -> Any:
-        model = AutoModelForSequenceClassification.from_pretrained(
+        if request["adapter_of"]:
+            return load_adapter(request["folder"], request["adapter_of"], getattr(torch, dtype)).to(device).eval()
+        model = auto_class.from_pretrained(
             request["folder"], trust_remote_code=request["needs_remote_code"], dtype=getattr(torch, dtype)
         )
         return model.to(device).eval()
@@ -78,11 +128,12 @@ def answer(request: dict[str, Any]) -> None:
     model = load(request["dtype"])
     tensors, result = {}, {}
     for name, rows in request["rows"].items():
-        tensors[name] = predict(model, rows, request["pad_token_id"], request["batch_size"], device)
+        labels = request["labels"].get(name)
+        tensors[name] = predict(model, rows, request["pad_token_id"], request["batch_size"], device, labels)
     if request["latency"]:
         dtype = request["latency"]["dtype"]
         config = AutoConfig.from_pretrained(request["folder"], trust_remote_code=False)
-        dense = AutoModelForSequenceClassification.from_config(config).to(getattr(torch, dtype)).to(device).eval()
+        dense = auto_class.from_config(config).to(getattr(torch, dtype)).to(device).eval()
         model = load(dtype)
         options = {k: request["latency"][k] for k in ("batch_size", "seq_length", "repeats")}
         dense_ms, exported_ms = latency([dense, model], **options, device=device)

@@ -9,9 +9,10 @@ import copy
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from prunadapt_ds import files
 
 SCHEMA_VERSION = 1
 
@@ -33,6 +34,7 @@ _SCHEMA: dict[str, Any] = {
     "plan_hash": None,
     "time": _nothing(
         "train_s",
+        "train_cpu_s",
         "dense_phase_s",
         "prune_phase_s",
         "recover_phase_s",
@@ -41,7 +43,12 @@ _SCHEMA: dict[str, Any] = {
         "shrink_s",
         "steps",
         "samples_per_s",
+        "dense_step_s",
+        "last_step_s",
+        "last_step_cpu_s",
+        "dense_step_cpu_s",
     ),
+    "progress": [],
     "memory": {
         "frozen_shard_bytes": None,
         "live_tensor_bytes": _nothing("dense", "after_shrink"),
@@ -53,7 +60,8 @@ _SCHEMA: dict[str, Any] = {
     "parity": _nothing("max_abs_logit_diff", "tolerance", "examples"),
     "exports": {},
 }
-_OPEN = ("metric.teacher", "metric.masked", "metric.exported", "exports", "structure")  # hold whatever keys there are
+_OPEN = ("metric.teacher", "metric.masked", "metric.exported", "exports", "structure", "progress")  # any keys, or rows
+_PROGRESS = ("step", "phase", "loss", "sparsity", "samples_per_s", "live_tensor_bytes", "train_s")  # a row an interval
 
 
 def empty() -> dict[str, Any]:
@@ -89,6 +97,8 @@ def _contents(report: dict[str, Any]) -> list[str]:
             wrong.append(f"metric.{kind} is neither null nor an object with a score")
     for i, row in enumerate(report["structure"]):
         wrong += _differences(row, _nothing("layer", "heads", "neurons"), f"structure[{i}].")
+    for i, row in enumerate(report["progress"]):
+        wrong += _differences(row, _nothing(*_PROGRESS), f"progress[{i}].")
     for kind, export in report["exports"].items():
         wrong += _differences(export, _nothing("path", "needs_remote_code"), f"exports.{kind}.")
     return wrong
@@ -107,15 +117,8 @@ def write(output_dir: Path, report: dict[str, Any]) -> None:
     """Write report.json and report.md, each complete or not at all."""
     validate(report)
     report = _finite(report)
-    _replace(output_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
-    _replace(output_dir / "report.md", markdown(report))
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    files.replace(output_dir / "report.md", markdown(report))
+    files.replace(output_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def _number(value: float | None, text: str = "{:,.0f}", scale: float = 1) -> str:
@@ -190,6 +193,15 @@ def table(report: dict[str, Any]) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def _progress_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    cells = (
+        _number(row["loss"], "{:.4f}"),
+        _number(row["sparsity"], "{:.3f}"),
+        _number(row["samples_per_s"], "{:,.1f}"),
+    )
+    return str(row["step"]), str(row["phase"]), *cells, _number(row["live_tensor_bytes"], "{:,.1f}", 2**20)
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report for reading."""
 
@@ -212,6 +224,14 @@ def markdown(report: dict[str, Any]) -> str:
         "\n".join([line(("layer", "heads", "neurons")), "|---:|---:|---:|", *structure]),
         "## Time",
         "\n".join([line(("", "")), "|---|---:|", *seconds]),
+        "## Progress",
+        "\n".join(
+            [
+                line(("step", "phase", "loss", "sparsity", "samples/s", "live MiB per rank")),
+                "|---:|---|---:|---:|---:|---:|",
+                *(line(_progress_cells(row)) for row in report["progress"]),
+            ]
+        ),
         "Versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + ".",
     ]
     return "\n\n".join(parts) + "\n"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,35 @@ from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan, max_sparsity
 from prunadapt_ds.config import Config
-from prunadapt_ds.data import TaskData, compute_metrics, load_task, tokenize
+from prunadapt_ds.data import (
+    TaskData,
+    compute_metrics,
+    compute_perplexity,
+    load_language,
+    load_task,
+    tokenize,
+    tokenize_language,
+)
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate import predict
-from prunadapt_ds.importance import CRITERIA, Recorder
-from prunadapt_ds.models.structure import Structure
+from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
+from prunadapt_ds.models.families import uniform_floors
+from prunadapt_ds.models.structure import Structure, with_outer_floor
+from prunadapt_ds.resize import resize
+from prunadapt_ds.schedule import default_learning_rate
 from prunadapt_ds.shrink import StepTimes
+from prunadapt_ds.teacher import WeightAverage
 from prunadapt_ds.tracking import Tracker
+
+PHASES = ("dense", "prune", "recover")
+TRAINING = (
+    *(f"{phase}_phase" for phase in PHASES),
+    "teacher",
+    "importance",
+    "shrink",
+    "checkpoint",
+)  # timers whose sum is train_s
 
 
 @dataclass
@@ -56,13 +79,23 @@ class Session:
     engine: Any = None
     build_seconds: float = 0.0  # of the last engine
     teacher_logits: Tensor | None = None
+    average: WeightAverage = field(default_factory=WeightAverage)  # of the dense phase, until it has become the teacher
     activation_bytes: int = 0
     live_bytes: dict[str, int] = field(default_factory=dict)  # "dense", "after_shrink": most of any rank
     peak_bytes: dict[str, int] = field(default_factory=dict)  # "dense_phase", "after_shrink"
     watched_length: int = 0  # tokens of the longest sample in a step whose activations were counted with this engine
     rebuild_seconds: float = 0.0  # of the last shrink, all of it
     step_times: StepTimes = field(default_factory=StepTimes)
+    step_cpu_times: StepTimes = field(default_factory=StepTimes)
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)  # of this process, all threads
+    step: int = 0  # optimizer steps done
+    scores: ScoreAverage | None = None
+    losses: list[Tensor] = field(
+        default_factory=list
+    )  # of this rank's share of the steps since the last line of metrics
+    rebuilt: dict[int, bool] = field(default_factory=dict)  # by decision step, whether the clock spoke for a rebuild
+    identity: dict[str, str] = field(default_factory=dict)  # sha256 of "data", and on rank 0 of "backbone"
 
     @property
     def model(self) -> Any:
@@ -71,6 +104,13 @@ class Session:
     @property
     def output_dir(self) -> Path:
         return Path(self.config.output.output_dir)
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak rate of adapters and head: the ds_config's, or the option's, or the default for this model's width."""
+        asked = self.ds.adam.get("lr") or self.config.train.learning_rate
+        is_full = self.config.prune.method == "full"
+        return asked or default_learning_rate(self.model.config.hidden_size, is_full=is_full)
 
     @property
     def is_shrunk(self) -> bool:
@@ -91,36 +131,40 @@ class Session:
         """Bytes this rank holds: parameters, optimizer state, and what the last watched step saved for its backward."""
         return memory.parameter_bytes(self.model) + memory.optimizer_bytes(self.engine) + self.activation_bytes
 
-    def timed(self, name: str) -> _Timer:
-        return _Timer(self.seconds, name)
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add what a block takes to `seconds` and `cpu_seconds`."""
+        start, cpu_start = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - cpu_start
+
+    def train_seconds(self) -> float:
+        """Seconds of training so far: steps, scoring, teacher and rebuilds; no evaluation."""
+        return sum(self.seconds.get(name, 0.0) for name in TRAINING)
+
+    def train_cpu_seconds(self) -> float:
+        """The same in CPU seconds of this rank: what a busy machine cannot stretch."""
+        return sum(self.cpu_seconds.get(name, 0.0) for name in TRAINING)
 
 
-class _Timer:
-    """Adds the seconds a block took to a dictionary."""
+def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
+    """Everything up to a frozen, sharded model and tokenised data. All ranks fail together or not at all.
 
-    def __init__(self, seconds: dict[str, float], name: str):
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
-
-
-def setup(config: Config) -> Session:
-    """Everything up to a frozen, sharded model and tokenised data. All ranks fail together or not at all."""
+    `saved`: the state in the checkpoint that the run goes on from; another backbone or other data are refused.
+    """
     distributed.init()
     device = distributed.device()
     ds = distributed.together(lambda: resolve_ds_config(config, distributed.world_size()))
     if distributed.rank() != 0:
         datasets.disable_progress_bars()
-    data = distributed.together(lambda: load_task(config.data, config.train.seed))
-    same_data(data)
-    if len(data.train) < distributed.world_size():
-        raise UserError(
-            Problem("train_file", len(data.train), f"fewer examples than the {distributed.world_size()} ranks")
-        )
+    is_language = config.data.task_type == "causal_lm"
+    data = distributed.together(
+        lambda: load_language(config.data) if is_language else load_task(config.data, config.train.seed)
+    )
+    identity = {"data": same_data(data)}
     torch.manual_seed(config.train.seed)
     zero3 = engines.shard_while_loading(ds.values)
     peak = memory.PeakMemory(device)
@@ -134,18 +178,31 @@ def setup(config: Config) -> Session:
             device=device,
             seq_length=config.data.max_seq_length,
             trust_remote_code=config.model.trust_remote_code,
+            is_language=is_language,
         )
     )
 
+    if config.prune.uniform:
+        loaded.structure = uniform_floors(loaded.family, loaded.structure, config.prune.neuron_multiple)
+    loaded.structure = with_outer_floor(loaded.structure, config.prune.keep_in_outer_layers)
+    if distributed.rank() == 0:
+        identity["backbone"] = backbone.identity(config.model.model_name_or_path)
+    distributed.together(lambda: refuse_changed(config, identity, saved))
     check_target(config, loaded.structure)
     only_head_inputs = config.prune.method == "tmp"
     lora_targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=only_head_inputs)
 
     def rows(dataset: Any) -> Rows:
-        tokens = tokenize(dataset, loaded.tokenizer, data.task, config.data.max_seq_length)
-        return Rows(tokens, loaded.tokenizer)
+        longest = config.data.max_seq_length
+        if is_language:
+            return Rows(tokenize_language(dataset, loaded.tokenizer, longest), loaded.tokenizer)
+        return Rows(tokenize(dataset, loaded.tokenizer, data.task, longest), loaded.tokenizer)
 
     train_rows = rows(data.train)
+    if len(train_rows) < distributed.world_size():
+        raise UserError(
+            Problem("train_file", len(train_rows), f"fewer examples than the {distributed.world_size()} ranks")
+        )
     sampler = Sampler(
         num_samples=len(train_rows),
         micro_batch_size=ds.values["train_micro_batch_size_per_gpu"],
@@ -160,6 +217,9 @@ def setup(config: Config) -> Session:
     if not config.train.dropout:
         no_dropout(loaded.model)
     if config.train.gradient_checkpointing:
+        if not loaded.model.supports_gradient_checkpointing:
+            remedy = f"transformers cannot recompute the blocks of {loaded.family.model_type}; leave it out"
+            raise UserError(Problem("gradient_checkpointing", True, remedy))
         loaded.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     session = Session(
         config=config,
@@ -171,13 +231,21 @@ def setup(config: Config) -> Session:
         validation_rows={name: rows(split) for name, split in data.validation.items()},
         sampler=sampler,
         total_steps=total,
-        tracker=Tracker(Path(config.output.output_dir), total, enabled=distributed.rank() == 0),
+        tracker=Tracker(
+            Path(config.output.output_dir),
+            total,
+            enabled=distributed.rank() == 0,
+            step=saved["step"] if saved else 0,
+            metrics_bytes=saved["metrics_bytes"] if saved else 0,
+        ),
         peak=peak,
         plan=PruningPlan.dense(loaded.structure),
         present=PruningPlan.dense(loaded.structure),
         lora_targets=lora_targets,
         zero3=zero3,
         report=report.empty(),
+        scores=ScoreAverage(config.prune.score_ema),
+        identity=identity,
     )
     announce(session)
     return session
@@ -188,6 +256,9 @@ def no_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name in ("dropout", "attention_dropout", "layerdrop"):  # probabilities of functional dropout
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def check_target(config: Config, structure: Structure) -> None:
@@ -197,12 +268,32 @@ def check_target(config: Config, structure: Structure) -> None:
         raise UserError(Problem("target_sparsity", target, f"more than can be cut from this model; at most {most:.4f}"))
 
 
-def same_data(data: TaskData) -> None:
-    """Every rank must hold the same examples: one that fell back to an old cache would train on something else."""
+def same_data(data: TaskData) -> str:
+    """Every rank must hold the same examples: one that fell back to an old cache would train on something else.
+
+    Returns their sha256.
+    """
     digest = hashlib.sha256()
     for split in (data.train, *data.validation.values()):
         digest.update(json.dumps(split.to_dict(), sort_keys=True).encode())
     distributed.same_on_all_ranks("the data", digest.hexdigest())
+    return digest.hexdigest()
+
+
+def refuse_changed(config: Config, identity: dict[str, str], saved: Mapping[str, Any] | None) -> None:
+    """A run goes on with the backbone and the data it began with, wherever they lie now."""
+    names = {"backbone": ("model_name_or_path", config.model.model_name_or_path), "data": _data_option(config)}
+    changed = [names[kind] for kind, digest in identity.items() if saved and saved["identity"][kind] != digest]
+    if changed:
+        remedy = (
+            "its content is not what the checkpoint was made with; bring that back, or start over with --resume never"
+        )
+        raise UserError([Problem(name, value, remedy) for name, value in changed])
+
+
+def _data_option(config: Config) -> tuple[str, Any]:
+    names = ("train_file", "data_dir", "task_name")
+    return next((name, getattr(config.data, name)) for name in names if getattr(config.data, name) or name == names[-1])
 
 
 def announce(session: Session) -> None:
@@ -215,12 +306,18 @@ def announce(session: Session) -> None:
         )
     resolved = ", ".join(f"{name}={value}" for name, value in ds.resolved.items()) or "nothing"
     say(f"{ds.path}: ZeRO stage {ds.stage}, {ds.dtype}, {distributed.world_size()} ranks; auto: {resolved}")
+    say(f"peak learning rate {session.learning_rate:.2g}, {session.total_steps} steps")
+    if config.prune.uniform and not session.backbone.family.heads.config_fields:
+        say(f"--uniform: heads stay; the stock configuration of {session.backbone.family.model_type} cannot say fewer")
     session.tracker.text("config", json.dumps(config.to_dict(), indent=2))
     session.tracker.text("ds_config", json.dumps(ds.values, indent=2))
 
 
-def add_trainables(session: Session) -> None:
-    """LoRA, gates and head, as the method wants them, and the engine around them."""
+def add_trainables(session: Session, cut_to: PruningPlan | None = None) -> None:
+    """LoRA, gates and head, as the method wants them, and the engine around them.
+
+    `cut_to`: what a dense model must physically become before that, when a run goes on that has shrunk.
+    """
     config, loaded = session.config, session.backbone
     method = config.prune.method
     if method == "full":
@@ -235,10 +332,15 @@ def add_trainables(session: Session) -> None:
             lora_dropout=config.lora.lora_dropout,
             rank_per_layer=session.rank_per_layer,
         )
-    if method == "tmp":
+    if config.lora.train_norms:
         train_norms(loaded.model)
     if method == "prunadapt":
         attach_gates(session, config.prune.criterion)
+    if cut_to is not None:
+        resize(loaded.model, loaded.layout, cut_to, editing=engines.rewriting)
+        session.present = cut_to
+        if session.recorder is not None:
+            session.recorder.narrow(cut_to.mask())
     session.engine = build_engine(session)
 
 
@@ -250,7 +352,7 @@ def still_there(model: nn.Module, names: list[str]) -> list[str]:
 
 def train_norms(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
             module.requires_grad_(True)
 
 
@@ -259,7 +361,7 @@ def attach_gates(session: Session, criterion: str) -> None:
     loaded, config = session.backbone, session.config
     session.recorder = Recorder(
         loaded.structure.num_units,
-        activations="activation_abs" in CRITERIA[criterion].reads or config.prune.save_scores,
+        activations=bool(FORWARD.keys() & set(CRITERIA[criterion].reads)) or config.prune.save_scores,
         device=session.device,
         seed=config.train.seed,
     )
@@ -272,7 +374,7 @@ def build_engine(session: Session) -> Any:
     groups = engines.parameter_groups(
         session.model,
         session.backbone.head_names,
-        learning_rate=defaults.get("lr", config.train.learning_rate),
+        learning_rate=session.learning_rate,
         gate_learning_rate=config.prune.gate_learning_rate,
         weight_decay=defaults.get("weight_decay", config.train.weight_decay),
     )
@@ -299,9 +401,13 @@ def evaluate(session: Session) -> tuple[dict[str, float], dict[str, Tensor]]:
 
 def measures(session: Session, logits: dict[str, Tensor]) -> dict[str, float]:
     """All measures of all validation sets, prefixed by the set's name where there are several, and their mean "score"."""
-    several = len(logits) > 1
+    several = len(session.validation_rows) > 1
     merged: dict[str, float] = {}
-    for name, values in logits.items():
-        found = compute_metrics(session.data, values.numpy(), session.validation_rows[name].labels.numpy())
+    for name in session.validation_rows:
+        values = logits[name]
+        if session.data.is_language:
+            found = compute_perplexity(values.numpy())
+        else:
+            found = compute_metrics(session.data, values.numpy(), session.validation_rows[name].labels.numpy())
         merged |= {f"{name}/{k}" if several else k: v for k, v in found.items() if k != "score"}
     return {**merged, "score": sum(merged.values()) / len(merged)}

@@ -47,6 +47,11 @@ class StepTimes:
     def add(self, size: int, seconds: float) -> None:
         self.seconds.setdefault(size, []).append(seconds)
 
+    def ends(self) -> tuple[float | None, float | None]:
+        """Median seconds of a step at the first size and at the last one; None where no step was timed."""
+        medians = [median(times) for times in self.seconds.values()]
+        return (medians[0], medians[-1]) if medians else (None, None)
+
     def predict(self, size: int) -> float:
         """Seconds of a step at another size, from the two sizes nearest to it in time: a fixed part and one that grows.
 

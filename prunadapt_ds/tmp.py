@@ -8,6 +8,7 @@ Legend: L layers, N heads per layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,14 +46,24 @@ def important_layers(ranks: Tensor) -> list[int]:
     return torch.argsort(ranks.sum(1), descending=True, stable=True)[:count].tolist()
 
 
-def select_from_ranks(ranks: Tensor) -> Selection:
-    """Cut the round(43/144 * L * N) heads that rank lowest; rank 8 in the most important third of layers, 4 elsewhere."""
+def select_from_ranks(ranks: Tensor, floors: Sequence[int] = ()) -> Selection:
+    """Cut the round(43/144 * L * N) heads that rank lowest; rank 8 in the most important third of layers, 4 elsewhere.
+
+    `floors`: heads that must stay, by layer (decoders; the paper knows none). Its best heads then stay in a layer, and the
+    next in rank go instead.
+    """
     num_cut = round(CUT_FRACTION * ranks.numel())
     important = important_layers(ranks)
+    protected = torch.zeros_like(ranks, dtype=torch.bool)
+    for row, floor, layer in zip(protected, floors, ranks, strict=False):
+        row[layer.topk(floor).indices] = True
+    order = torch.where(protected, ranks.numel(), ranks).flatten().argsort(stable=True)
+    keep = torch.ones(ranks.numel(), dtype=torch.bool)
+    keep[order[: min(num_cut, int((~protected).sum()))]] = False
     layers = range(ranks.shape[0])
-    return Selection(ranks >= num_cut, {i: IMPORTANT_RANK if i in important else OTHER_RANK for i in layers})
+    return Selection(keep.view_as(ranks), {i: IMPORTANT_RANK if i in important else OTHER_RANK for i in layers})
 
 
-def select(scores: Tensor) -> Selection:
+def select(scores: Tensor, floors: Sequence[int] = ()) -> Selection:
     """Scores of all heads, float [L, N], to what is cut and the LoRA rank of each layer."""
-    return select_from_ranks(head_ranks(scores))
+    return select_from_ranks(head_ranks(scores), floors)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ class Tracker:
 
     A bar where standard error is a terminal, otherwise one line per interval. Metric keys carry their unit where they
     have one ("memory/parameters(bytes)"), and a group before the slash that TensorBoard shows them under.
+
+    A run that goes on at `step` keeps the first `metrics_bytes` of metrics.jsonl, which were written up to there.
     """
 
-    def __init__(self, output_dir: Path, total_steps: int, *, enabled: bool):
+    def __init__(self, output_dir: Path, total_steps: int, *, enabled: bool, step: int = 0, metrics_bytes: int = 0):
         self.enabled = enabled
+        self.problem = ""  # why a line of metrics could not be written; for all ranks to hear of
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -25,8 +30,9 @@ class Tracker:
 
         output_dir.mkdir(parents=True, exist_ok=True)
         self.total_steps = total_steps
-        self._writer = SummaryWriter(str(output_dir / "runs"))
-        self._file = (output_dir / "metrics.jsonl").open("w", encoding="utf-8")
+        self._writer: Any = SummaryWriter(str(output_dir / "runs"), purge_step=step + 1)
+        self._file = (output_dir / "metrics.jsonl").open("ab", buffering=0)
+        self._file.truncate(min(metrics_bytes, self._file.tell()))
         self._bar = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), file=sys.stderr)
 
     def say(self, text: str) -> None:
@@ -38,7 +44,7 @@ class Tracker:
     def text(self, tag: str, text: str) -> None:
         """A text page in TensorBoard."""
         if self.enabled:
-            self._writer.add_text(tag, f"```\n{text}\n```")
+            self._board("add_text", tag, f"```\n{text}\n```")
 
     def advance(self, step: int, phase: str) -> None:
         """`step` optimizer steps are done; nothing is logged."""
@@ -53,22 +59,42 @@ class Tracker:
         line: dict[str, Any] = {"step": step, "phase": phase}
         for key, value in metrics.items():
             line[key] = value if math.isfinite(value) else None  # JSON has no NaN
-            self._writer.add_scalar(key, value, step)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+            self._board("add_scalar", key, value, step)
+        try:
+            text = json.dumps(line).encode() + b"\n"
+            if self._file.write(text) != len(text):
+                self.problem = "metrics.jsonl cannot be written: no space left on device"
+        except OSError as error:
+            self.problem = f"metrics.jsonl cannot be written: {error}"
         short = "  ".join(f"{_SHOWN[key]} {value:.4g}" for key, value in metrics.items() if key in _SHOWN)
         self.advance(step, phase)
         self._bar.set_postfix_str(short)
         if self._bar.disable and short:
             self.say(f"step {step}/{self.total_steps}  {phase}  {short}")
 
+    def metrics_bytes(self) -> int:
+        """Size of metrics.jsonl, which the disk holds up to there."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
     def close(self) -> None:
         """Flush and end; safe to call twice."""
         if self.enabled:
             self._bar.close()
-            self._writer.close()
-            self._file.close()
+            self._board("close")
+            with contextlib.suppress(OSError):
+                self._file.close()
             self.enabled = False
+
+    def _board(self, method: str, *values: Any) -> None:
+        """Call TensorBoard's writer. A run goes on without it when its folder has vanished or its disk is full."""
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*values)
+        except Exception as error:  # whatever its own thread stumbled over
+            self._writer = None
+            self.say(f"TensorBoard is not written any more: {' '.join(str(error).split())}")
 
 
 _SHOWN = {"train/loss": "loss", "sparsity/achieved": "sparsity", "samples/s": "samples/s", "eval/score": "score"}

@@ -6,97 +6,176 @@ The only module that calls all the others. Nothing imports it but the launchers.
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunadapt_ds import distributed, gates, memory, tmp
+from prunadapt_ds import distributed, files, gates, memory, resume, tmp, watchdog
 from prunadapt_ds import engine as engines
+from prunadapt_ds import report as reports
 from prunadapt_ds.batches import Batch, Rows, Sampler
 from prunadapt_ds.budget import PruningPlan, decide
 from prunadapt_ds.config import Config, parse
+from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import PrunadaptError
 from prunadapt_ds.evaluate import predict
-from prunadapt_ds.finish import finish
-from prunadapt_ds.importance import CRITERIA, STATISTICS, Recorder, ScoreAverage, WindowSums
+from prunadapt_ds.finish import finish, report_unfinished
+from prunadapt_ds.importance import CRITERIA, STATISTICS, Recorder, WindowSums
+from prunadapt_ds.keeper import Keeper, StepLosses
 from prunadapt_ds.objective import sample_losses
+from prunadapt_ds.pulse import StopSignals
 from prunadapt_ds.resize import resize
 from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
 from prunadapt_ds.session import Session, add_trainables, attach_gates, build_engine, eval_batch, evaluate, setup
 from prunadapt_ds.shrink import pays_now, shrink
+from prunadapt_ds.teacher import WeightAverage, averaged
+from prunadapt_ds.watchdog import milestone
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what `argv` asks for; returns the process's exit code (see errors.py)."""
-    try:
-        config = parse(argv)
-        run(config)
-    except PrunadaptError as error:
-        if distributed.speaks_of(error):
-            print(f"error: {error}" if len(str(error).splitlines()) == 1 else f"errors:\n{error}", file=sys.stderr)
-        return error.exit_code
-    finally:
-        distributed.shutdown()
-    return 0
+    return guarded(lambda: run(parse(argv)))
 
 
 def run(config: Config) -> dict[str, Any]:
     """One training run on the calling rank; returns the report, which rank 0 has written to `output_dir`."""
-    session = setup(config)
-    if config.prune.method == "tmp":
-        prune_once(session)
-    add_trainables(session)
-    if config.prune.score_only:
-        score_only(session)
-        return session.report
-    fit(session)
-    finish(session)
+    distributed.init()
+    with owned(config) as signals:
+        start = resume.find(config)
+        if start.finished is not None:
+            say_finished(config, start.finished)
+            return start.finished
+        session = setup(config, start.saved)
+        if start.checkpoint is not None:
+            go_on(session, start)
+        else:
+            begin(session)
+        if config.prune.score_only:
+            score_only(session)
+            return session.report
+        keeper = Keeper(session, signals)
+        try:
+            fit(session, keeper)
+            finish(session, keeper.stop_if_asked)
+        except PrunadaptError as error:
+            report_unfinished(session, error)
+            raise
     return session.report
 
 
-def fit(session: Session) -> None:
-    """Train; where the schedule decides, score, decide and cut."""
-    config = session.config
+def begin(session: Session) -> None:
+    """A new run: nothing learnt yet."""
+    if not session.config.prune.score_only:
+        resume.begin(session)
+    if session.config.prune.method == "tmp":
+        prune_once(session)
+    add_trainables(session)
+
+
+def go_on(session: Session, start: resume.Start) -> None:
+    """A run that was interrupted: the same shape as then, and what it had learnt."""
+    assert start.checkpoint is not None
+    add_trainables(session, cut_to=resume.plans(session, start.checkpoint.state))
+    resume.restore(session, start.checkpoint)
+    for note in start.notes:
+        session.tracker.say(note)
+    session.tracker.say(f"goes on after step {session.step} of {session.total_steps}, from {start.checkpoint.folder}")
+
+
+@contextlib.contextmanager
+def owned(config: Config) -> Iterator[StopSignals]:
+    """Nobody else may write to the output folder meanwhile, and signals do not end the process but stop the run."""
+    folder = Path(config.output.output_dir)
+    lock = distributed.together(lambda: files.OwnedFolder(folder) if distributed.rank() == 0 else None)
+    signals = StopSignals()
+    signals.listen()
+    watchdog.start(folder, distributed.rank())
+    try:
+        yield signals
+    finally:
+        watchdog.stop()
+        if not signals.name:  # one that stops the run may come twice, from the launcher, while the process ends
+            signals.forget()
+        if lock is not None:
+            lock.release()
+
+
+def say_finished(config: Config, report: dict[str, Any]) -> None:
+    if distributed.rank() == 0:
+        print(f"{config.output.output_dir}: this run is complete already; --resume never runs it anew")
+        print(reports.table(report))
+
+
+def fit(session: Session, keeper: Keeper | None = None) -> None:
+    """Train from `session.step` on; where the schedule decides, score, decide and cut."""
+    config, keeper = session.config, keeper or Keeper(session, StopSignals())
     pruning = pruning_schedule(session)
-    rates = LearningRateSchedule(round(config.train.warmup_ratio * session.total_steps), session.total_steps)
-    average = ScoreAverage(config.prune.score_ema)
-    window_start, interval, losses = pruning.start_step if pruning else 0, _Interval(), []
-    phase = "dense"
-    for step in range(session.total_steps):
+    rates = learning_rate_schedule(session, pruning)
+    interval = _Interval(session.step * session.sampler.samples_per_step)
+    for step in range(session.step, session.total_steps):
         phase = pruning.phase(step) if pruning else "dense"
         learning_rates = engines.set_learning_rates(session.engine, rates.factor(step))
         record = pruning is not None and pruning.records_after(step)
         with session.timed(f"{phase}_phase"), watched(session, step):
-            losses.append(train_step(session, step, record=record))
-        done = step + 1
-        if pruning and pruning.decides_at(done):
-            decide_and_cut(session, pruning, average, done, window_start)
-            window_start = done
+            teaching = distill_weight(session, pruning, step)
+            losses = train_step(session, step, record=record, distill_weight=teaching)
+        session.step = done = step + 1
+        decides = pruning is not None and pruning.decides_at(done)
+        keeper.step_done(losses, settle=decides)
+        milestone(f"step-{done}")
+        if pruning and pruning.averages_at(done, config.prune.teacher_window):
+            with session.timed("teacher"):
+                session.average.add(session.engine)
+        if pruning and decides:
+            decide_and_cut(session, pruning, done)
         if config.train.eval_steps and done % config.train.eval_steps == 0:
-            session.tracker.log(done, phase, {"eval/score": evaluate(session)[0]["score"]})
-        if done % config.train.logging_steps and done != session.total_steps:
-            session.tracker.advance(done, phase)
-            continue
-        loss = mean_loss(losses, done)
-        losses.clear()
-        session.tracker.log(
-            done,
-            phase,
-            {
-                "train/loss": loss,
-                "sparsity/target": pruning.sparsity(done) if pruning else 0.0,
-                "sparsity/achieved": session.plan.sparsity(config.prune.budget),
-                "samples/s": interval.rate(done * session.sampler.samples_per_step),
-                "memory/parameters(bytes)": memory.parameter_bytes(session.model),
-                "memory/live(bytes)": session.live(),
-                **{f"learning_rate/{name}": rate for name, rate in learning_rates.items()},
-            },
-        )
+            score = evaluate(session)[0]["score"]
+            session.tracker.log(done, phase, {"eval/score": score, "time/train(s)": session.train_seconds()})
+        if done % config.train.logging_steps == 0 or done == session.total_steps:
+            log_interval(session, phase, pruning, interval, learning_rates)
+        session.tracker.advance(done, phase)
+        keeper.save_if_due()
+
+
+def log_interval(
+    session: Session,
+    phase: str,
+    pruning: PruningSchedule | None,
+    interval: _Interval,
+    learning_rates: dict[str, float],
+) -> None:
+    """What an interval looked like: to the tracker, and as a row of the report."""
+    step, rate = session.step, interval.rate(session.step * session.sampler.samples_per_step)
+    achieved, live, seconds = (
+        session.plan.sparsity(session.config.prune.budget),
+        session.live(),
+        session.train_seconds(),
+    )
+    loss = float(distributed.dist_sum(torch.stack(session.losses).mean())) / distributed.world_size()
+    session.losses.clear()
+    session.tracker.log(
+        step,
+        phase,
+        {
+            "train/loss": loss,
+            "sparsity/target": pruning.sparsity(step) if pruning else 0.0,
+            "sparsity/achieved": achieved,
+            "samples/s": rate,
+            "memory/parameters(bytes)": memory.parameter_bytes(session.model),
+            "memory/live(bytes)": live,
+            "time/train(s)": seconds,
+            **{f"learning_rate/{name}": value for name, value in learning_rates.items()},
+        },
+    )
+    session.report["progress"].append(
+        {"step": step, "phase": phase, "loss": loss, "sparsity": achieved, "samples_per_s": rate}
+        | {"live_tensor_bytes": live, "train_s": seconds}
+    )
 
 
 def pruning_schedule(session: Session) -> PruningSchedule | None:
@@ -108,17 +187,30 @@ def pruning_schedule(session: Session) -> PruningSchedule | None:
     )
 
 
-def decide_and_cut(
-    session: Session, pruning: PruningSchedule, average: ScoreAverage, step: int, window_start: int
-) -> None:
+def learning_rate_schedule(session: Session, pruning: PruningSchedule | None) -> LearningRateSchedule:
+    train, total = session.config.train, session.total_steps
+    level = pruning.end_step if pruning and train.lr_scheduler_type == "warmup_stable_decay" else 0
+    return LearningRateSchedule(round(train.warmup_ratio * total), total, level)
+
+
+def distill_weight(session: Session, pruning: PruningSchedule | None, step: int) -> float:
+    """Weight of the teacher in the loss of the step after `step`; 0 as long as there is none."""
+    prune = session.config.prune
+    if pruning is None or session.teacher_logits is None:
+        return 0.0
+    return prune.distill_weight * (pruning.teacher_factor(step, session.total_steps) if prune.distill_fades else 1.0)
+
+
+def decide_and_cut(session: Session, pruning: PruningSchedule, step: int) -> None:
     """One all-reduce, one global decision, the same on every rank; the masks follow."""
     prune = session.config.prune
     if step == pruning.decision_steps[0]:
         keep_teacher(session, step)
-    assert session.recorder is not None
+    assert session.recorder is not None and session.scores is not None
     with session.timed("importance"):
         window = session.recorder.all_reduce()
-        scores = average.update(CRITERIA[prune.criterion].score(window))
+        milestone(f"decide-{step}")
+        scores = session.scores.update(CRITERIA[prune.criterion].score(window))
         plan = decide(
             scores,
             session.backbone.structure,
@@ -126,6 +218,7 @@ def decide_and_cut(
             budget=prune.budget,
             neuron_multiple=prune.neuron_multiple,
             gone=~session.present.mask(),
+            uniform=prune.uniform,
         )
         distributed.same_on_all_ranks(f"the pruning plan of step {step}", plan.hash)
         gates.apply_mask(session.model, plan.mask()[session.present.mask()])
@@ -137,7 +230,7 @@ def decide_and_cut(
             f"step {step}: shrunk to {1 - plan.sparsity(prune.budget):.1%} in {session.rebuild_seconds:.1f} s"
         )
     if prune.save_scores:
-        samples = [i for s in range(window_start, step) for i in session.sampler.step_samples(s)]
+        samples = [i for s in range(pruning.window_start(step), step) for i in session.sampler.step_samples(s)]
         save_scores(session, window, step, samples)
 
 
@@ -149,6 +242,8 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
         return False
     if when == "always" or not session.step_times.seconds:
         return when == "always"
+    if step in session.rebuilt:  # decided already, before the run was interrupted
+        return session.rebuilt[step]
     dense = structure.dense_cost("macs")
     later = [s for s in steps if s > step]
     ends = [*later, session.total_steps]
@@ -156,16 +251,23 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
     decisions = [(size, end - start) for size, start, end in zip(sizes, [step, *later], ends, strict=True)]
     cost = session.rebuild_seconds or session.build_seconds
     pays = pays_now(session.present.cost("macs"), decisions, session.step_times.predict, cost)
-    return bool(distributed.broadcast_object(pays))  # clocks differ between ranks, the decision must not
+    session.rebuilt[step] = bool(
+        distributed.broadcast_object(pays)
+    )  # clocks differ between ranks, the decision must not
+    resume.note_rebuilds(session)
+    return session.rebuilt[step]
 
 
 def shrink_model(session: Session) -> None:
     """Rebuild the engine around the model that `session.plan` leaves."""
     start = time.perf_counter()
+    watchdog.rest()
+    milestone(f"shrink-{session.step}/begin")
     session.note_peak()
     layout, plan = session.backbone.layout, session.plan
     session.engine = shrink(session.release_engine(), layout, plan, session.present, lambda: build_engine(session))
     session.present = plan
+    milestone(f"shrink-{session.step}/end")
     if session.recorder is not None:
         session.recorder.narrow(plan.mask())
     session.watched_length = 0
@@ -173,13 +275,16 @@ def shrink_model(session: Session) -> None:
 
 
 def keep_teacher(session: Session, step: int) -> None:
-    """The dense model as it is now: its score, and its logits on the training set for distillation."""
-    metrics, _ = evaluate(session)
+    """The dense model, at its mean weights so far: its score, and its logits on the training set for distillation."""
+    with averaged(session.engine, session.average):
+        metrics, _ = evaluate(session)
+        if session.config.prune.distill_weight > 0:
+            with session.timed("teacher"):
+                logits = predict(session.engine, session.train_rows, eval_batch(session), session.device)
+                session.teacher_logits = logits
+    session.average = WeightAverage()
     session.report["metric"]["teacher"] = metrics
     session.tracker.log(step, "teacher", {"eval/score": metrics["score"]})
-    if session.config.prune.distill_weight > 0:
-        with session.timed("teacher"):
-            session.teacher_logits = predict(session.engine, session.train_rows, eval_batch(session), session.device)
 
 
 def save_scores(session: Session, window: WindowSums, step: int, samples: list[int]) -> None:
@@ -198,20 +303,26 @@ def save_scores(session: Session, window: WindowSums, step: int, samples: list[i
 # --------------------------------------------------------------------------------------------------- one step
 
 
-def train_step(session: Session, step: int, *, record: bool) -> Tensor:
-    """One optimizer step over all micro-batches; returns the step's mean loss on this rank's share (scalar tensor)."""
+def train_step(session: Session, step: int, *, record: bool, distill_weight: float = 0.0) -> StepLosses:
+    """One optimizer step over all micro-batches; returns the samples of each and their losses.
+
+    The step's mean loss on this rank's share (scalar tensor) joins `session.losses`.
+    """
     engine, recorder = session.engine, session.recorder if record else None
     total = torch.zeros((), device=session.device)
+    seen: StepLosses = []
     for positions, weight in session.sampler.micro_batches(step):
         batch = session.train_rows.batch(positions, weight).to(session.device)
-        loss = forward_backward(session, batch, recorder)
-        total += loss / session.sampler.accumulation_steps
+        losses = forward_backward(session, batch, recorder, distill_weight)
+        total += (losses * batch.weights).sum() / session.sampler.accumulation_steps
+        seen.append((positions, losses))
         engine.step()
-    return total
+    session.losses.append(total)
+    return seen
 
 
-def forward_backward(session: Session, batch: Batch, recorder: Recorder | None) -> Tensor:
-    """Loss and gradients of one micro-batch; the recorder learns with which factor autograd sees each sample."""
+def forward_backward(session: Session, batch: Batch, recorder: Recorder | None, distill_weight: float) -> Tensor:
+    """Loss of each sample [B] and gradients of one micro-batch; the recorder learns with which factor autograd sees each."""
     engine = session.engine
     if recorder is not None:
         # DeepSpeed divides by the accumulation steps on top of our weights.
@@ -225,20 +336,19 @@ def forward_backward(session: Session, batch: Batch, recorder: Recorder | None) 
         teacher_logits=None
         if session.teacher_logits is None
         else session.teacher_logits[batch.index].to(logits.device),
-        distill_weight=session.config.prune.distill_weight,
+        distill_weight=distill_weight,
     )
-    loss = (losses * batch.weights).sum()
-    engine.backward(loss)
+    engine.backward((losses * batch.weights).sum())
     if recorder is not None:
         recorder.end()
-    return loss.detach()
+    return losses.detach()
 
 
 class _Interval:
     """Samples per second since the last call."""
 
-    def __init__(self) -> None:
-        self.samples, self.time = 0, time.perf_counter()
+    def __init__(self, samples: int) -> None:
+        self.samples, self.time = samples, time.perf_counter()
 
     def rate(self, samples: int) -> float:
         now = time.perf_counter()
@@ -252,9 +362,11 @@ def watched(session: Session, step: int) -> Iterator[None]:
     """Time a step; on the first with an engine, and on those with longer samples than before, count what autograd saves."""
     length = max(session.train_rows.lengths[i] for i in session.sampler.step_samples(step))
     if length <= session.watched_length:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         yield
-        session.step_times.add(session.present.cost("macs"), time.perf_counter() - start)
+        size = session.present.cost("macs")
+        session.step_times.add(size, time.perf_counter() - start)
+        session.step_cpu_times.add(size, time.process_time() - cpu_start)
         return
     saved = memory.SavedActivations()
     with saved.watch():
@@ -262,16 +374,6 @@ def watched(session: Session, step: int) -> Iterator[None]:
     session.activation_bytes = saved.bytes // session.sampler.accumulation_steps
     session.live_bytes["after_shrink" if session.is_shrunk else "dense"] = int(distributed.dist_max(session.live()))
     session.watched_length = length
-
-
-def mean_loss(losses: list[Tensor], step: int) -> float:
-    """Mean over ranks and the given steps. Raises on all ranks alike when it is no number."""
-    mean = float(distributed.dist_sum(torch.stack(losses).mean())) / distributed.world_size()
-    if mean != mean or abs(mean) == float("inf"):
-        raise PrunadaptError(
-            f"the loss is {mean} at step {step} or up to {len(losses) - 1} steps before it; try a smaller --learning_rate"
-        )
-    return mean
 
 
 # ------------------------------------------------------------------------------------- scoring without training
@@ -289,6 +391,7 @@ def score_samples(session: Session, samples: list[int]) -> WindowSums:
     for step in range(session.sampler.steps_per_epoch):
         train_step(session, step, record=True)
     session.sampler, session.train_rows = plain, everything
+    session.losses.clear()
     return session.recorder.all_reduce()
 
 
@@ -322,7 +425,7 @@ def prune_once(session: Session) -> None:
         engines.destroy(session.engine)
         heads = [s for s in loaded.structure.sublayers if s.kind == "heads"]
         scores = torch.stack([window.sums["grad_abs"][s.span] for s in heads])  # [L, N]
-        selection = tmp.select(scores)
+        selection = tmp.select(scores, [s.floor for s in heads])
         keep = torch.ones(loaded.structure.num_units, dtype=torch.bool)
         for sublayer, kept in zip(heads, selection.keep, strict=True):
             keep[sublayer.span] = kept

@@ -1,7 +1,8 @@
 """Tasks and their data: GLUE from the hub or from files, the user's own files, and a built-in sample."""
 
+from prunadapt_ds.data.language import load_language, tokenize_language
 from prunadapt_ds.data.loading import load_task, tokenize
-from prunadapt_ds.data.metrics import MEASURES, compute_metrics, load_metric
+from prunadapt_ds.data.metrics import MEASURES, compute_metrics, compute_perplexity, load_metric
 from prunadapt_ds.data.sample import generate
 from prunadapt_ds.data.tasks import (
     HUB_DATASET,
@@ -23,10 +24,13 @@ __all__ = [
     "Task",
     "TaskData",
     "compute_metrics",
+    "compute_perplexity",
     "generate",
     "get_task",
+    "load_language",
     "load_metric",
     "load_task",
     "tokenize",
+    "tokenize_language",
     "unknown_task",
 ]

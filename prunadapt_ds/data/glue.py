@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prunadapt_ds import hub
 from prunadapt_ds.data.readers import Columns, read_official_tsv
 from prunadapt_ds.data.tasks import HUB_DATASET, Task
 from prunadapt_ds.errors import Problem, UserError
-
-HUB_TIMEOUT = 3.0
-"""Seconds the hub has to answer before a run is told that it is unreachable (the client retries for 23)."""
 
 MAX_CORRUPT_FRACTION = 0.01
 """A few rows of the official QQP files are cut short and are left out, as on the hub; more is a mistake."""
@@ -89,45 +86,22 @@ def load_hub(task: Task) -> tuple[Any, dict[str, Any]]:
     number of processes may do this at once."""
     import datasets
 
-    reason = None if datasets.config.HF_HUB_OFFLINE else _unreachable()
+    reason = None
+    if not datasets.config.HF_HUB_OFFLINE:
+        reason = hub.unreachable(lambda api, timeout: api.dataset_info(HUB_DATASET, timeout=timeout))
     try:
         with _offline() if reason else contextlib.nullcontext():
             names = ["train", *(split.hub for split in task.validation_splits)]
             train, *validation = datasets.load_dataset(HUB_DATASET, task.name, split=names)
     # Three libraries and the network raise a dozen unrelated types here, with one remedy for all.
     except Exception as error:
-        reason = reason or f"{type(error).__name__}: {_first_line(error)}"
+        reason = reason or f"{type(error).__name__}: {hub.first_line(error)}"
         remedy = (
             f"could not be loaded from the hub ({reason}); offline, use --data_dir DIR with the official "
             "GLUE files, --train_file and --validation_file with your own, or --task_name sample"
         )
         raise UserError(Problem("task_name", task.name, remedy)) from None
     return train, {split.key: data for split, data in zip(task.validation_splits, validation, strict=True)}
-
-
-def _unreachable() -> str | None:
-    """Why the hub does not answer, or None when it does. One request, in a thread because looking up a host
-    name obeys no timeout."""
-    import datasets
-    from huggingface_hub import HfApi
-
-    answer = [f"no answer from {datasets.config.HF_ENDPOINT} in {HUB_TIMEOUT:g} s"]
-
-    def ask() -> None:
-        try:
-            HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(HUB_DATASET, timeout=HUB_TIMEOUT)
-            answer.clear()
-        except Exception as error:  # whatever it is, it is the reason to report
-            answer[:] = [f"{datasets.config.HF_ENDPOINT}: {_first_line(error)}"]
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT + 0.5)
-    return answer[0] if answer else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

@@ -134,6 +134,11 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, m
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(*(batch[field] for field in fields), truncation=True, max_length=max_seq_length)
+        # An empty text of a tokenizer that adds no special tokens: one token, to read the answer from.
+        one_token = {"input_ids": tokenizer.pad_token_id, "attention_mask": 1, "token_type_ids": 0}
+        for i in (i for i, ids in enumerate(encoded["input_ids"]) if not ids):
+            for column in encoded:
+                encoded[column][i].append(one_token[column])
         return {**encoded, "labels": batch["label"]}
 
     return dataset.map(

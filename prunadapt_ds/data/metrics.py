@@ -99,3 +99,13 @@ def compute_metrics(data: TaskData, logits: np.ndarray, labels: np.ndarray) -> d
     measured = load_metric(data.task.name).compute(predictions=predictions, references=labels)
     measures = {name: float(measured[name]) for name in data.task.metrics}
     return {**measures, "score": float(np.mean(list(measures.values())))}
+
+
+def compute_perplexity(sums: np.ndarray) -> dict[str, float]:
+    """Perplexity of a set, and "score", the same; less is better. `sums` [N, 2]: each row's negative log-likelihood and
+    how many tokens it is of. Raises UserError when it is not finite."""
+    per_token = float(sums[:, 0].sum() / max(1.0, sums[:, 1].sum()))
+    if not np.isfinite(per_token):
+        raise UserError(Problem("logits", "not finite", "the run diverged; try a lower --learning_rate"))
+    perplexity = float(np.exp(min(per_token, 700.0)))
+    return {"perplexity": perplexity, "score": perplexity}

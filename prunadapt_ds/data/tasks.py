@@ -101,6 +101,8 @@ class TaskData:
     num_labels: int
     """Outputs of the head: the number of classes, 1 for regression."""
     is_regression: bool
+    is_language: bool = False
+    """Rows are token sequences with a label for each token; see `language.py`."""
 
 
 def unknown_task(name: str) -> Problem:

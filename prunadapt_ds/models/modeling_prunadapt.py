@@ -10,6 +10,8 @@ part p occupies U * wp rows and unit u the rows  U * (w0 + ... + w[p-1]) + u * w
 
     separate query          parts = (head_dim,)                 fused [q | k | v]     parts = (head_dim,) * 3
     interleaved q,k,v       parts = (3 * head_dim,)             grouped [q | k | v]   parts = (group * head_dim, head_dim, head_dim)
+
+Behind them may lie `tail` rows that belong to no unit and always stay (the shared key and value of multi-query attention).
 """
 
 from __future__ import annotations
@@ -30,18 +32,20 @@ class ProjectionLayout:
     path: str
     parts: tuple[int, ...]
     transposed: bool = False  # weight is [in, out] (GPT-2's Conv1D) instead of [out, in]
+    tail: int = 0  # rows behind the units' that always stay
+    per_token: bool = True  # runs on tokens; not, where it runs on positions that a batch shares
 
     def unit_axis(self, side: str) -> int:
         """The axis of the weight along which units lie: `side` is "out" (they are outputs) or "in"."""
         return int((side == "in") != self.transposed)
 
     def indices(self, kept: Tensor, num_units: int) -> Tensor:
-        """Rows (or columns) of the units `kept` [K] out of `num_units`: int64 [K * sum(parts)], part after part."""
+        """Rows (or columns) of the units `kept` [K] out of `num_units`: int64 [K * sum(parts) + tail], part after part."""
         blocks, offset = [], 0
         for width in self.parts:
             blocks.append((offset + kept[:, None] * width + torch.arange(width)).flatten())
             offset += num_units * width
-        return torch.cat(blocks)
+        return torch.cat([*blocks, torch.arange(offset, offset + self.tail)])
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class SubLayerLayout:
     output: ProjectionLayout
     core: str | None = None  # module that cannot run without units and is replaced when none is left
     attributes: tuple[AttributeLayout, ...] = ()
+    floors: tuple[int, ...] = ()  # units that must stay, by layer; none where empty
+    relative_positions: int = 0  # positions with which heads are compared beside the tokens
 
     @property
     def width(self) -> int:
@@ -80,6 +86,7 @@ class Layout:
     layers: str
     num_layers: int
     sublayers: tuple[SubLayerLayout, ...]
+    passes: int = 1  # how often each block runs, where layers share their weights
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,7 +94,7 @@ class Layout:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Layout:
         def projection(p: dict[str, Any]) -> ProjectionLayout:
-            return ProjectionLayout(p["path"], tuple(p["parts"]), p["transposed"])
+            return ProjectionLayout(**{**p, "parts": tuple(p["parts"])})
 
         sublayers = tuple(
             SubLayerLayout(
@@ -97,10 +104,12 @@ class Layout:
                 output=projection(s["output"]),
                 core=s["core"],
                 attributes=tuple(AttributeLayout(**a) for a in s["attributes"]),
+                floors=tuple(s["floors"]),
+                relative_positions=s["relative_positions"],
             )
             for s in values["sublayers"]
         )
-        return cls(values["layers"], values["num_layers"], sublayers)
+        return cls(values["layers"], values["num_layers"], sublayers, values["passes"])
 
 
 class RemovedProjection(nn.Module):
@@ -127,11 +136,16 @@ class BiasOnly(nn.Module):
 
 
 class RemovedAttention(nn.Module):
-    """Stands where attention was whose heads are all gone. Returns (output, no weights), as attention modules do."""
+    """Stands where attention was whose heads are all gone. Returns (output, no weights), as attention modules do.
 
-    def __init__(self, output_name: str | None = None, output: nn.Module | None = None):
+    `rest`: modules that no unit owns (norms of queries and keys). They are few and keep their names and values.
+    """
+
+    def __init__(self, rest: dict[str, nn.Module], output_name: str | None = None, output: nn.Module | None = None):
         super().__init__()
         self.output_name = output_name
+        for name, module in rest.items():
+            self.add_module(name, module)
         if output_name is not None:
             self.add_module(output_name, output)
 
@@ -175,12 +189,16 @@ def remove_sublayer(layer: nn.Module, sublayer: SubLayerLayout) -> None:
     if core is None:
         for projection in sublayer.inputs:
             set_submodule(layer, projection.path, RemovedProjection())
-    elif sublayer.output.path.startswith(core + "."):
-        set_submodule(layer, core, RemovedAttention(sublayer.output.path[len(core) + 1 :], remains))
+        set_submodule(layer, sublayer.output.path, remains)
         return
+    gone = {p.path for p in (*sublayer.inputs, sublayer.output)}
+    children = layer.get_submodule(core).named_children()
+    rest = {name: m for name, m in children if f"{core}.{name}" not in gone and any(True for _ in m.parameters())}
+    if sublayer.output.path.startswith(core + "."):
+        set_submodule(layer, core, RemovedAttention(rest, sublayer.output.path[len(core) + 1 :], remains))
     else:
-        set_submodule(layer, core, RemovedAttention())
-    set_submodule(layer, sublayer.output.path, remains)
+        set_submodule(layer, core, RemovedAttention(rest))
+        set_submodule(layer, sublayer.output.path, remains)
 
 
 def update_attributes(layer: nn.Module, sublayer: SubLayerLayout, num_kept: int) -> None:

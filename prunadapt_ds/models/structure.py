@@ -6,8 +6,8 @@ Legend: U units of the whole model in one flat order: layer by layer, heads befo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class SubLayer:
     num_units: int
     params_per_unit: int
     macs_per_unit: int  # multiply-accumulates for one sequence of `Structure.seq_length` tokens
+    floor: int = 0  # units that must stay
 
     @property
     def span(self) -> slice:
@@ -36,14 +37,15 @@ class SubLayer:
 class Structure:
     """All prunable units of a model, and what the blocks cost beside them.
 
-    `fixed_params`: parameters of the blocks that no cut removes (norms, output biases).  `other_params`: embeddings and
-    head, not part of sparsity.
+    `fixed_params`: parameters of the blocks that no cut removes (norms, output biases, the key and value of multi-query
+    attention); `fixed_macs` alike.  `other_params`: embeddings and head, not part of sparsity.
     """
 
     sublayers: tuple[SubLayer, ...]
     fixed_params: int
     other_params: int
     seq_length: int
+    fixed_macs: int = 0
 
     @property
     def num_units(self) -> int:
@@ -56,10 +58,25 @@ class Structure:
         return torch.tensor(per_unit).repeat_interleave(counts)
 
     def fixed_cost(self, budget: str) -> int:
-        return self.fixed_params if budget == "params" else 0
+        return self.fixed_params if budget == "params" else self.fixed_macs
 
     def dense_cost(self, budget: str) -> int:
         return self.fixed_cost(budget) + int(self.unit_costs(budget).sum())
+
+
+def with_outer_floor(structure: Structure, share: float) -> Structure:
+    """The same structure of which the first and the last layer keep at least `share` of their units.
+
+    What enters and leaves a model is hard to do without: LLM-Pruner (Ma et al., arXiv 2305.11627) leaves outer layers alone.
+    """
+    outer = {structure.sublayers[0].layer, structure.sublayers[-1].layer}
+    return replace(
+        structure,
+        sublayers=tuple(
+            replace(s, floor=max(s.floor, ceil(share * s.num_units))) if s.layer in outer else s
+            for s in structure.sublayers
+        ),
+    )
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -82,10 +99,11 @@ def measure(model: nn.Module, layout: Layout, seq_length: int) -> Structure:
     """Read the structure off a model without adapters, sharded or not.
 
     Multiply-accumulates count every matrix product of a unit: T * its weights, and for a head T * T * its width for the
-    scores and again for the values (one per query head of a group).
+    scores and again for the values (one per query head of a group), T * its width for each relative position. Left out is
+    what a batch computes once: projections of positions.
     """
     sublayers: list[SubLayer] = []
-    start = block_params = 0
+    start = block_params = fixed_macs = 0
     for index, layer in layers_of(model, layout):
         block_params += sum(full_numel(p) for p in layer.parameters())
         for sub in layout.sublayers:
@@ -93,14 +111,17 @@ def measure(model: nn.Module, layout: Layout, seq_length: int) -> Structure:
             for side, p in [("out", p) for p in sub.inputs] + [("in", sub.output)]:
                 module: Any = layer.get_submodule(p.path)
                 params += projection_params(module, p, side)
-                weights += sum(p.parts) * full_shape(module.weight)[1 - p.unit_axis(side)]
-            attention = 2 * seq_length * sub.width if sub.kind == "heads" else 0
-            macs = seq_length * (weights + attention)
-            sublayers.append(SubLayer(index, sub.kind, start, sub.num_units, params, macs))
+                other_features = full_shape(module.weight)[1 - p.unit_axis(side)]
+                weights += p.per_token * sum(p.parts) * other_features
+                fixed_macs += layout.passes * seq_length * p.tail * other_features
+            attention = (2 * seq_length + sub.relative_positions) * sub.width if sub.kind == "heads" else 0
+            macs = layout.passes * seq_length * (weights + attention)
+            floor = sub.floors[index] if sub.floors else 0
+            sublayers.append(SubLayer(index, sub.kind, start, sub.num_units, params, macs, floor))
             start += sub.num_units
     unit_params = sum(s.num_units * s.params_per_unit for s in sublayers)
     total = sum(full_numel(p) for p in model.parameters())
-    return Structure(tuple(sublayers), block_params - unit_params, total - block_params, seq_length)
+    return Structure(tuple(sublayers), block_params - unit_params, total - block_params, seq_length, fixed_macs)
 
 
 def layers_of(model: nn.Module, layout: Layout) -> Iterator[tuple[int, nn.Module]]:

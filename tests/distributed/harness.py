@@ -6,10 +6,13 @@ Ranks come from a fork server that has imported the stack once, so that starting
 import datetime
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,3 +97,84 @@ def _rank(
         answers.put((rank, "skip", str(skip)))
     except BaseException:
         answers.put((rank, "error", traceback.format_exc()))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank's process ended: exit code (negative: by that signal), and all it wrote."""
+
+    code: int
+    text: str
+
+
+class Ranks:
+    """Ranks that may die, be killed or be signalled, each running the real program; `wait` says how each ended.
+
+    `argv`: the command line of every rank, or a list of one for each.
+    """
+
+    def __init__(self, argv: list[Any], world_size: int, environment: Mapping[str, str] | None = None):
+        each = argv if isinstance(argv[0], list) else [argv] * world_size
+        self._folder = tempfile.TemporaryDirectory()
+        self.files = [f"{self._folder.name}/{rank}.txt" for rank in range(world_size)]
+        self.processes: list[Any] = [
+            _context.Process(
+                target=_program,
+                args=(each[rank], rank, world_size, self._folder.name, self.files[rank], dict(environment or {})),
+                daemon=True,
+            )
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, timeout: float = 240) -> list[Ended]:
+        """Kills and fails when one is not done after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
+        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        texts = [Path(file).read_text(errors="replace") if Path(file).exists() else "" for file in self.files]
+        self._folder.cleanup()
+        if late:
+            pytest.fail(f"ranks {late} are not done in {timeout} s\n" + "\n".join(t[-1500:] for t in texts))
+        return [Ended(p.exitcode, text) for p, text in zip(self.processes, texts, strict=True)]
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > deadline or not any(p.is_alive() for p in self.processes):
+                pytest.fail("\n".join(ended.text[-1500:] for ended in self.wait(5)))
+            time.sleep(0.01)
+
+
+def _program(
+    argv: list[str], rank: int, world_size: int, folder: str, output: str, environment: dict[str, str]
+) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    os.environ.update(LOCAL_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=300),
+    )
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    from prunadapt_ds import finish
+    from prunadapt_ds.train import main
+
+    finish.LATENCY.update(batch_size=2, seq_length=16, repeats=1)  # timing is not what these runs are for
+    sys.exit(main(argv))

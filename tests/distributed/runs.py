@@ -123,6 +123,14 @@ def whole_run(argv):
     return main(argv)
 
 
+def scored(argv):
+    """The real scoring of a folder: its measures."""
+    from prunadapt_ds import scoring
+    from prunadapt_ds.config import parse
+
+    return scoring.run(parse(argv))
+
+
 def whole_run_said(argv):
     """The real main: exit code and what it wrote to standard error."""
     import contextlib
@@ -220,7 +228,7 @@ def shrink_in_training(argv):
             names = {
                 re.split(r"\.(?:base_layer|lora_|prune_gate|weight|bias)", n)[0]
                 for n, p in session.model.named_parameters()
-                if ".layer." in n and p.numel()
+                if ".layer" in n and p.numel()
             }
             whole.append((len(names), sum(p.numel() for p in module.parameters())))
 
@@ -260,5 +268,52 @@ def shrink_in_training(argv):
         "plan": session.plan.to_dict(),
         "lines": _lines(session),
         "live_bytes": session.live_bytes,
-        "numel": max(getattr(p, "ds_numel", p.numel()) for n, p in session.model.named_parameters() if ".layer." in n),
+        "numel": max(getattr(p, "ds_numel", p.numel()) for n, p in session.model.named_parameters() if ".layer" in n),
+    }
+
+
+def language_run(argv, prompts, new_tokens):
+    """The whole program on one rank; then what the trained, masked model says, token by token and without a cache."""
+    from prunadapt_ds import train
+    from prunadapt_ds.finish import finish
+
+    session = _session(argv)
+    train.add_trainables(session)
+    train.fit(session)
+    finish(session)
+    model = session.model.eval()
+    said = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        for _ in range(new_tokens):
+            with torch.no_grad():
+                ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+        said.append(ids[0].tolist())
+    return session.report, said
+
+
+def lend_averages(argv):
+    """Average the weights of three steps and lend them to the engine: its state before, during and after, and their mean."""
+    from prunadapt_ds import state, train
+    from prunadapt_ds.teacher import WeightAverage, averaged
+
+    session = _session(argv)
+    train.add_trainables(session)
+    average, masters = WeightAverage(), []
+    for step in range(3):
+        train.train_step(session, step, record=False)
+        average.add(session.engine)
+        masters.append(state.capture(session.engine).masters)
+    before = state.capture(session.engine)
+    with averaged(session.engine, average):
+        during = state.capture(session.engine).masters
+    after = state.capture(session.engine)
+    session.tracker.close()
+    mean = {name: sum(m[name] for m in masters) / 3 for name in during}
+    return {
+        "moved": max(float((masters[0][n] - masters[2][n]).abs().max()) for n in during),
+        "off_mean": max(float((during[n] - mean[n]).abs().max()) for n in during),
+        "same_after": before.steps == after.steps
+        and all(torch.equal(before.masters[n], after.masters[n]) for n in during)
+        and all(torch.equal(before.moments[k][n], after.moments[k][n]) for k in before.moments for n in during),
     }

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import AutoConfig
 
 from tests.distributed import runs
 from tests.distributed.harness import run_ranks
@@ -17,7 +18,8 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     tiny_folder(folder / "bert", "bert")
     tiny_data(folder / "data", n_train=20, n_dev=10)
-    tiny_folder(folder / "llama", "llama")
+    AutoConfig.for_model("t5").save_pretrained(folder / "t5")
+    (folder / "t5" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     (folder / "empty").mkdir()
     pickled = folder / "pickled"
     tiny_config("bert").save_pretrained(pickled)
@@ -40,7 +42,7 @@ def base(tmp_path_factory):
 
 
 CASES = {
-    "unsupported family": ({"model_name_or_path": "llama"}, ["model_name_or_path", "bert, distilbert", "families.py"]),
+    "unsupported family": ({"model_name_or_path": "t5"}, ["model_name_or_path", "bert, deberta-v2", "families.py"]),
     "no config": ({"model_name_or_path": "empty"}, ["model_name_or_path", "config.json"]),
     "pickled weights": ({"model_name_or_path": "pickled"}, ["pytorch_model.bin", "safetensors"]),
     "truncated weights": ({"model_name_or_path": "damaged"}, ["model_name_or_path", "cannot be loaded"]),

@@ -271,6 +271,46 @@ def test_a_loaded_task_is_there_when_the_hub_is_gone(hub, tmp_path):
     assert again["seconds"] < 5
 
 
+LOAD_MODEL = """
+import json, sys, time
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from prunadapt_ds import backbone
+from prunadapt_ds.errors import UserError
+started = time.monotonic()
+try:
+    out = {"layers": backbone.load(sys.argv[1], num_labels=2).layout.num_layers}
+except UserError as error:
+    out = {"error": str(error)}
+print(json.dumps({**out, "seconds": time.monotonic() - started}))
+"""
+
+
+def load_model(name: str, endpoint: str, home: Path) -> dict:
+    command = [sys.executable, "-c", LOAD_MODEL, name]
+    env = environment(endpoint, home)
+    out = subprocess.PIPE
+    return finish(subprocess.Popen(command, env=env, stdout=out, stderr=out, text=True, errors="replace"))
+
+
+def test_a_cached_model_is_there_when_the_hub_is_gone(tmp_path):
+    from tests.tiny import tiny_folder
+
+    cached = tmp_path / "hub" / "models--some--encoder"
+    tiny_folder(cached / "snapshots" / COMMIT, "bert")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    assert load_model("some/encoder", "http://127.0.0.1:9", tmp_path).get("layers") == 3
+
+
+def test_a_model_on_an_unreachable_hub_is_reported_quickly(tmp_path):
+    with black_hole() as listener:
+        out = load_model("some/encoder", f"http://127.0.0.1:{listener.getsockname()[1]}", tmp_path)
+    assert out["seconds"] < 5 and "model_name_or_path='some/encoder'" in out["error"]
+    for word in ("no answer from", "name a folder", "HF_HOME", "--model_name_or_path sample"):
+        assert word in out["error"]
+    assert "Traceback" not in out["stderr"]
+
+
 def black_hole():
     """A port that takes connections and never answers."""
     listener = socket.socket()

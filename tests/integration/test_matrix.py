@@ -15,7 +15,7 @@ from tests.tiny import tiny_folder
 pytestmark = pytest.mark.full
 
 
-@pytest.mark.parametrize("method", ["tmp", "lora", "full"])
+@pytest.mark.parametrize("method", ["prunadapt", "tmp", "lora", "full"])
 @pytest.mark.parametrize("model_type", TRAINABLE)
 def test_every_family_with_every_method(base, tmp_path, model_type, method):  # noqa: F811
     report = run(base, tmp_path / "out", model_type=model_type, method=method)
@@ -28,6 +28,14 @@ def test_every_family_with_every_method(base, tmp_path, model_type, method):  # 
 def test_every_shipped_ds_config(base, tmp_path, stage, method):  # noqa: F811
     report = run(base, tmp_path / "out", method=method, ds_config=ROOT / "ds_configs" / f"zero{stage}.json")
     assert report["zero_stage"] == stage and report["status"] == "complete"
+
+
+@pytest.mark.parametrize("shrink", ["always", "never"])
+def test_offloading_to_the_cpu(base, tmp_path, shrink):  # noqa: F811
+    """DeepSpeed's own Adam on the CPU; parameters leave the accelerator between uses."""
+    file = ROOT / "ds_configs" / "zero3_offload_cpu.json"
+    report = run(base, tmp_path / "out", model_type="llama", ds_config=file, shrink=shrink)
+    assert report["status"] == "complete" and report["zero_stage"] == 3
 
 
 @pytest.mark.parametrize("budget", ["params", "macs"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prunadapt_ds.budget import PruningPlan, decide, max_sparsity
 from prunadapt_ds.errors import UserError
-from prunadapt_ds.models.structure import Structure, SubLayer
+from prunadapt_ds.models.structure import Structure, SubLayer, with_outer_floor
 
 pytestmark = pytest.mark.fast
 
@@ -84,6 +84,14 @@ def test_floors_are_kept(s, seed, heads, neurons):
         return
     assert counts["heads"] >= min(heads, s.sublayers[0].num_units)
     assert counts["neurons"] >= min(neurons, s.sublayers[1].num_units)
+
+
+def test_outer_layers_keep_their_share():
+    s = with_outer_floor(structure(layers=4, heads=4, neurons=16), 0.5)
+    counts = decide(torch.ones(s.num_units), s, max_sparsity(s, "params")).counts()
+    assert [(c["heads"], c["neurons"]) for c in counts] == [(2, 8), (0, 0), (0, 0), (2, 8)]
+    with pytest.raises(UserError, match="at most"):
+        decide(torch.ones(s.num_units), s, max_sparsity(structure(layers=4, heads=4, neurons=16), "params"))
 
 
 def test_ranking_is_global_over_layers_and_kinds():

@@ -30,7 +30,7 @@ def test_tables_agree():
 def test_defaults():
     config = parse([])
     assert config.uses_sample and config.data.task_name == "sample"
-    assert config.prune.target_sparsity == 0.5 and config.train.learning_rate == 1e-3
+    assert config.prune.target_sparsity == 0.5 and config.train.learning_rate is None
     assert json.dumps(config.to_dict())
 
 
@@ -75,14 +75,19 @@ def test_every_choice_suggests(name):
         (["--method", "lora", "--score_only"], "score_only"),
         (["--method", "tmp", "--save_scores"], "save_scores"),
         (["--train_file", "a.csv", "--validation_file", "b.csv", "--test_file", "c.csv"], "test_file"),
+        (["--method", "lora", "--uniform"], "uniform"),
+        (["--export_formats", "uniform"], "export_formats"),
+        (["--uniform", "--keep_in_outer_layers", "0.5"], "keep_in_outer_layers"),
+        (["--method", "lora", "--keep_in_outer_layers", "0.5"], "keep_in_outer_layers"),
+        (["--export_formats", "adapter"], "export_formats"),
+        (["--export_formats", "compact", "onxx"], "export_formats"),
         (["--prune_start", "0.7"], "prune_start"),
         (["--max_steps", "0"], "max_steps"),
         (["--task_name", "mrpc", "--train_file", "a.csv", "--validation_file", "b.csv"], "task_name"),
         (["--train_file", "a.csv"], "validation_file"),
         (["--validation_file", "a.csv"], "train_file"),
         (["--data_dir", "nowhere", "--task_name", "mrpc"], "data_dir"),
-        (["--checkpoint_steps", "5"], "checkpoint_steps"),
-        (["--resume", "auto"], "resume"),
+        (["--resume", "nowhere"], "resume"),
         (["--gradient_checkpointing", "perhaps"], "gradient_checkpointing"),
         (["--r"], "command line"),
         (["stray"], "command line"),
@@ -91,6 +96,12 @@ def test_every_choice_suggests(name):
 )
 def test_contradictions(argv, field):
     assert field in fields(argv)
+
+
+def test_export_formats():
+    assert parse([]).output.export_formats == ["compact"]
+    assert parse(["--uniform", "--export_formats", "padded"]).output.export_formats == ["compact", "padded", "uniform"]
+    assert parse(["--method", "lora", "--export_formats", "adapter"]).output.export_formats == ["compact", "adapter"]
 
 
 def test_all_at_once():
@@ -123,13 +134,23 @@ def test_the_launcher_rank_is_taken_silently():
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 @pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
-def test_shipped_files_resolve(file, world_size):
-    config = parse(["--ds_config", str(ROOT / "ds_configs" / file), "--gradient_accumulation_steps", "2"])
+def test_shipped_files_resolve(tmp_path, monkeypatch, file, world_size):
+    """Parsed for a machine with CUDA and a disk at nvme_path, and by DeepSpeed's own schema."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    text = (ROOT / "ds_configs" / file).read_text().replace("/local_nvme", str(tmp_path))
+    (tmp_path / file).write_text(text)
+    config = parse(["--ds_config", str(tmp_path / file), "--gradient_accumulation_steps", "2"])
     ds = resolve_ds_config(config, world_size, probe=lambda: True)
     assert "auto" not in json.dumps(ds.values)
     assert ds.values["train_batch_size"] == 64 * world_size == ds.resolved["train_batch_size"]
     assert ds.stage == int(file[4]) and ds.dtype == "bf16"
     assert resolve_ds_config(config, world_size, probe=lambda: False).dtype == "fp32"
+    zero = ds.values["zero_optimization"]
+    found = DeepSpeedZeroConfig(**zero)
+    assert (found.offload_param is not None) == ("offload" in file)
+    assert found.zero_quantized_nontrainable_weights == ("quantized" in file)
 
 
 def ds(tmp_path, values, *argv, world_size=2):
@@ -161,6 +182,16 @@ def ds(tmp_path, values, *argv, world_size=2):
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
             [],
             "zero_optimization.offload_param.device",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nowhere"}}},
+            [],
+            "zero_optimization.offload_param.nvme_path",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            [],
+            "zero_optimization.offload_optimizer.device",
         ),
         ({"zero_optimizaton": {"stage": 3}}, [], "zero_optimizaton"),
         ({"aio": {"block_size": "auto"}}, [], "aio.block_size"),

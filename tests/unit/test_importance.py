@@ -4,21 +4,19 @@ import pytest
 import torch
 
 from prunadapt_ds import adapters, gates
-from prunadapt_ds.importance import CRITERIA, STATISTICS, Recorder, ScoreAverage, WindowSums, criterion
-from prunadapt_ds.models.families import FAMILIES, layout_of
-from prunadapt_ds.models.structure import measure
+from prunadapt_ds.importance import CRITERIA, FORWARD, STATISTICS, Recorder, ScoreAverage, WindowSums, criterion
+from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.objective import sample_losses, task_loss
-from tests.tiny import tiny_model
+from tests.tiny import VARIANTS, layout_and_structure, tiny_model
 
 pytestmark = pytest.mark.fast
-TRAINABLE = [name for name, family in FAMILIES.items() if family.trainable]
+MODELS = [*FAMILIES, *VARIANTS]
 ROWS, TOKENS = 8, 12
 
 
 def gated(model_type, *, activations=True, seed=0):
     model = tiny_model(model_type, num_labels=3, seed=seed)
-    layout = layout_of(FAMILIES[model_type], model.config, model.base_model_prefix)
-    structure = measure(model, layout, TOKENS)
+    layout, structure = layout_and_structure(model, TOKENS)
     torch.manual_seed(seed)
     model.requires_grad_(False)
     adapters.add_lora(model, layout, adapters.target_modules(layout), r=2, lora_alpha=4)
@@ -68,7 +66,7 @@ def assert_same(a: WindowSums, b: WindowSums):
         torch.testing.assert_close(a.sums[name], b.sums[name], rtol=2e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("model_type", TRAINABLE)
+@pytest.mark.parametrize("model_type", MODELS)
 def test_equals_autograd_sample_by_sample(model_type):
     """The slow way: one sample at a time, its own loss at weight 1, autograd's gradient of a mask that is a leaf."""
     model, _, structure, recorder = gated(model_type)
@@ -82,9 +80,8 @@ def test_equals_autograd_sample_by_sample(model_type):
 
     def leaf_mask(gate):
         def forward(x):
-            m = gate.mask.clone().requires_grad_()
-            masks[gate.start] = m
-            return (x.unflatten(-1, (gate.num_units, gate.width)) * ((1 + gate.delta) * m)[:, None]).flatten(2)
+            m = masks.setdefault(gate.start, gate.mask.clone().requires_grad_())  # one leaf, however often it is used
+            return (x.unflatten(-1, (gate.num_units, gate.width)) * ((1 + gate.delta) * m)[:, None]).flatten(-2)
 
         return forward
 
@@ -92,6 +89,7 @@ def test_equals_autograd_sample_by_sample(model_type):
         gate.forward = leaf_mask(gate)
     slow = torch.zeros(2, structure.num_units)
     for row in range(ROWS):
+        masks.clear()
         logits = model(input_ids=input_ids[[row]], attention_mask=attention_mask[[row]]).logits
         loss = sample_losses(
             logits, labels[[row]], is_regression=False, teacher_logits=teacher[[row]], distill_weight=0.5
@@ -103,7 +101,7 @@ def test_equals_autograd_sample_by_sample(model_type):
     assert (fast.sums["grad_sq"][~keep] > 0).any(), "cut units must go on being scored"
 
 
-@pytest.mark.parametrize("model_type", TRAINABLE)
+@pytest.mark.parametrize("model_type", MODELS)
 @pytest.mark.parametrize(
     "chunks, accumulation",
     [
@@ -121,10 +119,12 @@ def test_same_for_every_split(model_type, chunks, accumulation):
     assert_same(whole, record(model, recorder, chunks, accumulation))
 
 
-@pytest.mark.parametrize("model_type", TRAINABLE)
+@pytest.mark.parametrize("model_type", MODELS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_same_under_gradient_checkpointing(model_type, use_reentrant):
     model, _, _, recorder = gated(model_type)
+    if not model.supports_gradient_checkpointing:
+        pytest.skip("transformers cannot recompute this family's blocks")
     whole = record(model, recorder, split(ROWS))
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
     if use_reentrant:
@@ -155,6 +155,23 @@ def test_activations_ignore_padding():
     torch.testing.assert_close(
         recorder.all_reduce().sums["activation_abs"], short.sums["activation_abs"], rtol=1e-4, atol=1e-7
     )
+
+
+def test_powers_of_activations():
+    """Against the inputs of the output projections themselves."""
+    model, layout, _, recorder = gated("llama")
+    seen = []
+    for layer in model.get_submodule(layout.layers):
+        for sub in layout.sublayers:
+            layer.get_submodule(sub.output.path).prune_gate.register_forward_pre_hook(
+                lambda m, args, sub=sub: seen.append(args[0].detach().unflatten(-1, (-1, sub.width)))
+            )
+    found = record(model, recorder, split(ROWS))
+    mask = batch()[1].float()
+    for name, power in FORWARD.items():
+        means = [(x.abs() ** power).mean(3) * mask[:, :, None] for x in seen]
+        wanted = torch.cat([(m.sum(1) / mask.sum(1, keepdim=True)).sum(0) for m in means])
+        torch.testing.assert_close(found.sums[name], wanted, rtol=1e-4, atol=1e-9)
 
 
 def test_gate_gradient_equals_autograd():
@@ -208,11 +225,15 @@ def window(**sums):
 
 
 def test_criteria():
-    assert set(CRITERIA) == {"fisher", "taylor", "magnitude", "random"}
+    assert set(CRITERIA) == {"fisher", "taylor", "outlier", "activation_norm", "magnitude", "random"}
     w = window(grad_sq=[4.0, 8.0], grad_abs=[2.0, 6.0], activation_abs=[1.0, 3.0])
     assert CRITERIA["fisher"].score(w).tolist() == [1.0, 2.0]
     assert CRITERIA["taylor"].score(w).tolist() == [0.5, 1.5]
     assert CRITERIA["magnitude"].score(w).tolist() == [0.25, 0.75]
+    a = window(grad_abs=[2.0, 6.0, 1.0], activation_sq=[4.0, 16.0, 0.0], activation_4th=[12.0, 256.0, 0.0])
+    assert CRITERIA["activation_norm"].score(a).tolist() == [1.0, 2.0, 0.0]
+    # Kurtosis of means 1 and 4, 3 and 64: 3 and 4. A unit that is always 0 has no outliers.
+    assert CRITERIA["outlier"].score(a).tolist() == pytest.approx([0.5 * 3**0.5, 1.5 * 2, 0.25])
     assert torch.equal(CRITERIA["random"].score(w), CRITERIA["random"].score(w))
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -121,6 +123,50 @@ def test_tracker_writes_all_three(tmp_path, capsys):
     assert "train/loss" in events.Tags()["scalars"]
 
 
+def steps_in_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [e.step for e in EventAccumulator(str(folder / "runs")).Reload().Scalars("train/loss")]
+
+
+def test_metrics_go_on_where_the_checkpoint_was(tmp_path):
+    """No line twice, none lost, in the file as in TensorBoard."""
+    tracker = Tracker(tmp_path, 10, enabled=True)
+    for step in (1, 2, 3):
+        tracker.log(step, "dense", {"train/loss": step})
+        if step == 2:
+            size = tracker.metrics_bytes()
+    tracker.close()
+    tracker = Tracker(tmp_path, 10, enabled=True, step=2, metrics_bytes=size)
+    for step in (3, 4):
+        tracker.log(step, "dense", {"train/loss": step})
+    tracker.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4] == steps_in_tensorboard(tmp_path)
+
+
+def test_a_run_goes_on_when_tensorboard_s_folder_vanishes(tmp_path, capsys):
+    tracker = Tracker(tmp_path, 1000, enabled=True)
+    shutil.rmtree(tmp_path / "runs")
+    for step in range(200):
+        tracker.log(step, "dense", {"train/loss": 1.0})
+        if step == 100:
+            time.sleep(0.5)  # its thread has stumbled by now
+    tracker.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 200
+    printed = capsys.readouterr().out
+    assert printed.count("TensorBoard is not written any more") <= 1
+
+
+def test_metrics_that_cannot_be_written_are_told(tmp_path):
+    tracker = Tracker(tmp_path, 10, enabled=True)
+    tracker._file.close()
+    tracker._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    tracker.log(1, "dense", {"train/loss": 1.0})
+    assert "metrics.jsonl" in tracker.problem and "No space left" in tracker.problem
+    tracker.close()
+
+
 def test_other_ranks_write_nothing(tmp_path):
     tracker = Tracker(tmp_path / "out", 10, enabled=False)
     tracker.log(1, "dense", {"train/loss": 1.0})
@@ -138,7 +184,7 @@ def test_matched_and_mismatched_are_both_reported():
     logits = torch.eye(3)
     sets = {"matched": torch.tensor([0, 1, 2]), "mismatched": torch.tensor([0, 0, 0])}
     session = SimpleNamespace(
-        data=SimpleNamespace(task=TASKS["mnli"], is_regression=False, num_labels=3),
+        data=SimpleNamespace(task=TASKS["mnli"], is_regression=False, is_language=False, num_labels=3),
         validation_rows={name: SimpleNamespace(labels=labels) for name, labels in sets.items()},
     )
     found = measures(session, dict.fromkeys(sets, logits))

@@ -6,21 +6,20 @@ import torch
 from prunadapt_ds import adapters, gates
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.export import pruned_tensors
-from prunadapt_ds.models.families import FAMILIES, layout_of
+from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, narrow
-from prunadapt_ds.models.structure import measure
 from prunadapt_ds.resize import resize
-from tests.tiny import tiny_model
+from tests.tiny import VARIANTS, layout_and_structure, tiny_model
 
 pytestmark = pytest.mark.fast
 TOKENS = 10
+MODELS = [*FAMILIES, *VARIANTS]
 
 
 def adapted(model_type, seed=0):
     """A tiny model with LoRA and gates, everything random, biases too."""
     model = tiny_model(model_type, num_labels=3, seed=seed)
-    layout = layout_of(FAMILIES[model_type], model.config, model.base_model_prefix)
-    structure = measure(model, layout, TOKENS)
+    layout, structure = layout_and_structure(model, TOKENS)
     torch.manual_seed(seed)
     adapters.add_lora(model, layout, adapters.target_modules(layout), r=2, lora_alpha=4)
     gates.attach(model, layout, structure)
@@ -31,18 +30,21 @@ def adapted(model_type, seed=0):
 
 
 def plan_of(structure, how):
-    """Unequal counts in every layer, or whole sub-layers gone, or everything."""
+    """Unequal counts in every layer, or whole sub-layers gone, or everything that may go."""
     keep = torch.ones(structure.num_units, dtype=torch.bool)
     generator = torch.Generator().manual_seed(7)
     for i, sub in enumerate(structure.sublayers):
         if how == "unequal":
             keep[sub.span] = torch.rand(sub.num_units, generator=generator) > 0.15 + 0.12 * i
             keep[sub.start + i % sub.num_units] = True
-        elif (how == "no-heads" and sub.kind == "heads" and sub.layer == 1) or (
-            how == "no-neurons" and sub.kind == "neurons" and sub.layer != 1
+        elif (
+            (how == "no-heads" and sub.kind == "heads" and sub.layer == 1)
+            or (how == "no-neurons" and sub.kind == "neurons" and sub.layer != 1)
+            or how == "nothing"
         ):
             keep[sub.span] = False
-    return PruningPlan.from_mask(structure, torch.zeros_like(keep) if how == "nothing" else keep)
+        keep[sub.start + 1 : sub.start + 1 + sub.floor] = True
+    return PruningPlan.from_mask(structure, keep)
 
 
 def inputs():
@@ -53,7 +55,7 @@ def inputs():
 
 
 @pytest.mark.parametrize("how", ["unequal", "no-heads", "no-neurons", "nothing"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 @torch.no_grad()
 def test_masked_equals_resized(model_type, how):
     model, layout, structure = adapted(model_type)
@@ -68,7 +70,7 @@ def test_masked_equals_resized(model_type, how):
 
 
 @pytest.mark.parametrize("how", ["unequal", "no-heads", "no-neurons", "nothing"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 def test_cost_model_counts_what_is_really_left(model_type, how):
     model, layout, structure = adapted(model_type)
     plan = plan_of(structure, how)
@@ -79,25 +81,26 @@ def test_cost_model_counts_what_is_really_left(model_type, how):
     assert PruningPlan.dense(structure).cost("params") == structure.dense_cost("params")
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 def test_macs_are_linear_maps_and_attention(model_type):
-    """Counted by hooks on a dense and a really cut model: weights of every projection times tokens, plus attention."""
+    """Counted on a really cut model: weights of every projection times tokens, plus attention."""
     model, layout, structure = adapted(model_type)
     plan = plan_of(structure, "unequal")
     resize(model, layout, plan)
     gates.detach(model)
-    head_width = layout.sublayers[0].width
+    heads = layout.sublayers[0]
     macs = 0
     for layer, counts in zip(model.get_submodule(layout.layers), plan.counts(), strict=True):
-        macs += 2 * TOKENS * TOKENS * head_width * counts["heads"]
+        macs += TOKENS * (2 * TOKENS + heads.relative_positions) * heads.width * counts["heads"]
         for sub in layout.sublayers:
             for projection in (*sub.inputs, sub.output):
-                macs += TOKENS * layer.get_submodule(projection.path).base_layer.weight.numel()
-    assert macs == plan.cost("macs")
+                if projection.per_token:
+                    macs += TOKENS * layer.get_submodule(projection.path).base_layer.weight.numel()
+    assert macs * layout.passes == plan.cost("macs")
 
 
 @pytest.mark.parametrize("how", ["unequal", "no-heads", "no-neurons", "nothing"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 @torch.no_grad()
 def test_folded_and_narrowed_equals_masked(model_type, how):
     """The export's tensors fit the model that the export's own file builds, and compute the same."""
@@ -112,7 +115,7 @@ def test_folded_and_narrowed_equals_masked(model_type, how):
     torch.testing.assert_close(stock(**inputs()).logits, masked, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", [n for n, f in FAMILIES.items() if f.trainable])
+@pytest.mark.parametrize("model_type", MODELS)
 def test_resized_model_trains(model_type):
     model, layout, structure = adapted(model_type)
     resize(model, layout, plan_of(structure, "unequal"))

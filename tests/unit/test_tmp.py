@@ -49,3 +49,11 @@ def test_fractions_for_other_sizes():
     selection = tmp.select(torch.rand(6, 12, generator=torch.Generator().manual_seed(0)))
     assert int((~selection.keep).sum()) == round(43 / 144 * 72)
     assert sorted(selection.rank_per_layer.values()) == [4, 4, 4, 4, 8, 8]
+
+
+def test_a_layer_keeps_the_heads_it_must():
+    """Without floors the first layer would lose all; it keeps its best, and as many heads go as before."""
+    ranks = torch.arange(12).view(3, 4)
+    assert tmp.select_from_ranks(ranks).keep.sum(1).tolist() == [0, 4, 4]
+    keep = tmp.select_from_ranks(ranks, [1, 0, 0]).keep
+    assert keep.sum(1).tolist() == [1, 3, 4] and keep[0].tolist() == [False, False, False, True]

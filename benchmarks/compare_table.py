@@ -1,0 +1,175 @@
+"""What the results of compare.py say: a table with bootstrap intervals, and the trade-off picture.
+
+A ratio is ours over the base's, task by task. Training time is given in CPU seconds of the busiest rank, which other jobs on the
+machine do not stretch, and in wall seconds, which is what a user waits for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+
+BASE = "peft"
+ENOUGH = 0.97  # of the base's final score: how long until it is reached
+BOOTSTRAPS = 2000
+Results = dict[str, dict[str, list[dict]]]  # by task and method, a dictionary per seed
+
+
+def load(folder: Path, tasks: Sequence[str], methods: Sequence[str]) -> Results:
+    return {
+        t: {m: [json.loads(p.read_text()) for p in sorted(folder.glob(f"{t}-{m}-*.json"))] for m in methods}
+        for t in tasks
+    }
+
+
+def score(task: str, predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The task's mean measure, quickly: the bootstrap asks for it thousands of times."""
+    if task == "stsb":
+        from scipy.stats import rankdata
+
+        ranks = np.corrcoef(rankdata(predictions), rankdata(labels))[0, 1]
+        return float(np.corrcoef(predictions, labels)[0, 1] + ranks) / 2
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    if task == "cola":
+        return float(matthews_corrcoef(labels, predictions))
+    accuracy = float((predictions == labels).mean())
+    return (accuracy + float(f1_score(labels, predictions))) / 2 if task in ("mrpc", "qqp") else accuracy
+
+
+def bootstrap(task: str, ours: list[dict], base: list[dict]) -> np.ndarray:
+    """(scores of ours, scores of the base): float [2, BOOTSTRAPS], over examples and seeds.
+
+    Paired where both hold their predictions in the same order; a run that does not is drawn on its own, which is wider.
+    """
+    generator = np.random.default_rng(0)
+    sides = [[(np.array(run["predictions"]), np.array(run["labels"])) for run in runs] for runs in (ours, base)]
+    size = len(base[0]["labels"])
+    paired = all(np.array_equal(labels, sides[1][0][1]) for runs in sides for _, labels in runs)
+    drawn = np.zeros((2, BOOTSTRAPS))
+    for i in range(BOOTSTRAPS):
+        together = generator.integers(0, size, size)
+        for side, runs in enumerate(sides):
+            rows = together if paired else generator.integers(0, size, size)
+            chosen = [runs[j] for j in generator.integers(0, len(runs), len(runs))]
+            drawn[side, i] = mean(score(task, predictions[rows], labels[rows]) for predictions, labels in chosen)
+    return drawn
+
+
+def seconds_until(run: dict, level: float) -> float | None:
+    """Training seconds until the development score first reached `level`; None where it was not followed or never did."""
+    return next((seconds for _, seconds, found in run.get("scores", ()) if found >= level), None)
+
+
+def table(results: Results, methods: Sequence[str]) -> str:
+    """Markdown: a line per task and method over the seeds that are there, then one per method over all tasks."""
+    lines = [
+        "| task | method | seeds | score | of peft | 95 % interval | train time (CPU) | train time (wall) | last step (CPU) "
+        "| until 97 % | live memory after / before | peak | parameters | MACs | latency, batch 32 |",
+        "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    drawn: dict[str, list[np.ndarray]] = {m: [] for m in methods}
+    for task, runs in results.items():
+        for method in (m for m in methods if runs[m]):
+            both = bootstrap(task, runs[method], runs[BASE]) if runs[BASE] else None
+            if both is not None:
+                drawn[method].append(both)
+            lines.append(_row(task, method, runs[method], runs[BASE], both))
+    for method, parts in drawn.items():
+        if parts and len(parts) == len(results):
+            lines.append(_average(method, [(runs[method], runs[BASE]) for runs in results.values()], parts))
+    return "\n".join(lines) + "\n"
+
+
+def _row(task: str, method: str, found: list[dict], base: list[dict], both: np.ndarray | None) -> str:
+    def ratio(key: str, base_key: str | None = None) -> str:
+        values = [r.get(key) for r in found], [r.get(base_key or key) for r in base]
+        if not base or None in values[0] or None in values[1]:
+            return "-"
+        return f"{mean(values[0]) / mean(values[1]):.2f}"
+
+    def share(key: str) -> str:
+        return f"{mean(r[key] for r in found):.2f}" if key in found[0] else "1.00"
+
+    scores = [100 * r["metric"]["score"] for r in found]
+    spread = f" ± {np.std(scores):.1f}" if len(scores) > 1 else ""
+    cells = [task, method, str(len(found)), f"{mean(scores):.1f}{spread}", *_of_base(scores, base, both)]
+    cells += [ratio("train_cpu_s"), ratio("train_s"), ratio("last_step_cpu_s", "step_cpu_s"), _until(found, base)]
+    cells += [f"{ratio('live_after', 'live_bytes')} / {ratio('live_bytes')}", ratio("peak_bytes")]
+    return "| " + " | ".join([*cells, share("params"), share("macs"), share("latency")]) + " |"
+
+
+def _of_base(scores: list[float], base: list[dict], both: np.ndarray | None) -> list[str]:
+    if both is None:
+        return ["-", "-"]
+    ratio = mean(scores) / mean(100 * r["metric"]["score"] for r in base)
+    return [f"{ratio:.3f}", _interval(both)]
+
+
+def _interval(both: np.ndarray) -> str:
+    low, high = np.nanpercentile(both[0] / both[1], [2.5, 97.5])
+    return f"{low:.3f} to {high:.3f}"
+
+
+def _until(found: list[dict], base: list[dict]) -> str:
+    """Training seconds to 97 % of the base's final score, over the base's own, on the seeds where both were followed."""
+    ratios = []
+    for run in found:
+        other = next((b for b in base if b["seed"] == run["seed"]), None)
+        if other is None:
+            continue
+        level = ENOUGH * other["metric"]["score"]
+        ours, theirs = seconds_until(run, level), seconds_until(other, level)
+        if ours is not None and theirs is not None:
+            ratios.append(ours / theirs)
+    return f"{mean(ratios):.2f}" if ratios else "-"
+
+
+def _average(method: str, pairs: list[tuple[list[dict], list[dict]]], parts: list[np.ndarray]) -> str:
+    """Mean score over the tasks; other columns are means of the tasks' ratios."""
+
+    def scores(runs: list[dict]) -> float:
+        return 100 * mean(r["metric"]["score"] for r in runs)
+
+    def ratio(key: str) -> str:
+        values = [(mean(r[key] for r in a), mean(r[key] for r in b)) for a, b in pairs if key in a[0] and key in b[0]]
+        return f"{mean(x / y for x, y in values):.2f}" if len(values) == len(pairs) else "-"
+
+    ours, base = mean(scores(a) for a, _ in pairs), mean(scores(b) for _, b in pairs)
+    seeds = str(min(len(a) for a, _ in pairs))
+    cells = ["**average**", method, seeds, f"{ours:.1f}", f"{ours / base:.3f}", _interval(np.mean(parts, axis=0))]
+    return "| " + " | ".join([*cells, ratio("train_cpu_s"), ratio("train_s"), *["-"] * 7]) + " |"
+
+
+def draw(results: Results, methods: Sequence[str], path: Path) -> None:
+    """Score against latency and against training time (CPU seconds), relative to the base, a line per task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for (task, runs), marker in zip(results.items(), "osD^vP*X<", strict=False):
+        base, points = runs[BASE], []
+        for found in (runs[m] for m in methods if m.startswith("ours@") and runs[m] and base):
+            quality, seconds = (
+                mean(key(r) for r in found) / mean(key(r) for r in base)
+                for key in (lambda r: r["metric"]["score"], lambda r: r.get("train_cpu_s", r["train_s"]))
+            )
+            points.append((mean(r["latency"] for r in found), seconds, quality))
+        points.sort()
+        for axis, i in zip(axes, (0, 1), strict=True) if points else ():
+            axis.plot([p[i] for p in points], [p[2] for p in points], marker=marker, label=task)
+    for axis, name in zip(axes, ("latency / dense model's", "training time / PEFT LoRA's"), strict=True):
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set_xlabel(name)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("score / PEFT LoRA's")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,188 @@
+"""Ranks and model sizes: bytes a rank holds, bytes it sends in a step, seconds of a step; dense, and after a cut.
+
+    python benchmarks/scaling.py [--ranks 1 2 4] [--sizes sample base large] [--sparsity 0.6]
+
+Bytes are counted, not estimated: what lives on the busiest rank, and every collective of DeepSpeed's during one step (ring
+algorithms: an all-gather of n shards sends n - 1 of them, an all-reduce twice (n - 1) / n of its tensor). `base` and `large` are
+random weights in BERT's usual shapes. Results that are there already are kept; a picture and a table are drawn from all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = {"base": (12, 768), "large": (24, 1024)}  # layers, hidden size; heads of 64, 4 * hidden neurons
+STEPS = 6
+
+
+def model_folder(size: str, work: Path) -> str:
+    """A checkpoint of that size with the sample's tokenizer; `sample` is the sample itself."""
+    if size == "sample":
+        return size
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from prunadapt_ds.backbone import locate
+
+    folder, (layers, hidden) = work / size, SHAPES[size]
+    if not (folder / "config.json").exists():
+        config = BertConfig(
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            num_attention_heads=hidden // 64,
+            intermediate_size=4 * hidden,
+        )
+        BertModel(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(locate("sample")).save_pretrained(folder)
+    return str(folder)
+
+
+class Traffic:
+    """Bytes this rank sends in DeepSpeed's collectives between two calls of `take`."""
+
+    def __init__(self) -> None:
+        import deepspeed
+
+        deepspeed.comm.configure(enabled=True, prof_all=True)
+        self.logger = deepspeed.comm.comm.comms_logger
+        self.take()
+
+    def take(self) -> dict[str, int]:
+        from prunadapt_ds.distributed import world_size
+
+        n, sent = world_size(), {}
+        for name, by_size in self.logger.comms_dict.items():
+            factor = 2 * (n - 1) / n if "all_reduce" in name else n - 1
+            sent[name] = int(sum(factor * size * entry[0] for size, entry in by_size.items()))
+        self.logger.comms_dict.clear()
+        return sent
+
+
+def measure(argv: list[str], result: Path) -> None:
+    """On every rank: some dense steps, a cut of the whole way, some steps after it; rank 0 writes what was counted."""
+    import torch
+
+    from prunadapt_ds import distributed, engine, finish, train
+    from prunadapt_ds.budget import decide
+    from prunadapt_ds.config import parse
+
+    session = train.setup(parse(argv))
+    train.add_trainables(session)
+    traffic, found = Traffic(), {}
+    for phase in ("dense", "after"):
+        seconds = []
+        for step in range(STEPS):
+            start = time.perf_counter()
+            with train.watched(session, step):
+                train.train_step(session, step, record=phase == "dense")
+            seconds.append(time.perf_counter() - start)
+            sent = traffic.take()
+        found[phase] = {
+            "step_s": median(seconds[2:]),
+            "sent_bytes": sum(sent.values()),
+            "sent_by": {name: size for name, size in sent.items() if size},
+            "live_bytes": int(distributed.dist_max(session.live())),
+            "frozen_bytes": int(distributed.dist_max(engine.frozen_shard_bytes(session.model))),
+        }
+        if phase == "dense":
+            scores = session.recorder.all_reduce().mean("grad_sq")
+            start = time.perf_counter()
+            session.plan = decide(scores, session.backbone.structure, session.config.prune.target_sparsity)
+            train.shrink_model(session)
+            found["rebuild_s"] = time.perf_counter() - start
+    session.tracker.close()
+    if distributed.rank() == 0:
+        device = finish.device_name(session.device)
+        found |= {"ranks": distributed.world_size(), "device": device, "torch": torch.__version__}
+        result.write_text(json.dumps(found, indent=1) + "\n")
+    distributed.shutdown()
+
+
+def draw(results: Path) -> str:
+    """The table, and a picture of bytes and seconds against ranks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = [(p.stem.rsplit("-", 1)[0], json.loads(p.read_text())) for p in sorted(results.glob("*.json"))]
+    lines = [
+        "| model | ranks | frozen MiB per rank | live MiB per rank, dense / after | MiB sent per step, dense / after "
+        "| step s, dense / after | rebuild s |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    for size in dict.fromkeys(name for name, _ in found):
+        rows = sorted((r for name, r in found if name == size), key=lambda r: r["ranks"])
+        for r in rows:
+            pairs = [[r[phase][key] for phase in ("dense", "after")] for key in ("live_bytes", "sent_bytes", "step_s")]
+            live, sent = ([value / 2**20 for value in pair] for pair in pairs[:2])
+            cells = [size, str(r["ranks"]), f"{r['dense']['frozen_bytes'] / 2**20:.1f}"]
+            cells += [f"{live[0]:.0f} / {live[1]:.0f}", f"{sent[0]:.1f} / {sent[1]:.1f}"]
+            cells += [f"{pairs[2][0]:.2f} / {pairs[2][1]:.2f}", f"{r['rebuild_s']:.1f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        for axis, key, scale in zip(axes, ("live_bytes", "sent_bytes"), (2**20, 2**20), strict=True):
+            for phase, style in (("dense", "-o"), ("after", "--s")):
+                x, y = [r["ranks"] for r in rows], [r[phase][key] / scale for r in rows]
+                axis.plot(x, y, style, label=f"{size}, {phase}")
+    for axis, name in zip(axes, ("live MiB per rank", "MiB sent per rank and step"), strict=True):
+        axis.set_xlabel("ranks")
+        axis.set_ylabel(name)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(results / "scaling.png", dpi=120)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--sizes", nargs="+", choices=["sample", *SHAPES], default=["sample", "base", "large"])
+    parser.add_argument("--sparsity", type=float, default=0.6)
+    parser.add_argument("--batch_size", type=int, default=32, help="of all ranks together")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/scaling")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs/scaling")
+    parser.add_argument("--dry_run", action="store_true")
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    todo = [(s, n) for s in args.sizes for n in args.ranks if not (args.results / f"{s}-{n}.json").exists()]
+    if args.dry_run:
+        print("\n".join(f"{size} on {n} ranks" for size, n in todo) + f"\n{len(todo)} runs, about 2 minutes each")
+        return
+    for size, n in todo:
+        options = [
+            "--model_name_or_path",
+            model_folder(size, args.work_dir),
+            "--output_dir",
+            str(args.work_dir / "out"),
+        ]
+        options += ["--ds_config", str(ROOT / "ds_configs/zero3.json"), "--target_sparsity", str(args.sparsity)]
+        options += ["--per_device_train_batch_size", str(args.batch_size // n)]
+        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(n)]
+        command = [*launcher, __file__, "--measure", str(args.results / f"{size}-{n}.json"), *options]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
+        print(f"{size} on {n} ranks: {'done' if code == 0 else f'failed with exit code {code}'}", flush=True)
+    text = draw(args.results)
+    (args.results / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    if words[:1] == ["--measure"]:
+        from prunadapt_ds.cli import prepare_environment
+
+        prepare_environment()
+        measure(words[2:], Path(words[1]))
+    else:
+        main()

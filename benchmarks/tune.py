@@ -1,0 +1,175 @@
+"""The search behind the defaults: variants of ours on folds of the *train* split; no development set is ever seen.
+
+    python benchmarks/tune.py --data_dir GLUE [--tasks ...] [--variants NAME ...] [--fold 0] [--workers 2]
+
+One rank per run, no ZeRO (a loss curve does not depend on either), `--workers` runs side by side. Each run leaves one JSON file in
+results/tuning; what is there already is not run again. The table at the end has a line per variant, means over the tasks.
+"""
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDS = 5
+FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B"}  # official names
+PATHS = ("--data_dir", "--output_dir", "--ds_config")
+BASE = {"num_train_epochs": 3, "per_device_train_batch_size": 32, "ds_config": str(ROOT / "ds_configs/zero0.json")}
+PLAIN = {  # what the search began with
+    "target_sparsity": 0.8,
+    "learning_rate": 1e-3,
+    "train_norms": False,
+    "teacher_window": 0,
+    "distill_fades": False,
+}
+NORMS = {**PLAIN, "train_norms": True, "learning_rate": 2e-3, "distill_weight": 0}
+MEAN = {
+    "target_sparsity": 0.8,
+    "learning_rate": 2e-3,
+    "train_norms": True,
+    "teacher_window": 0.6,
+    "distill_fades": True,
+}
+LORA = {"method": "lora", "learning_rate": 1e-3}
+VARIANTS: dict[str, dict[str, object]] = {
+    "lora": LORA,
+    "lora-2e-3": {**LORA, "learning_rate": 2e-3},
+    "lora-batch16": {**LORA, "per_device_train_batch_size": 16},
+    "lora-5epochs": {**LORA, "num_train_epochs": 5},
+    "plain": PLAIN,
+    "level-rate": {**PLAIN, "lr_scheduler_type": "warmup_stable_decay"},
+    "no-teacher": {**PLAIN, "distill_weight": 0},
+    "no-teacher-masked": {**PLAIN, "distill_weight": 0, "shrink": "never"},
+    "fades": {**PLAIN, "distill_fades": True},
+    "fades-norms-2e-3": {**PLAIN, "distill_fades": True, "train_norms": True, "learning_rate": 2e-3},
+    "fades-norms-2e-3-5epochs": {
+        **PLAIN,
+        "distill_fades": True,
+        "train_norms": True,
+        "learning_rate": 2e-3,
+        "num_train_epochs": 5,
+    },
+    "norms-2e-3": NORMS,
+    "norms-2e-3-early": {**NORMS, "prune_start": 0.05, "prune_end": 0.45},
+    "norms-2e-3-r16": {**NORMS, "r": 16, "lora_alpha": 32},
+    "norms-4e-3": {**NORMS, "learning_rate": 4e-3},
+    "norms-batch16": {**NORMS, "learning_rate": 1e-3, "per_device_train_batch_size": 16},
+    "mean-teacher": MEAN,
+    "mean-teacher-1e-3": {**MEAN, "learning_rate": 1e-3},
+    "mean-teacher-3e-3": {**MEAN, "learning_rate": 3e-3},
+    "mean-teacher-level-rate": {**MEAN, "lr_scheduler_type": "warmup_stable_decay"},
+    "mean-teacher-stays": {**MEAN, "distill_fades": False},
+    "mean-teacher-stays@0.6": {**MEAN, "target_sparsity": 0.6, "distill_fades": False},
+    "mean-teacher@0.6": {**MEAN, "target_sparsity": 0.6},
+}
+
+
+def fold_folder(data_dir: Path, work: Path, task: str, fold: int) -> Path:
+    """The task in the official layout with a fold of its training examples as development set."""
+    target = work / f"fold{fold}" / FOLDERS[task]
+    target.mkdir(parents=True, exist_ok=True)
+    lines = (data_dir / FOLDERS[task] / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    header, rows = ([], lines) if task == "cola" else (lines[:1], lines[1:])
+    for name, inside in (("train", lambda i: i % FOLDS != fold), ("dev", lambda i: i % FOLDS == fold)):
+        text = "".join(header + [row for i, row in enumerate(rows) if inside(i)])
+        (target / f"{name}.tsv").write_text(text, encoding="utf-8")
+    return target.parent
+
+
+def one_run(argv: list[str], result: Path) -> None:
+    """Inside a worker's process: train without export, write the last step's score on the fold."""
+    from prunadapt_ds.cli import prepare_environment
+
+    prepare_environment()
+    from prunadapt_ds import train
+    from prunadapt_ds.config import parse
+
+    session = train.setup(parse(argv))
+    train.add_trainables(session)
+    train.fit(session)
+    metrics, _ = train.evaluate(session)
+    found = {"metric": metrics, "teacher": session.report["metric"]["teacher"], "seconds": session.seconds}
+    options = {name[2:]: value for name, value in zip(argv[::2], argv[1::2], strict=True) if name not in PATHS}
+    result.write_text(json.dumps({**found, "options": options, "counts": session.plan.counts()}) + "\n")
+
+
+def work_off(todo: queue.Queue, args: argparse.Namespace) -> None:
+    while True:
+        try:
+            task, variant, seed, result = todo.get_nowait()
+        except queue.Empty:
+            return
+        folder = fold_folder(Path(args.data_dir), args.work_dir, task, args.fold)
+        options = {**BASE, **VARIANTS[variant], "task_name": task, "data_dir": folder, "seed": seed}
+        options["output_dir"] = args.work_dir / result.stem
+        argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, __file__, "--one_run", str(result), *argv]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        log = args.work_dir / f"{result.stem}.log"
+        with log.open("w") as file:
+            code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+        print(f"{result.stem}: {'done' if code == 0 else f'failed, see {log}'}", flush=True)
+
+
+def table(results: Path, tasks: list[str]) -> str:
+    """Scores in percent by variant and task (mean over seeds and folds), their mean, and training seconds of `lora` for one."""
+    header = f"| variant | {' | '.join(tasks)} | mean | runs |\n|---|{'---:|' * (len(tasks) + 2)}"
+    lines = [header]
+    for variant in VARIANTS:
+        by_task = {
+            t: [json.loads(p.read_text())["metric"]["score"] for p in results.glob(f"{t}-{variant}-f*.json")]
+            for t in tasks
+        }
+        if not any(by_task.values()):
+            continue
+        means = {t: 100 * mean(v) for t, v in by_task.items() if v}
+        cells = [f"{means[t]:.1f}" if t in means else "" for t in tasks]
+        whole = f"{mean(means.values()):.2f}" if len(means) == len(tasks) else ""
+        lines.append(f"| {variant} | {' | '.join(cells)} | {whole} | {sum(map(len, by_task.values()))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--tasks", nargs="+", default=["stsb", "mrpc", "cola", "rte"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/tuning")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs/tuning")
+    parser.add_argument("--dry_run", action="store_true")
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    todo: queue.Queue = queue.Queue()
+    for seed in args.seeds:
+        for variant in args.variants:
+            for task in args.tasks:
+                result = args.results / f"{task}-{variant}-f{args.fold}-s{seed}.json"
+                if not result.exists():
+                    todo.put((task, variant, seed, result))
+    if args.dry_run:
+        print("\n".join(item[3].stem for item in todo.queue) + f"\n{todo.qsize()} runs, about 4 minutes each")
+        return
+    workers = [threading.Thread(target=work_off, args=(todo, args)) for _ in range(args.workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    text = table(args.results, args.tasks)
+    (args.results / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one_run"]:
+        one_run(sys.argv[3:], Path(sys.argv[2]))
+    else:
+        main()

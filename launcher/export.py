@@ -1,0 +1,12 @@
+"""Other formats from a finished run: `python launcher/export.py --run_dir outputs --export_formats padded uniform`."""
+
+import sys
+
+from prunadapt_ds.cli import prepare_environment
+
+prepare_environment()  # before torch and deepspeed are imported
+
+from prunadapt_ds.reexport import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The adapter of an unpruned run as a folder that PEFT loads onto the base model: LoRA matrices and the trained head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prunadapt_ds.adapters import ADAPTER, is_lora
+from prunadapt_ds.backbone import Backbone
+from prunadapt_ds.distributed import on_rank_0, rank
+from prunadapt_ds.engine import gathered
+from prunadapt_ds.export import auto_class_for
+from prunadapt_ds.files import whole_folder
+
+PREFIX = "base_model.model."  # PEFT's name for the model below its wrapper
+
+
+def write(backbone: Backbone, base: str, targets: list[str], lora: Any, folder: Path) -> None:
+    """`adapter_config.json` and `adapter_model.safetensors`, fp32. Rank 0 writes, all ranks must call.
+
+    base: the folder or hub id that the adapter belongs to. lora: the run's LoRA options. Complete or not at all.
+    """
+    tensors = {PREFIX + name: value for name, value in _trained(backbone)}
+    on_rank_0(f"writing the export {folder}", lambda: _write(backbone, base, targets, lora, folder, tensors))
+
+
+def _write(
+    backbone: Backbone, base: str, targets: list[str], lora: Any, folder: Path, tensors: dict[str, Tensor]
+) -> None:
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=list(targets),
+        fan_in_fan_out=any(m.fan_in_fan_out for m in backbone.model.modules() if is_lora(m)),
+        modules_to_save=saved_modules(backbone) or None,
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    with whole_folder(folder) as unfinished:
+        config.save_pretrained(str(unfinished))
+        save_file(tensors, unfinished / "adapter_model.safetensors", {"format": "pt"})
+        backbone.tokenizer.save_pretrained(unfinished)
+
+
+def saved_modules(backbone: Backbone) -> list[str]:
+    """Modules that are saved whole: the record's head, and whatever else trains."""
+    heads = [name for name in backbone.family.head if any(n.startswith(name + ".") for n in backbone.head_names)]
+    others = {name.rpartition(".")[0] for name in _plain_trainables(backbone)}
+    return heads + sorted(o for o in others if not any(f"{o}.".startswith(f"{h}.") for h in heads))
+
+
+def _plain_trainables(backbone: Backbone) -> list[str]:
+    return [n for n, p in backbone.model.named_parameters() if p.requires_grad and "lora_" not in n]
+
+
+def _trained(backbone: Backbone) -> list[tuple[str, Tensor]]:
+    """Name and fp32 tensor of everything PEFT has to know, on the CPU of rank 0. Collective."""
+    parts = tuple(f"{name}." for name in saved_modules(backbone))
+    found = []
+    for name, parameter in backbone.model.named_parameters():
+        if "lora_" not in name and not name.startswith(parts):
+            continue
+        with gathered([parameter]):
+            if rank() == 0:
+                found.append((name.replace(f".{ADAPTER}.", "."), parameter.detach().float().cpu().clone()))
+    return found
+
+
+def base_of(backbone: Backbone, folder: Path) -> dict[str, Any]:
+    """What a stranger needs to load the base model: its name, and the numbers of labels and of the padding token."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return {
+        "model": config["base_model_name_or_path"],
+        "auto_class": auto_class_for(type(backbone.model).__name__),
+        "num_labels": backbone.model.config.num_labels,
+        "pad_token_id": backbone.model.config.pad_token_id,
+    }

@@ -1,0 +1,132 @@
+"""Checkpoints on disk: one folder each, whole or absent, checked before they are believed.
+
+    checkpoints/step-120/tensors.safetensors    named tensors
+    checkpoints/step-120/checkpoint.json        everything else, with size and sha256 of the tensors and of itself
+
+Both are written to a folder of another name, forced to the disk, and renamed. Nothing here knows what is saved, or of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prunadapt_ds.files import sync
+from prunadapt_ds.watchdog import milestone
+
+FORMAT = 1
+PREFIX = "step-"
+TENSORS, STATE = "tensors.safetensors", "checkpoint.json"
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was written; the message says how."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An intact checkpoint: where it is, and its JSON part."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+    def tensors(self) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / TENSORS)
+
+
+def write(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
+    """Add the checkpoint of `step` to `root` and keep the newest `keep` of those up to it. Raises OSError.
+
+    Later ones go: who went back to this step writes them anew.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    target, unfinished = root / f"{PREFIX}{step}", root / f".{PREFIX}{step}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
+        milestone(f"checkpoint-{step}/half written")
+        sync(unfinished / TENSORS)
+        content = {"format": FORMAT, "step": step, **state, "files": {TENSORS: _identity(unfinished / TENSORS)}}
+        content = json.loads(json.dumps(content))  # as it will be read, keys of numbers become text
+        (unfinished / STATE).write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")
+        sync(unfinished / STATE)
+        sync(unfinished)
+        discard(target)
+        unfinished.rename(target)
+        sync(root)
+    except SafetensorError as error:  # its way of saying that the disk is full
+        raise OSError(None, str(error)) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for old in [c for c in listed(root) if c[0] != step and (c[0] > step or c[0] not in _newest(root, step, keep))]:
+        discard(old[1])
+    return target
+
+
+def _newest(root: Path, step: int, keep: int) -> list[int]:
+    return [number for number, _ in listed(root) if number <= step][:keep]
+
+
+def listed(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of what look like checkpoints, newest first."""
+    names = [(p.name.removeprefix(PREFIX), p) for p in root.glob(f"{PREFIX}*")]
+    return sorted(((int(number), path) for number, path in names if number.isdigit()), reverse=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint: gone at once by name, so that none is ever found half removed."""
+    if folder.exists():
+        leaving = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(leaving, ignore_errors=True)
+        folder.rename(leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, every byte of it checked. Raises Damaged."""
+    try:
+        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        digest = content.pop("sha256")
+        if digest != _digest(content):
+            raise Damaged(f"{STATE} was changed")
+        for name, identity in content["files"].items():
+            if _identity(folder / name) != identity:
+                raise Damaged(f"{name} was cut short or changed")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{STATE} cannot be read ({type(error).__name__})") from error
+    if content["format"] != FORMAT:
+        raise Damaged(f"has format {content['format']}; this version reads {FORMAT}")
+    return Checkpoint(folder, content["step"], content)
+
+
+def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest intact checkpoint below `root`, and a line about each damaged one that was newer."""
+    damaged: list[str] = []
+    for _, folder in listed(root):
+        try:
+            return read(folder), damaged
+        except Damaged as error:
+            damaged.append(f"{folder}: {error}; skipped")
+    return None, damaged
+
+
+def _identity(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,107 @@
+"""Text for language modelling: a plain text file, or prompts with responses, of which the responses alone are learnt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunadapt_ds.data.readers import Columns, check_exists, read_columns, read_text
+from prunadapt_ds.data.tasks import Task, TaskData
+from prunadapt_ds.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # label of a token that is not learnt
+NAME = "causal_lm"
+
+
+def load_language(config: Any) -> TaskData:
+    """Datasets with columns prompt and response, or text; index. `config`: the data options.
+
+    A .txt file is one text; csv, tsv, jsonl and parquet have the columns prompt and response, or text. Raises UserError
+    with the problems of both files.
+    """
+    from datasets import Dataset
+
+    problems: list[Problem] = []
+    splits: dict[str, Columns] = {}
+    for field in ("train_file", "validation_file"):
+        try:
+            splits[field] = _columns(field, getattr(config, field))
+        except UserError as error:
+            problems += error.problems
+    if not problems and splits["train_file"].keys() != splits["validation_file"].keys():
+        remedy = f"has columns {', '.join(splits['validation_file'])}, train_file {', '.join(splits['train_file'])}"
+        problems.append(Problem("validation_file", config.validation_file, remedy))
+    if problems:
+        raise UserError(problems)
+
+    def dataset(columns: Columns, most: int | None) -> Dataset:
+        rows = {name: values[:most] for name, values in columns.items()}
+        return Dataset.from_dict({**rows, "index": list(range(len(next(iter(rows.values())))))})
+
+    train = dataset(splits["train_file"], config.max_train_samples)
+    validation = {"validation": dataset(splits["validation_file"], config.max_eval_samples)}
+    task = Task(NAME, None, next(iter(splits["train_file"])), None, (), ("perplexity",))
+    return TaskData(task, train, validation, None, (), 0, is_regression=False, is_language=True)
+
+
+def _columns(field: str, path: str) -> Columns:
+    if Path(path).suffix.lower() == ".txt":
+        check_exists(field, Path(path))
+        return {"text": [read_text(field, Path(path))]}
+    columns = read_columns(field, path)
+    names = ("prompt", "response") if "response" in columns else ("text",)
+    missing = [name for name in names if name not in columns]
+    if missing:
+        found = ", ".join(map(repr, columns))
+        remedy = f"needs the columns prompt and response, or text (found {found}); or give a .txt file"
+        raise UserError(Problem(field, path, remedy))
+    for name in names:
+        for row, text in enumerate(columns[name], start=1):
+            if not isinstance(text, str) or (name != "prompt" and not text.strip()):
+                raise UserError(Problem(field, path, f"row {row}: {name} is {text!r}; write a text"))
+    return {name: columns[name] for name in names}
+
+
+def tokenize_language(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
+    """Columns input_ids, attention_mask, labels (a list for each row; `IGNORED` where nothing is learnt).
+
+    Texts are joined and cut into blocks of `max_seq_length`. A response ends with the end-of-sequence token; what is too
+    long loses the beginning of its prompt first, then the end of its response.
+    """
+    from datasets import Dataset
+
+    if "response" in dataset.column_names:
+        pairs = zip(dataset["prompt"], dataset["response"], strict=True)
+        rows = [_instruction(prompt, response, tokenizer, max_seq_length) for prompt, response in pairs]
+    else:
+        rows = [(block, block) for block in _blocks(dataset["text"], tokenizer, max_seq_length)]
+    if not rows:
+        raise UserError(Problem("train_file", "text", "holds fewer than two tokens; give more text"))
+    return Dataset.from_dict(
+        {
+            "input_ids": [ids for ids, _ in rows],
+            "attention_mask": [[1] * len(ids) for ids, _ in rows],
+            "labels": [labels for _, labels in rows],
+        }
+    )
+
+
+def _instruction(prompt: str, response: str, tokenizer: Any, longest: int) -> tuple[list[int], list[int]]:
+    first = tokenizer(prompt, verbose=False)["input_ids"]
+    if first and first[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+        first = first[:-1]  # it goes on
+    second = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
+    second = [*second, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else second
+    second = second[: longest - 1]
+    first = first[max(0, len(first) + len(second) - longest) :]
+    return first + second, [IGNORED] * len(first) + second
+
+
+def _blocks(texts: list[str], tokenizer: Any, longest: int) -> list[list[int]]:
+    ids = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
+    blocks = [ids[start : start + longest] for start in range(0, len(ids), longest)]
+    return [block for block in blocks if len(block) > 1]  # one token alone predicts nothing

@@ -1,0 +1,34 @@
+"""What every program of the package does around its work: an exit code instead of a traceback, one message, no hang."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from prunadapt_ds import distributed
+from prunadapt_ds.errors import Interrupted, PrunadaptError
+
+
+def guarded(work: Callable[[], object]) -> int:
+    """Run `work`; returns the process's exit code (see errors.py). Rank 0 says what went wrong."""
+    try:
+        work()
+    except PrunadaptError as error:
+        if distributed.speaks_of(error):
+            print(message(error), file=sys.stderr)
+        return error.exit_code
+    except RuntimeError as error:
+        if not distributed.is_lost_rank(error):
+            raise
+        mine = distributed.rank()
+        print(f"error: rank {mine} has lost another rank, which died or is stuck: {error}", file=sys.stderr)
+        return 1
+    finally:
+        distributed.shutdown()
+    return 0
+
+
+def message(error: PrunadaptError) -> str:
+    if isinstance(error, Interrupted):
+        return str(error)
+    return f"error: {error}" if len(str(error).splitlines()) == 1 else f"errors:\n{error}"

@@ -1,0 +1,114 @@
+"""Files that appear complete or not at all, also when the process or the machine dies; and folders with one owner."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from prunadapt_ds.errors import Problem, UserError
+
+LOCK_NAME = ".lock"
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold this file's content, or this folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write `path` under another name and give it its own at once. Raises OSError and leaves what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        sync(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, of another name; once the block is done it takes the place of `folder`. On an error it goes again."""
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for file in unfinished.iterdir():
+            file.chmod(0o644)
+            sync(file)
+        sync(unfinished)
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+class OwnedFolder:
+    """A folder that no other live run may write to, from construction to `release`.
+
+    The lock is the kernel's: it ends with the process however that ends, so that nothing is ever stale. A folder that had
+    to be made and is still empty at the end goes again. Raises UserError where it cannot be written or is taken.
+    """
+
+    def __init__(self, folder: Path):
+        self.made: list[Path] = []
+        self.path = folder / LOCK_NAME
+        try:
+            for missing in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
+                missing.mkdir(exist_ok=True)
+                self.made.append(missing)
+            self._lock()
+        except OSError as error:
+            self._remove_empty()
+            remedy = f"cannot be written ({error.strerror}); name a folder where files can be made"
+            raise UserError(Problem("output_dir", str(folder), remedy)) from error
+
+    def _lock(self) -> None:
+        while True:
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(self.descriptor)
+                raise UserError(Problem("output_dir", str(self.path.parent), self._taken())) from error
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(self.descriptor), os.stat(self.path)):
+                    break
+            os.close(self.descriptor)  # its last owner took the file away between our two calls
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(self.descriptor, 0)
+        os.write(self.descriptor, json.dumps(owner).encode())
+
+    def _taken(self) -> str:
+        try:
+            owner = json.loads(self.path.read_text())
+            who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            who = "another process"
+        return f"another run is writing there ({who}); wait for it, end it, or name another folder"
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+        self._remove_empty()
+
+    def _remove_empty(self) -> None:
+        with contextlib.suppress(OSError):
+            for folder in reversed(self.made):
+                folder.rmdir()

@@ -1,0 +1,174 @@
+"""Other folders made of a compact one, file to file: no model, no ranks, one weight file in memory at a time.
+
+    padded    every tensor has its dense shape again, zeros where units were: any stock class loads it, nothing is saved
+    uniform   the same tensors under a stock configuration that says how many units every layer has; needs equal counts
+
+A compact folder and the run's `plan.json` hold all that is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.files import whole_folder
+from prunadapt_ds.models.families import FAMILIES, head_dim_of, widths_of
+from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
+
+MODELING_FILE = "modeling_prunadapt.py"
+Shapes = dict[str, tuple[int, ...]]
+
+
+def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> None:
+    """Write `folder` in the format `kind` from a compact folder and its `plan.json`. Complete or not at all.
+
+    Raises UserError where the format cannot say what the plan keeps.
+    """
+    config = json.loads((compact / "config.json").read_text())
+    structure = config.get("pruned_structure")
+    stock = stock_config(config)
+    change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor  # noqa: E731
+    shapes: Shapes = {}
+    if structure is not None and kind == "uniform":
+        stock |= uniform_fields(config, plan)
+    elif structure is not None:
+        layout = Layout.from_dict(structure["layout"])
+        shapes = dense_shapes(stock)
+        places = kept_places(layout, plan)
+        change = lambda name, tensor: spread(tensor, shapes[name], places.get(name))  # noqa: E731
+
+    with whole_folder(folder) as unfinished:
+        _copy_others(compact, unfinished)
+        (unfinished / "config.json").write_text(json.dumps(stock, indent=2, sort_keys=True) + "\n")
+        _rewrite_weights(compact, unfinished, change, shapes)
+
+
+def stock_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A compact folder's configuration without what makes it ours."""
+    stock = {k: copy.deepcopy(v) for k, v in config.items() if k not in ("pruned_structure", "auto_map")}
+    stock["architectures"] = [name.removeprefix("Pruned") for name in config["architectures"]]
+    return stock
+
+
+# ------------------------------------------------------------------------------------------------------- uniform
+
+
+def uniform_fields(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """The configuration's fields that say the plan's counts. Raises UserError where it cannot be said."""
+    family, values = FAMILIES[config["model_type"]], as_config(stock_config(config))
+    widths = widths_of(values)
+    fields: dict[str, int] = {}
+    for kind, record in (("heads", family.heads), ("neurons", family.neurons)):
+        units = [u for u in plan["units"] if u["kind"] == kind]
+        counts = {len(u["kept"]) for u in units}
+        if counts == {units[0]["dense"]}:
+            continue
+        if len(counts) > 1 or counts == {0}:
+            kept = ", ".join(str(len(u["kept"])) for u in units)
+            remedy = f"layers keep {kept} {kind}; the stock configuration has one number for all: train with --uniform"
+            raise UserError(Problem("export_formats", "uniform", remedy))
+        if not record.config_fields:
+            remedy = f"the stock configuration of {family.model_type} cannot say fewer {kind}; train with --uniform"
+            raise UserError(Problem("export_formats", "uniform", remedy))
+        count = counts.pop()
+        fields |= {field: count * w for field, name in record.config_fields if (w := widths[name]) is not None}
+        if kind == "heads":
+            fields["head_dim"] = head_dim_of(values)
+    return fields
+
+
+def as_config(values: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})
+
+
+# -------------------------------------------------------------------------------------------------------- padded
+
+
+def dense_shapes(stock: dict[str, Any]) -> Shapes:
+    """Shapes of all tensors of the stock model, by name; nothing is allocated."""
+    import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, stock["architectures"][0])(as_config(stock))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def kept_places(layout: Layout, plan: dict[str, Any]) -> dict[str, tuple[int, Tensor]]:
+    """By tensor name: the axis along which a cut was made, and the dense indices that the compact tensor holds."""
+    places, units = {}, iter(plan["units"])
+    for layer in range(layout.num_layers):
+        for sublayer in layout.sublayers:
+            kept = torch.tensor(next(units)["kept"], dtype=torch.long)
+            sides: list[tuple[ProjectionLayout, str]] = [(p, "out") for p in sublayer.inputs]
+            for projection, side in [*sides, (sublayer.output, "in")]:
+                name = f"{layout.layers}.{layer}.{projection.path}"
+                index = projection.indices(kept, sublayer.num_units)
+                places[f"{name}.weight"] = (projection.unit_axis(side), index)
+                if side == "out":
+                    places[f"{name}.bias"] = (0, index)
+    return places
+
+
+def spread(tensor: Tensor, shape: tuple[int, ...], place: tuple[int, Tensor] | None) -> Tensor:
+    """A compact tensor at its places in zeros of the dense shape."""
+    if place is None:
+        assert tuple(tensor.shape) == shape, "only projections are cut"
+        return tensor
+    axis, index = place
+    return torch.zeros(shape, dtype=tensor.dtype).index_copy_(axis, index, tensor)
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    """Tokenizer and the like; not weights, configuration, model card or modelling file."""
+    ours = {"config.json", "README.md", MODELING_FILE, "model.safetensors.index.json"}
+    for file in source.iterdir():
+        if file.is_file() and file.name not in ours and file.suffix != ".safetensors":
+            shutil.copyfile(file, target / file.name)
+
+
+def _rewrite_weights(source: Path, target: Path, change: Callable[[str, Tensor], Tensor], shapes: Shapes) -> None:
+    """Every weight file with its tensors changed; the last one also gets zeros for what `shapes` has and no file holds."""
+    from safetensors.torch import save_file
+
+    files = sorted(source.glob("*.safetensors"))
+    missing = set(shapes) - {name for file in files for name, _ in tensors_of(file)} - _tied(source, set(shapes))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in files:
+        tensors = {name: change(name, tensor).contiguous() for name, tensor in tensors_of(file)}
+        if file == files[-1]:
+            dtype = next(iter(tensors.values())).dtype
+            tensors |= {name: torch.zeros(shapes[name], dtype=dtype) for name in missing}
+        save_file(tensors, target / file.name, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file.name)
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118
+            yield name, opened.get_tensor(name)
+
+
+def _tied(source: Path, names: set[str]) -> set[str]:
+    """Tensors that are another one's under a second name, and stand in no file."""
+    config = json.loads((source / "config.json").read_text())
+    return names & {"lm_head.weight", "embed_out.weight"} if config.get("tie_word_embeddings") else set()

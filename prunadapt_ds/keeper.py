@@ -1,0 +1,122 @@
+"""Keeps a run safe from step to step: stops when asked to, stops on a loss that is no number, saves when it is time.
+
+Ranks agree on all of it through `pulse`, which nobody waits for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from prunadapt_ds import distributed, resume, watchdog
+from prunadapt_ds.errors import Interrupted, PrunadaptError
+from prunadapt_ds.pulse import Pulse, StopSignals
+from prunadapt_ds.session import Session
+
+LEAST_SECONDS_APART = 60.0
+SHARE_OF_TIME = 0.01  # of a run that saving may take at the default interval
+
+StepLosses = list[tuple[list[int], Tensor]]  # by micro-batch: the samples, and the loss of each
+
+
+class Keeper:
+    """Belongs to one session. Every public method is collective."""
+
+    def __init__(self, session: Session, signals: StopSignals):
+        self.session, self.signals = session, signals
+        self.pulse = Pulse(4, session.device)
+        self.recent: deque[tuple[int, StepLosses]] = deque(maxlen=2)
+        self.stops = self.due = False
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
+        self.saved_step: int | None = session.step or None
+
+    def step_done(self, losses: StepLosses, *, settle: bool) -> None:
+        """After an optimizer step. What it brought is heard of one step later, or with `settle` at once.
+
+        Raises PrunadaptError on all ranks when a loss was no number or rank 0 could not write.
+        """
+        watchdog.beat()
+        session = self.session
+        self.recent.append((session.step, losses))
+        self._hear()
+        bad = torch.stack([~torch.isfinite(loss).all() for _, loss in losses]).any().float()
+        mine = [bool(self.signals.name), bool(session.tracker.problem), self._is_time()]
+        self.pulse.send(torch.cat([bad[None], torch.tensor(mine, dtype=torch.float32).to(session.device)]))
+        if settle:
+            self._hear()
+
+    def save_if_due(self) -> None:
+        """At the end of a step, when its lines of metrics are written. Raises Interrupted once a stop was asked for."""
+        session, every = self.session, self.session.config.output.checkpoint_steps
+        is_last = session.step == session.total_steps
+        due = session.step % every == 0 if every else self.due
+        if due or is_last or self.stops:
+            self._hear()  # a checkpoint of weights that are no numbers would be worse than none
+            self.save()
+        self._leave_if_asked()
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this very step has one."""
+        session = self.session
+        if self.saved_step == session.step:
+            return
+        start = time.monotonic()
+        watchdog.rest()
+        resume.save(session)
+        self.saved_step, self.due = session.step, False
+        self.saved_at, self.save_seconds = time.monotonic(), time.monotonic() - start
+
+    def stop_if_asked(self) -> None:
+        """Between two stretches of work after the last step, which has its checkpoint."""
+        self.pulse.send(torch.tensor([0.0, bool(self.signals.name), 0.0, 0.0]).to(self.session.device))
+        self._hear()
+        self._leave_if_asked()
+
+    def _is_time(self) -> bool:
+        """Rank 0's clock."""
+        apart = max(LEAST_SECONDS_APART, self.save_seconds / SHARE_OF_TIME)
+        return distributed.rank() == 0 and time.monotonic() - self.saved_at > apart
+
+    def _hear(self) -> None:
+        flags = self.pulse.read()
+        if flags is None:
+            return
+        bad, stops, failed, due = (flag > 0 for flag in flags)
+        self.stops, self.due = self.stops or stops, self.due or due
+        if bad:
+            raise self._no_number()
+        if failed:
+            raise PrunadaptError(distributed.broadcast_object(self.session.tracker.problem))
+
+    def _no_number(self) -> PrunadaptError:
+        """Names the first step among the last two whose loss was none, on any rank, and its samples."""
+        step, samples = 0, []
+        for recent, losses in self.recent:
+            mine = [s for rows, loss in losses for s, x in zip(rows, loss.tolist(), strict=True) if x - x != 0]
+            found = {s for of_rank in distributed.all_gather_objects(mine) for s in of_rank}
+            if found:
+                step, samples = recent, sorted(found)
+                break
+        named = ", ".join(map(str, samples[:8])) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
+        return PrunadaptError(
+            f"the loss is not a finite number at step {step}, on training samples {named} (counted from 0); "
+            f"{self._where()}; try a smaller --learning_rate, or look at these samples"
+        )
+
+    def _where(self) -> str:
+        if self.saved_step is None:
+            return "there is no checkpoint yet"
+        root = resume.root_of(self.session.config)
+        return f"the last checkpoint is {root / f'step-{self.saved_step}'}"
+
+    def _leave_if_asked(self) -> None:
+        if not self.stops:
+            return
+        name = next((name for name in distributed.all_gather_objects(self.signals.name) if name), "a signal")
+        raise Interrupted(
+            f"stopped by {name} after step {self.session.step} of {self.session.total_steps}; {self._where()}; "
+            "the same command goes on from there"
+        )

@@ -1,0 +1,99 @@
+"""Signs of life: a process that shows none for too long writes down where it stands and ends, instead of waiting forever.
+
+One rank that is stuck makes all others wait; each of them strikes, and the stacks show who waits for whom. Other modules
+call `beat` in their loops and `rest` before what takes long once; both do nothing until `start`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+LEAST_SECONDS = 60.0  # nothing is called stuck before that; PRUNADAPT_STUCK_SECONDS sets another number
+TIMES_THE_LONGEST = 20.0  # nor before that many times the longest gap between two beats so far
+REST_SECONDS = 3600.0  # loading, building, compiling, writing: may take long, but not forever
+FAULT = "PRUNADAPT_FAULT"  # what tests let happen at a milestone: KIND@NAME@RANK, see `milestone`
+
+
+class _Watch:
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self.rank = folder, rank
+        self.least = float(os.environ.get("PRUNADAPT_STUCK_SECONDS", LEAST_SECONDS))
+        self.last, self.longest, self.resting = time.monotonic(), 0.0, True
+        self.done = threading.Event()
+        threading.Thread(target=self._run, daemon=True, name="watchdog").start()
+
+    def limit(self) -> float:
+        if self.resting or not self.longest:
+            return max(REST_SECONDS, self.least)
+        return max(self.least, TIMES_THE_LONGEST * self.longest)
+
+    def _run(self) -> None:
+        while not self.done.wait(min(1.0, self.least / 4)):
+            # Where a library holds the interpreter, this thread does not run: then the interpreter's own timer strikes.
+            faulthandler.dump_traceback_later(self.limit() + 60, exit=True)
+            if time.monotonic() - self.last > self.limit():
+                self._strike()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _strike(self) -> None:
+        path = self.folder / f"stuck-rank-{self.rank}.txt"
+        text = f"error: rank {self.rank} has not moved for {self.limit():.0f} s and ends"
+        try:
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file)
+            text += f"; where each of its threads stands: {path}"
+        except OSError:
+            faulthandler.dump_traceback()
+        print(text, file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+_watch: _Watch | None = None
+
+
+def start(folder: Path, rank: int) -> None:
+    """Watch this process; if it is stuck its stacks go to `folder`."""
+    global _watch
+    stop()
+    _watch = _Watch(folder, rank)
+
+
+def stop() -> None:
+    global _watch
+    if _watch is not None:
+        _watch.done.set()
+        _watch = None
+
+
+def beat() -> None:
+    """The loop goes round."""
+    if _watch is not None:
+        now = time.monotonic()
+        if not _watch.resting:
+            _watch.longest = max(_watch.longest, now - _watch.last)
+        _watch.last, _watch.resting = now, False
+
+
+def rest() -> None:
+    """What comes next, up to the next beat, takes its time."""
+    if _watch is not None:
+        _watch.last, _watch.resting = time.monotonic(), True
+
+
+def milestone(name: str) -> None:
+    """The run got to `name`. Here tests let a rank (a number, or "all") be killed, stall, or be asked to stop."""
+    fault = os.environ.get(FAULT)
+    if fault is None:
+        return
+    kind, where, rank = fault.split("@")
+    if where == name and rank in ("all", os.environ.get("RANK", "0")):
+        if kind == "stall":
+            beat()
+            time.sleep(10_000)
+        os.kill(os.getpid(), getattr(signal, kind))

@@ -1,0 +1,123 @@
+"""Every family in every format it can have, loaded by one fresh process without this package."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from prunadapt_ds import export, formats, gates
+from prunadapt_ds.budget import PruningPlan, decide
+from prunadapt_ds.errors import UserError
+from prunadapt_ds.models.families import FAMILIES, uniform_floors
+from tests.tiny import VARIANTS, layout_and_structure, tiny_tokenizer
+from tests.unit.test_resize import adapted, inputs, plan_of
+
+pytestmark = pytest.mark.ci
+MODELS = [*FAMILIES, *VARIANTS]
+
+LOADER = """
+import json, sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+folders, batch = json.loads(sys.argv[1]), load_file(sys.argv[2])
+logits = {}
+for name, remote in folders.items():
+    model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=remote, dtype=torch.float32)
+    with torch.no_grad():
+        logits[name] = model.eval()(**batch).logits
+assert "prunadapt_ds" not in sys.modules
+save_file(logits, sys.argv[3])
+"""
+
+
+def uniform_plan(family, structure):
+    floored = uniform_floors(family, structure, 8)
+    scores = torch.rand(structure.num_units, generator=torch.Generator().manual_seed(1))
+    costs = structure.unit_costs("params")
+    plan = decide(scores * costs, floored, 0.55 if family.heads.config_fields else 0.2, uniform=True)
+    return PruningPlan(structure, plan.kept)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """folder -> (logits of the masked model, those that a fresh process computes), and the plans."""
+    base, wanted, plans, remote = tmp_path_factory.mktemp("exports"), {}, {}, {}
+    tokenizer = tiny_tokenizer(base / "tokenizer")
+    for name in MODELS:
+        model, layout, structure = adapted(name)
+        family = FAMILIES[model.config.model_type]
+        for how, kinds in (("unequal", ("compact", "padded")), ("no-heads", ("padded",)), ("uniform", ("uniform",))):
+            plan = uniform_plan(family, structure) if how == "uniform" else plan_of(structure, how)
+            gates.apply_mask(model, plan.mask())
+            with torch.no_grad():
+                logits = model(**inputs()).logits
+            compact = base / f"{name}-{how}-compact"
+            export.export(model, layout, plan, tokenizer, compact)
+            plans[f"{name}-{how}"] = plan
+            for kind in kinds:
+                folder = base / f"{name}-{how}-{kind}"
+                if kind != "compact":
+                    formats.convert(kind, compact, plan.to_dict(), folder)
+                wanted[str(folder)], remote[str(folder)] = logits, kind == "compact"
+    from safetensors.torch import load_file, save_file
+
+    save_file(inputs(), base / "batch.safetensors")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(base / "modules")
+    arguments = [json.dumps(remote), str(base / "batch.safetensors"), str(base / "logits.safetensors")]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, *arguments], cwd=base, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(base / "logits.safetensors")
+    return base, {folder: (logits, found[folder]) for folder, logits in wanted.items()}, plans
+
+
+@pytest.mark.parametrize("how", ["unequal-compact", "unequal-padded", "no-heads-padded", "uniform-uniform"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_stranger_computes_the_same(exported, name, how):
+    base, logits, _ = exported
+    masked, found = logits[str(base / f"{name}-{how}")]
+    torch.testing.assert_close(found, masked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shapes_and_files(exported, name):
+    base, _, plans = exported
+    config = json.loads((base / f"{name}-uniform-uniform" / "config.json").read_text())
+    family = FAMILIES[config["model_type"]]
+    assert "pruned_structure" not in config and "auto_map" not in config
+    counts = [(c["heads"], c["neurons"]) for c in plans[f"{name}-uniform"].counts()]
+    assert len(set(counts)) == 1 and counts[0][1] < 48
+    heads = plans[f"{name}-uniform"].structure.sublayers[0].num_units
+    assert (counts[0][0] < heads) == bool(family.heads.config_fields), "heads go where the configuration can say so"
+    for kind in ("unequal-padded", "uniform-uniform"):
+        assert not (base / f"{name}-{kind}" / "modeling_prunadapt.py").exists()
+        assert (base / f"{name}-{kind}" / "tokenizer.json").is_file()
+    sizes = [(base / f"{name}-{k}" / "model.safetensors").stat().st_size for k in ("unequal-compact", "unequal-padded")]
+    assert sizes[0] < sizes[1]
+
+
+def test_unequal_layers_fit_no_stock_configuration(exported, tmp_path):
+    base, _, plans = exported
+    for name, word in (("llama", "layers keep"), ("bert", "--uniform")):
+        with pytest.raises(UserError, match=word):
+            formats.convert(
+                "uniform", base / f"{name}-unequal-compact", plans[f"{name}-unequal"].to_dict(), tmp_path / "x"
+            )
+    assert not list(tmp_path.iterdir())
+
+
+def test_uniform_within_one_step(exported):
+    _, structure = layout_and_structure(adapted("llama")[0], 16)
+    floored = uniform_floors(FAMILIES["llama"], structure, 8)
+    scores = torch.rand(structure.num_units, generator=torch.Generator().manual_seed(3))
+    costs = structure.unit_costs("params")
+    step = 3 * max(int(costs[0]), 8 * int(costs[2]))
+    for sparsity in (0.1, 0.2, 0.35, 0.5, 0.6):
+        plan = decide(scores, floored, sparsity, uniform=True)
+        assert abs(plan.cost("params") - (1 - sparsity) * structure.dense_cost("params")) <= step
+        assert len({(c["heads"], c["neurons"]) for c in plan.counts()}) == 1

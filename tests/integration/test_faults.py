@@ -1,0 +1,189 @@
+"""A table of faults: nothing lost, a clear line, a non-zero exit on every rank, no hang.
+
+| fault | what happens | test |
+|---|---|---|
+| checkpoint truncated, a bit flipped | the one before is taken | test_resume, test_checkpoint |
+| disk full in a checkpoint, in the export | exit 1, the last checkpoint stays | test_a_full_disk |
+| output_dir cannot be written, has a live owner | exit 2 before anything is loaded | test_no_place_to_write, test_a_folder_in_use |
+| loss is NaN or infinite | exit 1, step and samples named, the last checkpoint stays | test_a_loss_that_is_no_number |
+| one rank dies | the others end | test_one_rank_dies |
+| one rank's data differs | exit 4 | test_one_rank_has_other_data |
+| ranks disagree on a plan | exit 4 | test_ranks_that_disagree_on_a_plan |
+| a rank is stuck | every rank writes its stacks and ends | test_a_stuck_rank |
+| rank 0 fails alone | every rank raises | test_what_only_rank_0_can_see |
+| TensorBoard's folder vanishes | the run goes on | test_report |
+| ds_config changed between two parts of a run | named, or taken where it changes nothing | test_resume |
+| hub unreachable | exit 2 in seconds, offline options named | test_hub |
+| a compiler's lock left by a dead process | removed | test_the_lock_of_a_dead_compiler |
+"""
+
+import json
+import os
+import subprocess
+import time
+
+import pytest
+
+from prunadapt_ds import checkpoint, distributed
+from prunadapt_ds.errors import PrunadaptError
+from tests.distributed import runs
+from tests.distributed.harness import Ranks, run_ranks
+from tests.distributed.test_laws import arguments
+from tests.integration.test_resume import argv, run
+from tests.tiny import tiny_data, tiny_folder
+
+pytestmark = pytest.mark.ci
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    tiny_folder(folder / "bert", "bert")
+    tiny_data(folder / "data", n_train=37, n_dev=21)
+    return folder
+
+
+def status(output):
+    return json.loads((output / "report.json").read_text())["status"]
+
+
+def test_a_loss_that_is_no_number(base, tmp_path):
+    """Learning rate 1e30: the second step's loss is not finite; the first one's checkpoint stays the last."""
+    out = tmp_path / "out"
+    ended = run(argv(base, out, learning_rate=1e30, checkpoint_steps=1))
+    assert [rank.code for rank in ended] == [1, 1]
+    (line,) = [line for line in ended[0].text.splitlines() if line.startswith("error")]
+    assert "not a finite number at step 2, on training samples" in line and "checkpoints/step-1" in line
+    assert "error" not in ended[1].text and "Traceback" not in ended[0].text + ended[1].text
+    assert checkpoint.newest(out / "checkpoints")[0].step == 1
+    assert status(out) == "failed"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of a given size, mounted at a folder."""
+    mounted = []
+
+    def mount(kilobytes):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)], capture_output=True
+        )
+        if done.returncode:
+            pytest.skip(f"cannot mount a small tmpfs here: {done.stderr.decode().strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("kilobytes, every, last, what", [(460, 2, 4, "checkpoint"), (320, 100, 12, "export")])
+def test_a_full_disk(base, tmp_path, small_disk, kilobytes, every, last, what):
+    """A checkpoint takes about 170 KB, the export about 130: the third checkpoint, or the export, does not fit."""
+    disk = small_disk(kilobytes)
+    ended = run(argv(base, disk / "out", checkpoint_steps=every))
+    assert [rank.code for rank in ended] == [1, 1], ended[0].text[-2000:]
+    (line,) = [line for line in ended[0].text.splitlines() if line.startswith("error")]
+    assert f"writing the {what}" in line and "No space left on device" in line
+    assert "Traceback" not in ended[0].text + ended[1].text
+    found, damaged = checkpoint.newest(disk / "out" / "checkpoints")
+    assert found.step == last and not damaged
+    assert not list((disk / "out").glob("**/.*")), "nothing half-written stays"
+
+
+def test_no_place_to_write(base, tmp_path):
+    (tmp_path / "file").write_text("")
+    argv = arguments(base, tmp_path / "ds", output_dir=tmp_path / "file" / "out")
+    first, second = run_ranks(runs.whole_run_said, 2, argv)
+    assert first[0] == second[0] == 2
+    assert first[1].startswith("error: output_dir=") and "cannot be written" in first[1] and not second[1]
+
+
+def test_a_folder_in_use(base, tmp_path):
+    from tests.unit.test_checkpoint import hold
+
+    owner = hold(tmp_path / "out")
+    try:
+        first, second = run_ranks(runs.whole_run_said, 2, arguments(base, tmp_path / "out"))
+    finally:
+        owner.kill()
+        owner.wait()
+    assert first[0] == second[0] == 2 and f"process {owner.pid} on" in first[1]
+
+
+def test_one_rank_dies(base, tmp_path):
+    ranks = Ranks(argv(base, tmp_path / "out"), 2, {"PRUNADAPT_FAULT": "SIGKILL@step-3@1"})
+    ranks.wait_for(lambda: not ranks.processes[1].is_alive(), timeout=400)
+    start = time.monotonic()
+    survivor, dead = ranks.wait(60)
+    assert dead.code == -9 and survivor.code == 1 and time.monotonic() - start < 60
+    assert "error: rank 0 has lost another rank" in survivor.text and "Traceback" not in survivor.text
+    assert checkpoint.newest(tmp_path / "out" / "checkpoints")[0].step == 2
+
+
+def test_one_rank_has_other_data(base, tmp_path):
+    tiny_data(tmp_path / "data", n_train=38, n_dev=21)
+    mine = argv(base, tmp_path / "out")
+    other = [*mine, "--train_file", str(tmp_path / "data" / "train.csv")]
+    ended = Ranks([mine, other], 2).wait(400)
+    assert [rank.code for rank in ended] == [4, 4]
+    assert "error: the data differs between ranks: ranks [1]" in ended[0].text
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"ds.json"}
+
+
+def test_ranks_that_disagree_on_a_plan(base, tmp_path):
+    found = run_ranks(_with_another_plan_on_rank_1, 2, argv(base, tmp_path / "out"))
+    assert [code for code, _ in found] == [4, 4]
+    assert "the pruning plan of step 4 differs between ranks: ranks [1]" in found[0][1]
+    assert status(tmp_path / "out") == "failed"
+    assert checkpoint.newest(tmp_path / "out" / "checkpoints")[0].step == 2
+
+
+def _with_another_plan_on_rank_1(argv):
+    from prunadapt_ds import train
+
+    honest = train.decide
+    if distributed.rank() == 1:
+        train.decide = lambda scores, *others, **options: honest(scores.flip(0), *others, **options)
+    try:
+        return runs.whole_run_said(argv)
+    finally:
+        train.decide = honest
+
+
+def test_a_stuck_rank(base, tmp_path):
+    environment = {"PRUNADAPT_FAULT": "stall@step-5@1", "PRUNADAPT_STUCK_SECONDS": "3"}
+    ended = Ranks(argv(base, tmp_path / "out"), 2, environment).wait(500)
+    assert [rank.code for rank in ended] == [1, 1]
+    assert "error: rank 1 has not moved for" in ended[1].text
+    assert "in milestone" in (tmp_path / "out" / "stuck-rank-1.txt").read_text()
+    assert "error: rank 0 has" in ended[0].text, "not moved either, or lost the other, whichever it noticed first"
+    assert checkpoint.newest(tmp_path / "out" / "checkpoints")[0].step == 4
+
+
+def test_what_only_rank_0_can_see():
+    messages = run_ranks(_rank_0_fails, 2)
+    assert messages[0] == messages[1] == "writing the report failed: [Errno 28] No space left on device"
+
+
+def _rank_0_fails():
+    def write():
+        raise OSError(28, "No space left on device")
+
+    try:
+        return distributed.on_rank_0("writing the report", write)
+    except PrunadaptError as error:
+        return str(error)
+
+
+def test_the_lock_of_a_dead_compiler(tmp_path):
+    lock = tmp_path / "lock"
+    distributed.free_compiler_lock(lock)
+    with lock.open("w"):
+        os.utime(lock, (0, 0))
+        assert distributed._is_open_here(lock.stat()), "its owner lives, all wait"
+    distributed.free_compiler_lock(lock)
+    assert not lock.exists()

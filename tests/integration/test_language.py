@@ -1,0 +1,93 @@
+"""Language models through the whole program: perplexity, exports, and generation with the cache."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from prunadapt_ds import report as reports
+from tests.distributed import runs
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_laws import arguments
+from tests.integration.test_runs import launch
+from tests.tiny import tiny_instructions, tiny_language_folder
+
+pytestmark = pytest.mark.ci
+PROMPTS = [[6, 9, 12], [20, 7], [30, 31, 32, 33, 34, 35]]
+
+
+def language_arguments(tmp_path, model_type, suffix="jsonl", **options):
+    tiny_language_folder(tmp_path / model_type, model_type)
+    tiny_instructions(tmp_path / "data")
+    return arguments(
+        tmp_path,
+        tmp_path / "out",
+        model_name_or_path=tmp_path / model_type,
+        train_file=tmp_path / "data" / f"train.{suffix}",
+        validation_file=tmp_path / "data" / f"validation.{suffix}",
+        **{
+            "task_type": "causal_lm",
+            "batch": 8,
+            "max_steps": 8,
+            "target_sparsity": 0.65,
+            "shrink": "always",
+            **options,
+        },
+    )
+
+
+def generate(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert model.config.use_cache
+    options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    return [model.generate(torch.tensor([p]), eos_token_id=None, **options)[0].tolist() for p in PROMPTS]
+
+
+@pytest.mark.parametrize("model_type, formats", [("llama", "padded"), ("gpt2", "compact")])
+def test_generation_with_the_cache_follows_the_masked_model(tmp_path, model_type, formats):
+    argv = language_arguments(tmp_path, model_type, export_formats=formats)
+    ((report, said),) = run_ranks(runs.language_run, 1, argv, PROMPTS, 10)
+    reports.validate(report)
+    assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
+    masked, exported = (report["metric"][kind]["perplexity"] for kind in ("masked", "exported"))
+    assert exported == pytest.approx(masked, rel=1e-4) and report["metric"]["teacher"]["perplexity"] > 1
+    assert len({(r["heads"], r["neurons"]) for r in report["structure"]}) > 1
+    for kind in report["exports"]:
+        assert generate(tmp_path / "out" / "exports" / kind) == said
+    with safe_open(tmp_path / "out" / "exports" / "compact" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert ("lm_head.weight" in names) == (model_type == "llama"), "a tied tensor stands once"
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 9 and all(line["masked"]["tokens"] >= 2 for line in lines)
+
+
+def test_two_ranks_on_a_text_file_and_its_score(tmp_path):
+    argv = language_arguments(tmp_path, "qwen3", "txt", batch=4, max_seq_length=16, uniform=True, target_sparsity=0.5)
+    assert run_ranks(runs.whole_run, 2, argv) == [0, 0]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["task"] == "causal_lm" and report["metric"]["exported"]["perplexity"] > 1
+    data = tmp_path / "data"
+    argv = [
+        "--task_type",
+        "causal_lm",
+        "--train_file",
+        data / "train.txt",
+        "--validation_file",
+        data / "validation.txt",
+    ]
+    argv += ["--model_name_or_path", tmp_path / "out" / "exports" / "uniform", "--max_seq_length", 16]
+    for measures in run_ranks(runs.scored, 2, [str(a) for a in argv]):
+        assert measures == pytest.approx(report["metric"]["exported"], rel=1e-5)
+
+
+def test_an_encoder_generates_nothing(tmp_path):
+    from tests.tiny import tiny_folder
+
+    argv = language_arguments(tmp_path, "llama")
+    tiny_folder(tmp_path / "bert", "bert")
+    argv[argv.index("--model_name_or_path") + 1] = str(tmp_path / "bert")
+    done = launch(["python", "launcher/train.py", *argv])
+    assert done.returncode == 2 and "no decoder" in done.stderr and "Traceback" not in done.stderr

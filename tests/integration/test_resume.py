@@ -1,0 +1,211 @@
+"""Law 5: a run that is killed and resumed is the run that was not, bit for bit on as many ranks, in fp32.
+
+Real processes die by SIGKILL, at moments that `milestone` in the program lets a test choose.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunadapt_ds import checkpoint
+from prunadapt_ds import report as reports
+from tests.distributed.harness import Ranks
+from tests.distributed.test_laws import arguments, ds_config
+from tests.tiny import tiny_data, tiny_folder
+
+pytestmark = pytest.mark.ci
+CLOCKS = ("samples/s", "time/train(s)", "memory/live(bytes)", "memory/parameters(bytes)")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    tiny_folder(folder / "bert", "bert")
+    tiny_data(folder / "data", n_train=37, n_dev=21)
+    return folder
+
+
+def argv(base, output, **options):
+    """12 steps, decisions at 4, 6 and 7, a checkpoint every other step, dropout so that random states matter."""
+    defaults = {"max_steps": 12, "num_decisions": 3, "logging_steps": 3, "checkpoint_steps": 2, "save_total_limit": 9}
+    method = {"target_sparsity": 0.6, "shrink": "always", "lora_dropout": 0.1, "batch": 4}
+    options = {**defaults, **method, **options}
+    return arguments(base, output, **{name: value for name, value in options.items() if value is not None})
+
+
+def run(arguments, world_size=2, fault=None, timeout=400):
+    return Ranks(arguments, world_size, {"PRUNADAPT_FAULT": fault} if fault else None).wait(timeout)
+
+
+def complete(arguments, world_size=2):
+    """Run to the end: everything that an interruption must not change, and what rank 0 said."""
+    ranks = run(arguments, world_size)
+    for rank in ranks:
+        assert rank.code == 0, rank.text[-3000:]
+    return outcome(arguments), ranks[0].text
+
+
+def outcome(arguments):
+    output = Path(arguments[arguments.index("--output_dir") + 1])
+    report = json.loads((output / "report.json").read_text())
+    reports.validate(report)
+    assert report["status"] == "complete"
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "plan_hash": report["plan_hash"],
+        "metric": report["metric"],
+        "params": report["params"],
+        "predictions": (output / "predictions.jsonl").read_text(),
+        "metrics": [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines],
+        "progress": [(row["step"], row["loss"], row["sparsity"]) for row in report["progress"]],
+        "exported": (output / "exports" / "compact" / "model.safetensors").read_bytes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base, tmp_path_factory):
+    arguments = argv(base, tmp_path_factory.mktemp("whole") / "out")
+    return arguments, complete(arguments)[0]
+
+
+@pytest.fixture(scope="module")
+def killed(base, tmp_path_factory):
+    """A run whose ranks were all killed in step 6's decision, with checkpoints of steps 2 and 4."""
+    output = tmp_path_factory.mktemp("killed") / "out"
+    assert {rank.code for rank in run(argv(base, output), fault="SIGKILL@decide-6@all")} == {-9}
+    assert [step for step, _ in checkpoint.listed(output / "checkpoints")] == [4, 2]
+    return output
+
+
+@pytest.fixture
+def remains(killed, tmp_path):
+    """A copy of what the killed run left."""
+    shutil.copytree(killed, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_killed_in_a_decision_with_a_damaged_checkpoint(base, remains, uninterrupted):
+    """The newest checkpoint has a flipped bit: the one before is taken."""
+    file = remains / "checkpoints" / "step-4" / checkpoint.TENSORS
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    found, said = complete(argv(base, remains))
+    assert found == uninterrupted[1]
+    assert said.count("step-4: tensors.safetensors was cut short or changed; skipped") == 1
+    assert "goes on after step 2 of 12" in said
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["SIGKILL@shrink-6/end@1", "SIGKILL@checkpoint-8/half written@0", "SIGKILL@export/half written@0"],
+    ids=["in a shrink", "in a checkpoint", "in the export"],
+)
+def test_killed_and_resumed_is_uninterrupted(base, tmp_path, uninterrupted, fault):
+    arguments = argv(base, tmp_path / "out")
+    ended = run(arguments, fault=fault)
+    assert ended[int(fault[-1])].code == -9 and all(rank.code for rank in ended), "the others end as well"
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert complete(arguments)[0] == uninterrupted[1]
+
+
+@pytest.mark.parametrize("name, rank", [("SIGUSR1", "1"), ("SIGTERM", "all")])
+def test_asked_to_stop_and_started_again(base, tmp_path, uninterrupted, name, rank):
+    """Every rank leaves with 75, whichever got the signal; the same command goes on."""
+    arguments = argv(base, tmp_path / "out", checkpoint_steps=100)
+    ended = run(arguments, fault=f"{name}@step-5@{rank}")
+    assert [r.code for r in ended] == [75, 75]
+    assert f"stopped by {name} after step 6 of 12" in ended[0].text and "Traceback" not in ended[0].text
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["status"] == "interrupted" and report["time"]["steps"] == 6
+    if rank == "1":
+        assert complete(arguments)[0] == uninterrupted[1]
+
+
+def test_a_second_ctrl_c_leaves_at_once(base, tmp_path):
+    ranks = Ranks(argv(base, tmp_path / "out"), 1, {"PRUNADAPT_FAULT": "stall@step-5@all"})
+    ranks.wait_for(lambda: (tmp_path / "out" / "checkpoints" / "step-4").exists(), timeout=300)
+    time.sleep(2)
+    for _ in range(2):
+        os.kill(ranks.processes[0].pid, signal.SIGINT)
+        time.sleep(0.2)
+    assert ranks.wait(30)[0].code == -signal.SIGINT
+
+
+def test_a_complete_run_is_not_run_again(uninterrupted):
+    arguments, before = uninterrupted
+    start = time.monotonic()
+    found, said = complete(arguments)
+    assert found == before and "complete already" in said and "loss" not in said
+    assert time.monotonic() - start < 60
+    ended = run([*arguments, "--seed", "3"])
+    assert [rank.code for rank in ended] == [2, 2] and "seed=3" in ended[0].text
+    assert outcome(arguments) == before
+
+
+@pytest.mark.parametrize("name", ["seed", "gradient_clipping", "backbone", "data"])
+def test_what_would_be_another_run_is_refused(base, remains, tmp_path, name):
+    arguments = argv(base, remains)
+    if name == "seed":
+        arguments, words = [*arguments, "--seed", "3"], ["seed=3", "began with 0"]
+    elif name == "gradient_clipping":
+        path = Path(arguments[1])
+        path.write_text(json.dumps({**json.loads(path.read_text()), "gradient_clipping": 0.5}))
+        words = ["max_grad_norm=0.5", "began with 1.0"]
+    elif name == "backbone":
+        tiny_folder(tmp_path / "other", "bert", seed=1)
+        arguments, words = [*arguments, "--model_name_or_path", str(tmp_path / "other")], ["model_name_or_path="]
+    else:
+        tiny_data(tmp_path / "data", n_train=38, n_dev=21)
+        arguments, words = [*arguments, "--train_file", str(tmp_path / "data" / "train.csv")], ["train_file="]
+    before = {p: p.stat().st_mtime_ns for p in remains.rglob("*") if p.is_file()}
+    (rank,) = run([*arguments, "--per_device_train_batch_size", "8"], world_size=1)
+    assert rank.code == 2 and all(word in rank.text for word in words), rank.text[-2000:]
+    assert "--resume never" in rank.text
+    assert {p: p.stat().st_mtime_ns for p in remains.rglob("*") if p.is_file()} == before
+
+
+# ------------------------------------------------------------------------------------ another number of ranks
+
+
+def agree(mine, other, base):
+    """The plans of two checkpoints: on 99.5 % of the cost; whoever they differ on is at the threshold."""
+    from prunadapt_ds.models.families import family_of, layout_of
+    from prunadapt_ds.models.structure import measure
+    from tests.tiny import tiny_model
+
+    model = tiny_model("bert")
+    structure = measure(model, layout_of(family_of(model.config), model.config, model.base_model_prefix), 32)
+    costs = structure.unit_costs("params")
+    masks = []
+    for found in (mine, other):
+        mask = torch.zeros(structure.num_units, dtype=torch.bool)
+        for sublayer, kept in zip(structure.sublayers, found.state["plan"], strict=True):
+            mask[sublayer.start + torch.tensor(kept, dtype=torch.long)] = True
+        masks.append(mask)
+    differ = masks[0] ^ masks[1]
+    assert costs[differ].sum() <= 0.005 * costs.sum()
+    density = (mine.tensors()["scores"] / costs)[differ]
+    if len(density):
+        assert density.max() - density.min() <= 1e-3 * density.max()
+
+
+def continue_on(base, remains, world_size, uninterrupted, *, stage=3):
+    arguments = argv(base, remains, batch=8 // world_size)
+    ds_config(Path(arguments[1]), stage)
+    found, said = complete(arguments, world_size)
+    assert "goes on after step 4 of 12" in said
+    whole = Path(uninterrupted[0][uninterrupted[0].index("--output_dir") + 1])
+    first = [checkpoint.read(folder / "checkpoints" / "step-6") for folder in (remains, whole)]
+    agree(*first, base)
+    assert [line["step"] for line in found["metrics"]] == [line["step"] for line in uninterrupted[1]["metrics"]]
+
+
+def test_two_ranks_continue_as_one_under_another_stage(base, remains, uninterrupted):
+    continue_on(base, remains, 1, uninterrupted, stage=1)

@@ -1,0 +1,105 @@
+"""What the benchmarks compute beside running the trainer: folds, intervals, ratios."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import compare
+import compare_table
+import tune
+
+pytestmark = pytest.mark.fast
+
+
+def run(seed=0, correct=0.8, size=200, **more):
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, 2, size)
+    predictions = np.where(draw.random(size) < correct, labels, 1 - labels)
+    found = {"seed": seed, "predictions": predictions.tolist(), "labels": labels.tolist(), "train_s": 10.0}
+    score = compare_table.score("rte", predictions, labels)
+    return {**found, "metric": {"score": score}, "live_bytes": 4, "live_after": 2, "peak_bytes": 8, **more}
+
+
+@pytest.mark.parametrize("task", ["cola", "mrpc", "rte", "stsb"])
+def test_the_quick_scores_are_the_task_s_measures(task):
+    from prunadapt_ds.data.metrics import compute_metrics
+    from prunadapt_ds.data.tasks import TASKS, TaskData
+
+    draw = np.random.default_rng(0)
+    regression = task == "stsb"
+    labels = draw.random(50) if regression else draw.integers(0, 2, 50)
+    predictions = labels + draw.random(50) if regression else draw.integers(0, 2, 50)
+    logits = predictions[:, None] if regression else np.eye(2)[predictions]
+    names = () if regression else ("a", "b")
+    data = TaskData(TASKS[task], None, {}, None, names, num_labels=len(names) or 1, is_regression=regression)
+    expected = compute_metrics(data, logits, labels)["score"]
+    assert compare_table.score(task, predictions, labels) == pytest.approx(expected)
+
+
+def test_folds_hold_every_training_example_once(tmp_path):
+    rows = [f"src\t{i % 2}\t\tsentence {i}\n" for i in range(23)]
+    (tmp_path / "GLUE/CoLA").mkdir(parents=True)
+    (tmp_path / "GLUE/CoLA/train.tsv").write_text("".join(rows))
+    held_out = []
+    for fold in range(tune.FOLDS):
+        folder = tune.fold_folder(tmp_path / "GLUE", tmp_path / "work", "cola", fold) / "CoLA"
+        train, dev = ((folder / f"{name}.tsv").read_text().splitlines(keepends=True) for name in ("train", "dev"))
+        assert sorted(train + dev) == sorted(rows)
+        held_out += dev
+    assert sorted(held_out) == sorted(rows)
+
+
+def test_a_run_compared_with_itself_is_exactly_as_good():
+    both = compare_table.bootstrap("rte", [run()], [run()])
+    assert (both[0] == both[1]).all() and both[0].std() > 0
+
+
+def test_pairing_makes_the_interval_narrower():
+    ours, base = run(correct=0.8), run(correct=0.7)
+    moved = {**base, "labels": base["labels"][::-1], "predictions": base["predictions"][::-1]}
+    widths = [
+        np.subtract(*np.percentile(b[0] - b[1], [97.5, 2.5]))
+        for b in (compare_table.bootstrap("rte", [ours], [x]) for x in (base, moved))
+    ]
+    assert widths[0] < widths[1]
+
+
+def test_time_until_is_the_first_crossing():
+    followed = {"scores": [[10, 1.0, 0.5], [20, 2.0, 0.8], [30, 3.0, 0.7]]}
+    assert compare_table.seconds_until(followed, 0.75) == 2.0
+    assert compare_table.seconds_until(followed, 0.9) is None and compare_table.seconds_until({}, 0.1) is None
+
+
+def test_table_and_picture_from_a_results_folder(tmp_path):
+    base = run(train_cpu_s=8.0, scores=[[1, 1.0, 0.9]], last_step_cpu_s=0.5, step_cpu_s=0.5)
+    ours = run(train_cpu_s=4.0, scores=[[1, 0.5, 0.9]], last_step_cpu_s=0.2, step_cpu_s=0.4)
+    ours |= {"params": 0.4, "macs": 0.42, "latency": 0.5}
+    for method, found in (("peft", base), ("ours@0.6", ours)):
+        (tmp_path / f"rte-{method}-0.json").write_text(json.dumps(found))
+    methods = ("peft", "ours@0.6", "tmp")
+    results = compare_table.load(tmp_path, ["rte"], methods)
+    lines = compare_table.table(results, methods).splitlines()
+    assert len(lines) == 2 + 2 + 2, "a line per task and method that ran, and its average"
+    row = next(line for line in lines if "rte | ours@0.6" in line)
+    assert "| 1.000 | 1.000 to 1.000 | 0.50 | 1.00 | 0.40 | 0.50 | 0.50 / 1.00 | 1.00 | 0.40 | 0.42 | 0.50 |" in row
+    compare_table.draw(results, methods, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("method", [*compare.METHODS, *(f"ours@0.6+{name}" for name in compare.VARIANTS)])
+def test_every_method_s_options_are_the_trainer_s(method):
+    from prunadapt_ds.config import parse
+
+    parse(compare.options_of(method))
+
+
+@pytest.mark.parametrize("variant", tune.VARIANTS)
+def test_every_variant_s_options_are_the_trainer_s(variant):
+    from prunadapt_ds.config import parse
+
+    options = {**tune.BASE, **tune.VARIANTS[variant]}
+    parse([word for name, value in options.items() for word in (f"--{name}", str(value))])

@@ -1,0 +1,45 @@
+"""Generation: a cut decoder with its cache says what the masked one says without, token by token."""
+
+import pytest
+import torch
+
+from prunadapt_ds import gates
+from prunadapt_ds.budget import PruningPlan
+from prunadapt_ds.models.families import FAMILIES
+from prunadapt_ds.resize import resize
+from tests.tiny import layout_and_structure, tiny_config
+
+pytestmark = pytest.mark.fast
+DECODERS = [name for name, family in FAMILIES.items() if family.is_decoder]
+PROMPTS, NEW_TOKENS = torch.tensor([[6, 9, 12, 7], [20, 7, 31, 8]]), 9
+
+
+@pytest.mark.parametrize("model_type", [*DECODERS, "llama-mqa", "gpt_neox-sequential", "opt-post-norm"])
+@torch.no_grad()
+def test_the_cache_of_a_cut_decoder(model_type):
+    """Whole attentions are gone wherever they may go: the cache must still know its length."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    changes = {"init_std": 0.3} if model_type.startswith("opt") else {}
+    config = tiny_config(model_type, initializer_range=0.3, tie_word_embeddings=False, **changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    layout, structure = layout_and_structure(model, 16)
+    gates.attach(model, layout, structure)
+    keep = torch.rand(structure.num_units, generator=torch.Generator().manual_seed(4)) > 0.3
+    for sub in structure.sublayers:
+        if sub.kind == "heads":
+            keep[sub.span] = False
+            keep[sub.start : sub.start + sub.floor] = True
+    plan = PruningPlan.from_mask(structure, keep)
+    gates.apply_mask(model, keep)
+    said = PROMPTS
+    for _ in range(NEW_TOKENS):
+        said = torch.cat([said, model(input_ids=said, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    resize(model, layout, plan)
+    gates.detach(model)
+    found = model.generate(
+        PROMPTS, attention_mask=torch.ones_like(PROMPTS), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
+    )
+    assert found.tolist() == said.tolist()
+    assert len(set(said[0, 4:].tolist())) > 1, "one token over and over tells little"

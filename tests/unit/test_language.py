@@ -1,0 +1,158 @@
+"""Language modelling: what is learnt of a row, each sequence's own mean, and law 2 for it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prunadapt_ds import adapters, gates
+from prunadapt_ds.batches import Rows
+from prunadapt_ds.config import parse
+from prunadapt_ds.data import compute_perplexity, load_language, tokenize_language
+from prunadapt_ds.errors import UserError
+from prunadapt_ds.importance import STATISTICS, Recorder
+from prunadapt_ds.models.families import FAMILIES
+from prunadapt_ds.objective import sample_losses
+from tests.tiny import layout_and_structure, tiny_config, tiny_instructions, tiny_tokenizer
+
+pytestmark = pytest.mark.fast
+DECODERS = [name for name, family in FAMILIES.items() if family.is_decoder]
+
+
+def data_options(folder, suffix="jsonl"):
+    files = ["--train_file", str(folder / f"train.{suffix}"), "--validation_file", str(folder / f"validation.{suffix}")]
+    return parse(["--task_type", "causal_lm", *files]).data
+
+
+@pytest.fixture
+def rows(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path, of_decoder=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    data = load_language(data_options(tiny_instructions(tmp_path / "data", n_train=8)))
+    return Rows(tokenize_language(data.train, tokenizer, 32), tokenizer)
+
+
+def test_only_responses_are_learnt(rows):
+    for row in rows.examples:
+        learnt = [label for label in row["labels"] if label >= 0]
+        assert row["input_ids"][-len(learnt) :] == learnt and learnt[-1] == rows.tokenizer.eos_token_id
+        assert row["labels"][: -len(learnt)] == [-100] * (len(row["labels"]) - len(learnt))
+        words = rows.tokenizer.decode(learnt[:-1]).split()
+        assert set(words) <= {
+            "sun",
+            "joy",
+            "love",
+            "bright",
+            "happy",
+            "sweet",
+            "rain",
+            "pain",
+            "hate",
+            "dark",
+            "sad",
+            "sour",
+        }
+    batch = rows.batch([0, 3], 0.5)
+    assert batch.labels.shape == batch.inputs["input_ids"].shape and batch.labels.shape[1] % 8 == 0
+    assert (batch.labels[batch.inputs["attention_mask"] == 0] == -100).all()
+
+
+def test_text_is_cut_into_blocks(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path, of_decoder=True)
+    data = load_language(data_options(tiny_instructions(tmp_path / "data"), "txt"))
+    tokens = tokenize_language(data.train, tokenizer, 16)
+    whole = [i for block in tokens["input_ids"] for i in block]
+    text = (tmp_path / "data" / "train.txt").read_text()
+    assert whole == tokenizer(text)["input_ids"][: len(whole)] and {len(b) for b in tokens["input_ids"][:-1]} == {16}
+    assert tokens["labels"] == tokens["input_ids"]
+
+
+def test_too_long_a_row_loses_the_beginning_of_its_prompt(tmp_path):
+    from datasets import Dataset
+
+    tokenizer = tiny_tokenizer(tmp_path, of_decoder=True)
+    data = Dataset.from_dict({"prompt": ["the a one this that we"], "response": ["sun joy"]})
+    (ids,) = tokenize_language(data, tokenizer, 5)["input_ids"]
+    assert tokenizer.decode(ids[:-1]) == "that we sun joy" and ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "text, word", [('{"prompt": "a"}\n', "response"), ('{"prompt": "a", "response": " "}\n', "row 1"), ("", "empty")]
+)
+def test_files_that_cannot_be_learnt_from(tmp_path, text, word):
+    folder = tiny_instructions(tmp_path)
+    (folder / "train.jsonl").write_text(text)
+    with pytest.raises(UserError, match=word):
+        load_language(data_options(folder))
+
+
+def test_loss_is_each_sequence_s_own_mean():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 6, 11), torch.randint(0, 11, (3, 6))
+    labels[0, :4], labels[1, :1], labels[2, :] = -100, -100, -100
+    found = sample_losses(logits, labels, is_regression=False)
+    for b in range(2):
+        one = F.cross_entropy(logits[b, :-1], labels[b, 1:], ignore_index=-100)
+        torch.testing.assert_close(found[b], one)
+    assert found[2] == 0, "nothing to learn"
+
+
+def test_perplexity_weighs_tokens():
+    found = compute_perplexity(np.array([[2.0, 1.0], [3.0, 4.0]]))
+    assert found == {"perplexity": pytest.approx(math.e), "score": pytest.approx(math.e)}
+    with pytest.raises(UserError, match="diverged"):
+        compute_perplexity(np.array([[math.nan, 1.0]]))
+
+
+def language_model(model_type):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval().requires_grad_(False)
+    layout, structure = layout_and_structure(model, 16)
+    adapters.add_lora(model, layout, adapters.target_modules(layout), r=2, lora_alpha=4)
+    recorder = Recorder(structure.num_units, activations=True)
+    gates.attach(model, layout, structure, recorder)
+    return model, recorder
+
+
+def scores(model, recorder, rows, chunks):
+    for chunk in chunks:
+        batch = rows.batch(chunk, 1 / len(chunk))
+        recorder.begin(batch.weights, batch.inputs["attention_mask"])
+        losses = sample_losses(model(**batch.inputs).logits, batch.labels, is_regression=False)
+        (losses * batch.weights).sum().backward()
+        recorder.end()
+    return recorder.all_reduce()
+
+
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_scores_are_the_same_for_every_split_and_autograd_s(rows, model_type):
+    model, recorder = language_model(model_type)
+    whole = scores(model, recorder, rows, [list(range(8))])
+    split = scores(model, recorder, rows, [[0, 1, 2, 3, 4], [5, 6], [7]])
+    for name in STATISTICS:
+        torch.testing.assert_close(whole.sums[name], split.sums[name], rtol=1e-3, atol=1e-9)
+    slow = torch.zeros_like(whole.sums["grad_sq"])
+    for i in range(8):  # one sequence at a time: the gradient of delta where delta is 0 is that of the mask
+        model.zero_grad()
+        batch = rows.batch([i], 1.0)
+        sample_losses(model(**batch.inputs).logits, batch.labels, is_regression=False).sum().backward()
+        slow += torch.cat([g.delta.grad for g in gates.gates_of(model)]).square()
+    torch.testing.assert_close(whole.sums["grad_sq"], slow, rtol=1e-3, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "argv, field",
+    [
+        ([], "train_file"),
+        (["--method", "tmp"], "method"),
+        (["--distill_weight", "0.5"], "distill_weight"),
+    ],
+)
+def test_what_language_does_not_go_with(argv, field):
+    with pytest.raises(UserError) as caught:
+        parse(["--task_type", "causal_lm", *argv])
+    assert field in {p.field for p in caught.value.problems}
