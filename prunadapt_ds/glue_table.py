@@ -80,20 +80,21 @@ def _text(path: Path) -> str:
 
 
 def _last_error(log: str) -> str:
-    """The program's own last message, or the last line of a traceback."""
+    """The program's own last message, or the last line of a traceback, or what SLURM had to say."""
     lines = [line.strip() for line in log.splitlines()]
-    for i in range(len(lines) - 1, -1, -1):
-        if lines[i] == "errors:":
-            return "; ".join(line for line in lines[i + 1 : i + 4] if "=" in line)
-        if re.match(r"(error: |srun: error|slurmstepd: error|\w*(Error|Exception)\b)", lines[i]):
-            return lines[i].removeprefix("error: ")
+    for pattern in (r"errors?:", r"(\w+\.)*\w*(Error|Exception)\b", r"(srun|slurmstepd): error"):
+        for i in range(len(lines) - 1, -1, -1):
+            if re.match(pattern, lines[i]):
+                listed = "; ".join(line for line in lines[i + 1 : i + 4] if re.match(r"[\w.]+=", line))
+                return listed if lines[i] == "errors:" else lines[i].removeprefix("error: ")
     return ""
 
 
 def mean(values: Iterable[float | None]) -> float | None:
     """None where one is missing or there are none."""
     found = list(values)
-    return None if not found or None in found else statistics.fmean(found)  # type: ignore[type-var]
+    present = [value for value in found if value is not None]
+    return statistics.fmean(present) if found and len(present) == len(found) else None
 
 
 def summary(cells: Sequence[Cell], tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def _number(value: float | None, scale: float = 100, digits: int = 1) -> str:
 def markdown(found: dict[str, Any]) -> str:
     """The table for reading."""
     lines = [
-        "| task | seeds | teacher | masked | exported | measures of the export | parameters kept | speed-up |",
+        "| task | seeds | teacher | masked | exported | measures of the export | parameters kept, % | speed-up |",
         "|---|---:|---:|---:|---:|---|---:|---:|",
     ]
     for task, row in found["tasks"].items():
@@ -140,7 +141,7 @@ def markdown(found: dict[str, Any]) -> str:
         )
         measures = ", ".join(f"{name} {_number(value)}" for name, value in row["measures"].items()) or "-"
         cells = (task, seeds, _number(row["teacher"]), _number(row["masked"]), exported, measures)
-        lines.append(f"| {' | '.join(cells)} | {_number(row['kept'])} % | {_number(row['speedup'], 1, 2)} |")
+        lines.append(f"| {' | '.join(cells)} | {_number(row['kept'])} | {_number(row['speedup'], 1, 2)} |")
     complete = found["average"]["exported"] is not None
     average = found["average"] if complete else found["average_of_what_is_there"]
     name = "**average**" if complete else "average of what is there, **not of all**"

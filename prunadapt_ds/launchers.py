@@ -22,6 +22,7 @@ from typing import Any
 from prunadapt_ds.errors import LaunchError, Problem
 
 RENDEZVOUS_VARIABLE = "PRUNADAPT_RENDEZVOUS_SECONDS"
+LAUNCHER_VARIABLE = "PRUNADAPT_LAUNCHER"
 MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 RANK_VARIABLES = ("RANK", *MPI_VARIABLES, "SLURM_PROCID")
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
@@ -48,6 +49,7 @@ class Place:
             "LOCAL_WORLD_SIZE": str(self.local_size),
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
+            LAUNCHER_VARIABLE: self.launcher,
         }
 
 

@@ -6,6 +6,7 @@ machine may have otherwise is neither seen nor touched.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -202,7 +203,5 @@ if __name__ == "__main__":  # a cluster to play with
         sys.exit(why)
     with tempfile.TemporaryDirectory() as name, Cluster(Path(name)) as cluster:
         print(f"export SLURM_CONF={name}/slurm.conf   # until this program is ended")
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             cluster.daemons[1].wait()
-        except KeyboardInterrupt:
-            pass
