@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-NODES, CPUS, GPUS = 2, 16, 4  # per node, whatever the machine has
+NODES, CPUS, GPUS = 2, 64, 8  # per node, whatever the machine has
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch")
 PACKAGES = "slurm-wlm munge openmpi-bin libopenmpi-dev"
 
