@@ -8,7 +8,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # Ranks of the quickstart: every GPU where there are some, otherwise two CPU processes.
 RANKS := $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); [ $$n -gt 0 ] && echo $$n || echo 2)
 
-.PHONY: quickstart test test-fast test-ci test-full quality style mutants coverage tensorboard clean tools
+.PHONY: quickstart test test-fast test-ci test-full test-slurm test-slurm-ci slurm-tools doctor quality style mutants coverage tensorboard clean tools
 
 quickstart: $(INSTALLED)
 	$(RUN) deepspeed --num_accelerators $(RANKS) launcher/train.py --ds_config ds_configs/zero3.json --output_dir outputs/quickstart
@@ -23,6 +23,23 @@ test-ci: $(INSTALLED)
 
 test-full: $(INSTALLED)
 	$(RUN) python tests/summary.py
+
+# A real SLURM and MPI on this machine; without them, and without root to install them, the tests are skipped and say why.
+test-slurm: $(INSTALLED) slurm-tools
+	$(RUN) python -m pytest -m "slurm or full" -q tests/slurm tests/integration/test_launchers.py
+
+test-slurm-ci: $(INSTALLED) slurm-tools
+	$(RUN) python -m pytest -m slurm -q tests/slurm tests/integration/test_launchers.py
+
+SLURM_PACKAGES := slurm-wlm munge openmpi-bin libopenmpi-dev shellcheck
+slurm-tools:
+	@command -v slurmctld >/dev/null && command -v mpirun >/dev/null && exit 0; \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); } >/dev/null 2>&1 || echo "apt-get could not install: $(SLURM_PACKAGES)"; \
+	  else echo "for these tests install as root: apt-get install --no-install-recommends $(SLURM_PACKAGES)"; fi
+
+doctor: $(INSTALLED)
+	$(RUN) python launcher/doctor.py
 
 quality: $(INSTALLED)
 	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy

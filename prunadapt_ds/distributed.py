@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prunadapt_ds.errors import PrunadaptError, RanksDisagree, UserError
+from prunadapt_ds import launchers
+from prunadapt_ds.errors import LaunchError, PrunadaptError, RanksDisagree, UserError
 
 T = TypeVar("T")
 
@@ -26,25 +27,23 @@ TIMEOUT = datetime.timedelta(minutes=int(os.environ.get("PRUNADAPT_TIMEOUT_MINUT
 
 
 def init() -> None:
-    """Join the process group: ranks come from the environment (deepspeed, torchrun), from SLURM or from MPI.
+    """Join the process group of whatever launcher started this process; a plain `python` becomes a group of one.
 
-    A plain `python` process becomes a group of one. Must run before the model is loaded.
+    Must run before the model is loaded. Raises LaunchError where the ranks cannot find each other.
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     if dist.is_initialized():
         return
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ:
-        for name, source in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
-            os.environ.setdefault(name, os.environ[f"SLURM_{source}"])
-    under_mpi = any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"))
-    if "RANK" not in os.environ and not under_mpi:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    place = launchers.find(os.environ)
+    os.environ.update(place.variables())
     if not torch.cuda.is_available():
         free_compiler_lock(compiler_lock())
-    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    store = launchers.rendezvous(place)
+    backend = get_accelerator().communication_backend_name()
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT)
+    deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     else:
@@ -143,20 +142,16 @@ def all_gather_objects(value: Any) -> list[Any]:
     return box
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def rank() -> int:
     """This process's number; before `init`, as the launcher says it."""
-    if dist.is_initialized():
-        return dist.get_rank()
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    return dist.get_rank() if dist.is_initialized() else launchers.number(os.environ, launchers.RANK_VARIABLES)
+
+
+def speaks_of(error: BaseException) -> bool:
+    """Whether this rank prints `error`: rank 0 what all ranks know, one process of each host what kept it from joining."""
+    if isinstance(error, LaunchError):
+        return launchers.number(os.environ, launchers.LOCAL_RANK_VARIABLES) == 0
+    return rank() == 0
 
 
 def world_size() -> int:
@@ -174,7 +169,8 @@ def use_local_threads() -> None:
 def device() -> torch.device:
     """The device this rank computes on."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # SLURM may show each rank its own GPU only, which is then number 0.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
 
 

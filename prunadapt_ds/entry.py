@@ -14,7 +14,7 @@ def guarded(work: Callable[[], object]) -> int:
     try:
         work()
     except PrunadaptError as error:
-        if distributed.rank() == 0:
+        if distributed.speaks_of(error):
             print(message(error), file=sys.stderr)
         return error.exit_code
     except RuntimeError as error:

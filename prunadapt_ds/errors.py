@@ -41,6 +41,10 @@ class UserError(PrunadaptError):
         return type(self), (self.problems,)
 
 
+class LaunchError(UserError):
+    """Ranks that cannot find each other: seen by each process alone, before there is a group that could share it."""
+
+
 class ParityError(PrunadaptError):
     """The exported model does not compute what the trained model computes."""
 

@@ -225,4 +225,18 @@ def tiny_instructions(folder, n_train=24, n_dev=9):
             rows.append({"prompt": prompt, "response": " ".join(_WORDS[kind][: draw.randint(1, 6)])})
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"{name}.txt").write_text("\n".join(f"{row['prompt']} {row['response']}" for row in rows))
+
+
+def tiny_glue(folder, tasks=("rte", "wnli"), n_train=48, n_dev=24):
+    """Files in the layout of GLUE's own pairs, from the words of `tiny_data`."""
+    draw = random.Random(1)
+    for task in tasks:
+        labels = {"rte": ("not_entailment", "entailment"), "wnli": ("0", "1")}[task]
+        (folder / task.upper()).mkdir(parents=True, exist_ok=True)
+        for name, count in (("train", n_train), ("dev", n_dev)):
+            lines = ["index\tsentence1\tsentence2\tlabel"]
+            for i in range(count):
+                words = draw.choices(_WORDS["plain"], k=4) + draw.choices(_WORDS[("bad", "good")[i % 2]], k=3)
+                lines.append(f"{i}\t{' '.join(words)}\t{' '.join(draw.choices(_WORDS['plain'], k=3))}\t{labels[i % 2]}")
+            (folder / task.upper() / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     return folder

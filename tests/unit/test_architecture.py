@@ -13,6 +13,7 @@ PACKAGE = ROOT / "prunadapt_ds"
 # A module may import modules of lower floors, or of its own subpackage.
 FLOORS = (
     {"errors", "cli", "hub"},
+    {"launchers"},
     {"files", "watchdog", "pulse", "config", "distributed", "schedule", "reload", "memory", "attention"},
     {"ds_config", "data", "models", "entry", "objective", "outline", "figures"},
     {"formats"},
@@ -26,7 +27,7 @@ FLOORS = (
     {"card", "session", "reexport", "scoring", "adapter_folder", "pages"},
     {"finish", "resume", "compare"},
     {"keeper"},
-    {"train"},
+    {"train", "doctor", "glue_table"},
 )
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 

@@ -1,0 +1,187 @@
+"""What this installation and these ranks are, and what is wrong with them, before hours are spent finding out.
+
+Takes the options of a training run and looks at those that can be wrong on a machine: --ds_config, --output_dir.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from prunadapt_ds import distributed, launchers
+from prunadapt_ds.config import Config, parse
+from prunadapt_ds.ds_config import fast_bf16, resolve_ds_config
+from prunadapt_ds.entry import message
+from prunadapt_ds.errors import PrunadaptError, UserError
+
+PACKAGES = ("prunadapt_ds", "torch", "deepspeed", "transformers", "peft")
+ALL_REDUCE_BYTES = (1024, 16 * 2**20)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank says of itself."""
+
+    rank: int
+    local_rank: int
+    host: str
+    device: str
+    cores: int
+    threads: int
+    versions: dict[str, str]
+    problems: list[str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print what was found on rank 0; 0 where nothing is wrong, 2 where something is, on every rank."""
+    try:
+        config = parse(argv)
+        distributed.init()
+        ranks = [Rank(**values) for values in distributed.all_gather_objects(vars(examine(config)))]
+        times = {size: all_reduce_seconds(size) for size in ALL_REDUCE_BYTES}
+        wrong = problems(ranks)
+        if distributed.rank() == 0:
+            print("\n".join(describe(config, ranks, times, wrong)), flush=True)
+        return 2 if wrong else 0
+    except PrunadaptError as error:
+        if distributed.speaks_of(error):
+            print(message(error), file=sys.stderr)
+        return error.exit_code
+    finally:
+        distributed.shutdown()
+
+
+def examine(config: Config) -> Rank:
+    """This rank, and what is wrong that it can see by itself."""
+    found = [*compiler_problems(), *folder_problems(Path(config.output.output_dir))]
+    try:
+        resolve_ds_config(config, distributed.world_size())
+    except UserError as error:
+        found += [f"--ds_config: {problem}" for problem in error.problems]
+    return Rank(
+        rank=distributed.rank(),
+        local_rank=launchers.number(os.environ, launchers.LOCAL_RANK_VARIABLES),
+        host=socket.gethostname(),
+        device=device_name(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        versions={name: version(name) for name in PACKAGES},
+        problems=found,
+    )
+
+
+def device_name() -> str:
+    device = distributed.device()
+    if device.type != "cuda":
+        return "cpu"
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return f"{device} {torch.cuda.get_device_name(device)} {memory / 2**30:.0f} GiB"
+
+
+def compiler_problems() -> list[str]:
+    """DeepSpeed compiles an operator for CPU ranks and for offloading on first use."""
+    found = []
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        found.append(
+            f"no C++ compiler ({compiler}): DeepSpeed compiles operators on first use; e.g. apt-get install g++"
+        )
+    if shutil.which("ninja") is None:
+        found.append("ninja is not on the PATH: pip install ninja, and start python from its environment")
+    return found
+
+
+def folder_problems(folder: Path) -> list[str]:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        return [f"--output_dir {folder}: {there} cannot be written to by this user"]
+    free = shutil.disk_usage(there).free
+    return [f"--output_dir {folder}: {free / 2**20:.0f} MiB free only"] if free < 2**30 else []
+
+
+def all_reduce_seconds(size: int, repeats: int = 5) -> float:
+    """Median seconds of one all-reduce of `size` bytes, two unmeasured ones before; every rank must call."""
+    values = torch.ones(size // 4, dtype=torch.float32, device=distributed.device())
+    seconds = []
+    for _ in range(2 + repeats):
+        distributed.barrier()
+        start = time.perf_counter()
+        distributed.dist_sum(values.fill_(1.0))
+        if values.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    if float(values.sum()) != distributed.world_size() * values.numel():
+        raise PrunadaptError(f"an all-reduce of ones over {distributed.world_size()} ranks has a wrong sum")
+    return statistics.median(seconds[2:])
+
+
+def problems(ranks: Sequence[Rank]) -> list[str]:
+    """What is wrong with single ranks, each thing once, and between them."""
+    by_text: dict[str, list[int]] = {}
+    for r in ranks:
+        for text in r.problems:
+            by_text.setdefault(text, []).append(r.rank)
+    found = [text if len(who) == len(ranks) else f"{text} (ranks {who})" for text, who in by_text.items()]
+    for name in PACKAGES:
+        if len(kinds := {r.versions[name] for r in ranks}) > 1:
+            found.append(f"{name} differs between ranks: {', '.join(sorted(kinds))}")
+    gpus = [(r.host, r.device) for r in ranks if r.device.startswith("cuda")]
+    if gpus and len(gpus) < len(ranks):
+        found.append(f"{len(ranks) - len(gpus)} of {len(ranks)} ranks have no GPU")
+    if not os.environ.get("CUDA_VISIBLE_DEVICES") and len(set(gpus)) < len(gpus):
+        found.append("ranks share a GPU: start as many ranks on a host as it has GPUs")
+    for host in dict.fromkeys(r.host for r in ranks):
+        here = [r for r in ranks if r.host == host]
+        threads, cores = sum(r.threads for r in here), max(r.cores for r in here)
+        if threads > cores and len(here) > 1:
+            found.append(f"{host}: {threads} threads of {len(here)} ranks on {cores} cores; set OMP_NUM_THREADS")
+    return found
+
+
+def describe(config: Config, ranks: Sequence[Rank], times: dict[int, float], wrong: Sequence[str]) -> list[str]:
+    """The page that rank 0 prints."""
+    hosts = list(dict.fromkeys(r.host for r in ranks))
+    versions = ", ".join(f"{name} {number}" for name, number in ranks[0].versions.items())
+    lines = [
+        f"launcher   {os.environ[launchers.LAUNCHER_VARIABLE]}: {len(ranks)} rank(s) on {len(hosts)} host(s)",
+        f"versions   Python {platform.python_version()}, {versions}, CUDA {torch.version.cuda or 'none'}",
+        f"compiler   {compiler_version()}",
+    ]
+    for r in ranks:
+        lines.append(
+            f"rank {r.rank:<5} {r.host}, local rank {r.local_rank}, {r.device}, {r.cores} cores, {r.threads} threads"
+        )
+    lines.append(f"backend    {backend()}")
+    for size, seconds in times.items():
+        speed = f", {size / seconds / 2**30:.2f} GiB/s" if size > 2**20 else ""
+        lines.append(f"all-reduce {size // 1024} KiB in {seconds * 1000:.2f} ms{speed}")
+    lines.append(f"bf16       {'fast here' if fast_bf16() else 'slow here: runs take fp32'}")
+    lines += ["", *(f"wrong: {text}" for text in wrong)] if wrong else ["nothing wrong"]
+    return lines
+
+
+def backend() -> str:
+    import torch.distributed as dist
+
+    return str(dist.get_backend())
+
+
+def compiler_version() -> str:
+    compiler = os.environ.get("CXX", "g++")
+    try:
+        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return f"{compiler} does not answer"
+    return said[0] if said else compiler

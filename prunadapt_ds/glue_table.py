@@ -1,0 +1,204 @@
+"""GLUE as one table: the reports of `ROOT/<task>/seed<n>/` gathered, what failed or is missing marked with its reason.
+
+The score of a task is the mean of its measures (MNLI: of both development sets), the score of GLUE the mean over its tasks,
+each counting once: as the leaderboard does. An average is only called one where every cell of it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prunadapt_ds.config import TASK_NAMES
+from prunadapt_ds.errors import Problem, UserError
+
+TASKS = tuple(name for name in TASK_NAMES if name != "sample")
+KINDS = ("teacher", "masked", "exported")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. status: complete, failed, interrupted or missing; `reason` says why where it is not complete.
+
+    scores: by kind of model, 0 to 1, null where a run has no such model."""
+
+    task: str
+    seed: int
+    status: str
+    reason: str = ""
+    scores: dict[str, float | None] | None = None
+    measures: dict[str, float] | None = None
+    kept: float | None = None  # of the encoder's parameters
+    speedup: float | None = None
+
+
+def read_cell(root: Path, task: str, seed: int) -> Cell:
+    """What the folder of one run says."""
+    folder = root / task / f"seed{seed}"
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        status = report["status"]
+        if status == "complete":
+            return _complete(task, seed, report)
+    except FileNotFoundError:
+        status = ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Cell(task, seed, "failed", f"report.json cannot be read: {type(error).__name__}: {error}")
+    code = _text(folder / "exit_code").strip()
+    if not folder.is_dir():
+        return Cell(task, seed, "missing", "was never started")
+    if code == "running":
+        return Cell(task, seed, "missing", "was started and neither ended nor was ended: look at the job's log")
+    if code == "75" or (not code and status == "interrupted"):
+        return Cell(task, seed, "interrupted", "stopped with a checkpoint: start it again")
+    reason = _last_error(_text(folder / "log.txt"))
+    return Cell(task, seed, "failed", (f"exit code {code}: " if code else "") + (reason or "look at log.txt"))
+
+
+def _complete(task: str, seed: int, report: dict[str, Any]) -> Cell:
+    metric, params = report["metric"], report["params"]
+    scores = {kind: metric[kind]["score"] if metric[kind] else None for kind in KINDS}
+    measures = {name: value for name, value in (metric["exported"] or {}).items() if name != "score"}
+    kept = params["encoder_kept"] / params["encoder_dense"]
+    return Cell(task, seed, "complete", "", scores, measures, kept, report["latency"]["speedup"])
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _last_error(log: str) -> str:
+    """The program's own last message, or the last line of a traceback, or what SLURM had to say."""
+    lines = [line.strip() for line in log.splitlines()]
+    for pattern in (r"errors?:", r"(\w+\.)*\w*(Error|Exception)\b", r"(srun|slurmstepd): error"):
+        for i in range(len(lines) - 1, -1, -1):
+            if re.match(pattern, lines[i]):
+                listed = "; ".join(line for line in lines[i + 1 : i + 4] if re.match(r"[\w.]+=", line))
+                return listed if lines[i] == "errors:" else lines[i].removeprefix("error: ")
+    return ""
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """None where one is missing or there are none."""
+    found = list(values)
+    present = [value for value in found if value is not None]
+    return statistics.fmean(present) if found and len(present) == len(found) else None
+
+
+def summary(cells: Sequence[Cell], tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Scores per task over its complete seeds, and of GLUE over all; those that lack a cell are null."""
+    by_task: dict[str, Any] = {}
+    for task in tasks:
+        done = [c for c in cells if c.task == task and c.scores]
+        row: dict[str, Any] = {"seeds": len(done), "of": len(seeds)}
+        for kind in KINDS:
+            row[kind] = mean(c.scores[kind] for c in done if c.scores)
+        exported = [s for c in done if c.scores and (s := c.scores["exported"]) is not None]
+        row["deviation"] = statistics.stdev(exported) if len(exported) > 1 else None
+        names = list(dict.fromkeys(name for c in done for name in c.measures or {}))
+        row["measures"] = {name: mean((c.measures or {}).get(name) for c in done) for name in names}
+        row["kept"], row["speedup"] = mean(c.kept for c in done), mean(c.speedup for c in done)
+        by_task[task] = row
+    whole = all(c.status == "complete" for c in cells)
+    average = {kind: mean(row[kind] for row in by_task.values()) if whole else None for kind in KINDS}
+    there = {kind: mean(row[kind] for row in by_task.values() if row["seeds"]) for kind in KINDS}
+    return {
+        "tasks": by_task,
+        "average": average,
+        "average_of_what_is_there": there,
+        "is_all_of_glue": whole and set(tasks) == set(TASKS),
+        "cells": [asdict(c) for c in cells],
+    }
+
+
+def _number(value: float | None, scale: float = 100, digits: int = 1) -> str:
+    return "-" if value is None else f"{value * scale:.{digits}f}"
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table for reading."""
+    lines = [
+        "| task | seeds | teacher | masked | exported | measures of the export | parameters kept, % | speed-up |",
+        "|---|---:|---:|---:|---:|---|---:|---:|",
+    ]
+    for task, row in found["tasks"].items():
+        lacking = [c["status"] for c in found["cells"] if c["task"] == task and c["status"] != "complete"]
+        seeds = f"{row['seeds']} of {row['of']}" + (f" ({', '.join(sorted(set(lacking)))})" if lacking else "")
+        exported = _number(row["exported"]) + (
+            f" ± {_number(row['deviation'])}" if row["deviation"] is not None else ""
+        )
+        measures = ", ".join(f"{name} {_number(value)}" for name, value in row["measures"].items()) or "-"
+        cells = (task, seeds, _number(row["teacher"]), _number(row["masked"]), exported, measures)
+        lines.append(f"| {' | '.join(cells)} | {_number(row['kept'])} | {_number(row['speedup'], 1, 2)} |")
+    complete = found["average"]["exported"] is not None
+    average = found["average"] if complete else found["average_of_what_is_there"]
+    name = "**average**" if complete else "average of what is there, **not of all**"
+    if complete and not found["is_all_of_glue"]:
+        name = "**average** of these tasks"
+    lines.append(f"| {name} | | {' | '.join(_number(average[kind]) for kind in KINDS)} | | | |")
+    failed = [c for c in found["cells"] if c["status"] != "complete"]
+    if failed:
+        lines += ["", "Not in the table:", ""]
+        lines += [f"- {c['task']}, seed {c['seed']}: {c['status']}. {c['reason'].replace('|', '/')}" for c in failed]
+    return "\n".join(lines) + "\n"
+
+
+def gather_tensorboard(root: Path, cells: Iterable[Cell]) -> None:
+    """Copies of all runs' event files in one folder, so that it can be moved and watched by itself."""
+    shutil.rmtree(root / "tensorboard", ignore_errors=True)
+    for c in cells:
+        events = root / c.task / f"seed{c.seed}" / "runs"
+        if events.is_dir():
+            shutil.copytree(events, root / "tensorboard" / f"{c.task}-seed{c.seed}")
+
+
+def write(root: Path, name: str, text: str) -> None:
+    unfinished = root / f".{name}.tmp"
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, root / name)
+
+
+def gather(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Write glue.json, glue.md and tensorboard/ to `root`. Raises UserError."""
+    problems = [Problem("tasks", t, f"no task of GLUE; known are {', '.join(TASKS)}") for t in tasks if t not in TASKS]
+    if not root.is_dir():
+        problems.append(Problem("root", str(root), "there is no such folder"))
+    if problems:
+        raise UserError(problems)
+    cells = [read_cell(root, task, seed) for task in tasks for seed in seeds]
+    found = summary(cells, tasks, seeds)
+    write(root, "glue.json", json.dumps(found, indent=2) + "\n")
+    write(root, "glue.md", markdown(found))
+    gather_tensorboard(root, cells)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when every cell is complete, 1 when some are not (the table says which), 2 for a mistake."""
+    parser = argparse.ArgumentParser(prog="glue_table.py", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("root", type=Path, help="folder that holds <task>/seed<n>/report.json")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    options = parser.parse_args(argv)
+    try:
+        found = gather(options.root, options.tasks, options.seeds)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(markdown(found))
+    print(
+        f"written: {options.root}/glue.json, glue.md; tensorboard --logdir {options.root}/tensorboard --host 127.0.0.1"
+    )
+    return 0 if all(c["status"] == "complete" for c in found["cells"]) else 1

@@ -1,0 +1,261 @@
+"""Which rank of how many this process is, as its launcher says it: read from the environment, checked, never guessed.
+
+| launcher              | says it in                     | where the ranks meet: MASTER_ADDR and MASTER_PORT, or      |
+|-----------------------|--------------------------------|------------------------------------------------------------|
+| deepspeed, torchrun   | RANK, WORLD_SIZE, LOCAL_RANK   | -                                                          |
+| mpirun (any MPI)      | MPI, asked through mpi4py      | rank 0's host, a free port of it                           |
+| srun                  | SLURM_PROCID and their like    | the step's first host, a port made of the job's id         |
+| none                  | -                              | one process meets nobody                                   |
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prunadapt_ds.errors import LaunchError, Problem
+
+RENDEZVOUS_VARIABLE = "PRUNADAPT_RENDEZVOUS_SECONDS"
+LAUNCHER_VARIABLE = "PRUNADAPT_LAUNCHER"
+MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+RANK_VARIABLES = ("RANK", *MPI_VARIABLES, "SLURM_PROCID")
+LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among all. `master_addr` and `master_port` are where rank 0 is met; unused by one process."""
+
+    launcher: str
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+
+    def variables(self) -> dict[str, str]:
+        """What DeepSpeed and others read."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_size),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+            LAUNCHER_VARIABLE: self.launcher,
+        }
+
+
+def find(environ: Mapping[str, str]) -> Place:
+    """The place that `environ` names. Raises LaunchError with everything that is missing or no number."""
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        return _from_variables(environ)
+    if "OMPI_COMM_WORLD_RANK" in environ:
+        return _from_mpi(environ)
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:  # a batch script has the first only
+        return _from_slurm(environ)
+    if any(name in environ for name in MPI_VARIABLES):
+        return _from_mpi(environ)
+    return Place("python")
+
+
+def number(environ: Mapping[str, str], names: tuple[str, ...], default: int = 0) -> int:
+    """The first of the variables that is set and a whole number: for use before, or without, a checked `Place`."""
+    return next((int(environ[name]) for name in names if environ.get(name, "").isdecimal()), default)
+
+
+class _Reader:
+    """Whole numbers out of the environment; collects what is wrong."""
+
+    def __init__(self, environ: Mapping[str, str], launcher: str):
+        self.environ, self.launcher, self.problems = environ, launcher, list[Problem]()
+
+    def number(self, name: str, least: int = 0, most: int | None = None) -> int:
+        value = self.environ.get(name)
+        if value is None:
+            self.problems.append(
+                Problem(name, None, f"{self.launcher} did not set it; set it, or start one process only")
+            )
+        elif not value.isdecimal() or int(value) < least or (most is not None and int(value) > most):
+            limits = f"at least {least}" if most is None else f"from {least} to {most}"
+            self.problems.append(Problem(name, value, f"must be a whole number, {limits}"))
+        else:
+            return int(value)
+        return least
+
+    def raise_problems(self) -> None:
+        if self.problems:
+            raise LaunchError(self.problems)
+
+
+def _from_variables(environ: Mapping[str, str]) -> Place:
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "the launcher"
+    read = _Reader(environ, launcher)
+    world_size = read.number("WORLD_SIZE", least=1)
+    rank = read.number("RANK", most=world_size - 1 if "WORLD_SIZE" in environ and not read.problems else None)
+    if world_size == 1:
+        read.raise_problems()
+        return Place(launcher)
+    local_rank = read.number("LOCAL_RANK")
+    port = read.number("MASTER_PORT", least=1, most=65535)
+    if not environ.get("MASTER_ADDR"):
+        remedy = "the host of rank 0 is not named; set it on every rank"
+        read.problems.append(Problem("MASTER_ADDR", environ.get("MASTER_ADDR"), remedy))
+    read.raise_problems()
+    local_size = number(environ, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), world_size)
+    return Place(launcher, rank, world_size, local_rank, local_size, environ["MASTER_ADDR"], port)
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Place:
+    read = _Reader(environ, "srun")
+    world_size = read.number("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS", least=1)
+    rank, local_rank = read.number("SLURM_PROCID"), read.number("SLURM_LOCALID")
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    address = environ.get("MASTER_ADDR") or first_host(nodes)
+    if not address:
+        read.problems.append(Problem("MASTER_ADDR", None, "srun names no nodes; set it to the host of rank 0"))
+    if "MASTER_PORT" in environ:
+        port = read.number("MASTER_PORT", least=1, most=65535)
+    else:  # every rank of the step must come to the same one, and two steps of one node should not
+        port = 10000 + (7 * number(environ, ("SLURM_JOB_ID",)) + number(environ, ("SLURM_STEP_ID",))) % 20000
+    read.raise_problems()
+    tasks = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return Place("srun", rank, world_size, local_rank, int(tasks[0]) if tasks else 1, address, port)
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a SLURM node list: "gpu[03-07,12],cpu1" -> "gpu03"."""
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodelist).split(",")[0]
+
+
+def _from_mpi(environ: Mapping[str, str]) -> Place:
+    """Ask MPI who we are, and let rank 0 say where to meet it. MPI itself is not used any further."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        remedy = (
+            f"MPI started this process, but mpi4py cannot load MPI's library ({reason}); install it, or use torchrun"
+        )
+        raise LaunchError(Problem("mpi4py", None, remedy)) from None
+    world = MPI.COMM_WORLD
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    one_host = node.size == world.size
+    read = _Reader(environ, "mpirun")
+    port = read.number("MASTER_PORT", least=1, most=65535) if "MASTER_PORT" in environ else free_port()
+    address = environ.get("MASTER_ADDR") or ("127.0.0.1" if one_host else socket.gethostname())
+    address, port = world.bcast((address, port))
+    place = Place("mpirun", world.rank, world.size, node.rank, node.size, address, port)
+    node.Free()
+    MPI.Finalize()  # from here on a rank may end as it likes
+    read.raise_problems()
+    return place
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+def rendezvous(place: Place) -> Any:
+    """A store that all ranks share. Raises LaunchError, within PRUNADAPT_RENDEZVOUS_SECONDS (25), where they cannot meet.
+
+    torch's own rendezvous is left to torchrun, which has met already: it tries for twice its timeout, logs every attempt
+    with a stack, and waits for ever for an answer from a stranger on the port.
+    """
+    import torch.distributed as dist
+
+    if place.world_size == 1:
+        return dist.HashStore()
+    _resolve(place)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(iter(dist.rendezvous("env://", place.rank, place.world_size)))
+        return store
+    deadline = time.monotonic() + number(os.environ, (RENDEZVOUS_VARIABLE,), 25)
+    store = _serve(place) if place.rank == 0 else _visit(place, deadline)
+    store.set(f"launch/{place.rank}", "here")
+    if place.rank == 0:
+        _await_all(place, store, deadline)
+        store.set("launch/complete", "yes")
+    elif not _arrives(store, "launch/complete", deadline + 1):
+        raise LaunchError(_no_answer(place, "met rank 0, but not all ranks came"))
+    return store
+
+
+def _resolve(place: Place) -> None:
+    try:
+        socket.getaddrinfo(place.master_addr, place.master_port)
+    except OSError as error:
+        remedy = f"this name cannot be resolved here ({error.strerror}); set it to an address of rank 0's host"
+        raise LaunchError(Problem("MASTER_ADDR", place.master_addr, remedy)) from None
+
+
+def _serve(place: Place) -> Any:
+    from torch.distributed import DistError, TCPStore
+
+    try:
+        return TCPStore("127.0.0.1", place.master_port, place.world_size, is_master=True, wait_for_workers=False)
+    except (DistError, RuntimeError) as error:
+        taken = "EADDRINUSE" in str(error) or "in use" in str(error)
+        why = "is in use" if taken else f"cannot be listened on ({str(error).splitlines()[0][:100]})"
+        remedy = f"{why} on {socket.gethostname()}; name a free one"
+        raise LaunchError(Problem("MASTER_PORT", place.master_port, remedy)) from None
+
+
+def _visit(place: Place, deadline: float) -> Any:
+    """Rank 0's store. Knocks until somebody opens; whoever does not speak the protocol is not waited for."""
+    from torch.distributed import TCPStore
+
+    address = (place.master_addr, place.master_port)
+    while True:
+        try:
+            socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic())).close()
+            break
+        except OSError as error:
+            if time.monotonic() + 0.2 > deadline:
+                reason = f"had no answer from rank 0 ({error.strerror or error})"
+                raise LaunchError(_no_answer(place, reason)) from None
+            time.sleep(0.2)
+    found: list[Any] = []
+    connect = threading.Thread(target=lambda: found.append(TCPStore(*address, place.world_size)), daemon=True)
+    connect.start()
+    connect.join(max(1.0, deadline - time.monotonic()))
+    if not found:
+        raise LaunchError(_no_answer(place, "found something else than rank 0"))
+    return found[0]
+
+
+def _await_all(place: Place, store: Any, deadline: float) -> None:
+    late = [r for r in range(place.world_size) if not _arrives(store, f"launch/{r}", deadline)]
+    if late:
+        shown = ", ".join(map(str, late[:8])) + (", ..." if len(late) > 8 else "")
+        where = f"{place.master_addr}:{place.master_port}"
+        remedy = f"ranks {shown} did not come to {where}; did they start? {_SLOW}"
+        raise LaunchError(Problem("WORLD_SIZE", place.world_size, remedy))
+
+
+def _arrives(store: Any, key: str, deadline: float) -> bool:
+    while not store.check([key]):  # store.wait would log stacks when its time is up
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+_SLOW = f"Where ranks start slowly, raise {RENDEZVOUS_VARIABLE}."
+
+
+def _no_answer(place: Place, what: str) -> Problem:
+    remedy = (
+        f"rank {place.rank} {what} at port {place.master_port}; is this rank 0's host, reachable from here? {_SLOW}"
+    )
+    return Problem("MASTER_ADDR", place.master_addr, remedy)

@@ -1,0 +1,93 @@
+# shellcheck shell=bash
+# Shared by the templates of this folder, which source it. Everything a site has to change is in `site_setup`.
+#
+# Values of the user's are only ever expanded inside double quotes or matched against a pattern: nothing here is evaluated twice.
+
+site_setup() {
+    # Modules, containers, network: put your site's lines here, e.g.
+    #   module load cuda/12.4
+    #   SRUN_OPTIONS="--container-image=/images/train.sqsh --container-mounts=$PWD"
+    #   export NCCL_SOCKET_IFNAME=ib0
+    local environment="${VENV:-.venv}"
+    if [[ -f "$environment/bin/activate" ]]; then
+        # shellcheck source=/dev/null
+        source "$environment/bin/activate"
+    fi
+}
+
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+# The words of $1 (spaces, tabs, newlines between them) into the array `words`.
+split_words() {
+    words=()
+    local IFS=$' \t\n'
+    read -r -d '' -a words <<<"$1" || true
+}
+
+# Numbers of nodes and ranks, and where the ranks meet.
+job_setup() {
+    [[ -n "${SLURM_JOB_ID:-}" ]] || fail "this is a SLURM job: submit it with sbatch"
+    site_setup
+    # Every GPU of a node gets a rank; a node without GPUs gets one, or RANKS_PER_NODE.
+    ranks_per_node="${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
+    [[ "$ranks_per_node" =~ ^[1-9][0-9]{0,3}$ ]] || fail "RANKS_PER_NODE='$ranks_per_node': must be a whole number of at least 1"
+    cpus_per_rank=$((${SLURM_CPUS_ON_NODE:-1} / ranks_per_node))
+    ((cpus_per_rank > 0)) || cpus_per_rank=1
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cpus_per_rank}"
+    # Hosts of a large job do not all start within the 25 seconds that a run at a desk is given.
+    export PRUNADAPT_RENDEZVOUS_SECONDS="${PRUNADAPT_RENDEZVOUS_SECONDS:-180}"
+    export PYTHONUNBUFFERED=1
+    # Without these the program takes the step's first host and a port made of the job's id.
+    if [[ -n "${MASTER_ADDR:-}" ]]; then export MASTER_ADDR; else unset MASTER_ADDR; fi
+    if [[ -n "${MASTER_PORT:-}" ]]; then export MASTER_PORT; else unset MASTER_PORT; fi
+    split_words "${SRUN_OPTIONS:-}"
+    srun_options=("${words[@]}")
+    # TERM and USR1 are for the ranks; the script waits for them and then decides what becomes of the job.
+    trap : TERM USR1
+}
+
+# The options that environment variables stand for, into the array `options`. Arguments of the template are added behind them.
+common_options() {
+    options=(--ds_config "${DS_CONFIG:-ds_configs/zero3.json}" --resume auto)
+    [[ -z "${CHECKPOINT_STEPS:-}" ]] || options+=(--checkpoint_steps "$CHECKPOINT_STEPS")
+    [[ -z "${MODEL:-}" ]] || options+=(--model_name_or_path "$MODEL")
+    [[ -z "${SPARSITY:-}" ]] || options+=(--target_sparsity "$SPARSITY")
+    [[ -z "${DATA_DIR:-}" ]] || options+=(--data_dir "$DATA_DIR")
+}
+
+# train OUTPUT_DIR [OPTION...]: one run on all nodes of the job. Sets `code`; leaves log.txt and exit_code in OUTPUT_DIR.
+train() {
+    local output="$1"
+    shift
+    mkdir -p -- "$output" || fail "OUTPUT_ROOT: $output cannot be made"
+    printf 'running\n' >"$output/exit_code"
+    srun --nodes="$SLURM_NNODES" --ntasks-per-node="$ranks_per_node" --ntasks="$((SLURM_NNODES * ranks_per_node))" \
+        --cpus-per-task="$cpus_per_rank" --kill-on-bad-exit=0 "${srun_options[@]}" \
+        python launcher/train.py "$@" --output_dir "$output" > >(tee -a -- "$output/log.txt") 2>&1 &
+    local step=$!
+    # A signal that the script itself gets ends `wait`, not the step.
+    while true; do
+        wait "$step"
+        code=$?
+        kill -0 "$step" 2>/dev/null || break
+    done
+    printf '%s\n' "$code" >"$output/exit_code"
+    echo "$output: exit code $code"
+}
+
+# Exit code 75 means: stopped at a step boundary, checkpoint written, start me again.
+requeue_and_exit() {
+    local job="$SLURM_JOB_ID" restarts="${SLURM_RESTART_COUNT:-0}"
+    [[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+    if ((restarts >= ${MAX_REQUEUES:-100})); then
+        echo "job $job was requeued $restarts times, which is MAX_REQUEUES; it stays stopped" >&2
+    elif scontrol requeue "$job"; then
+        echo "job $job: requeued to go on from its checkpoint"
+    else
+        echo "job $job could not be requeued; submit it again to go on from its checkpoint" >&2
+    fi
+    exit 75
+}

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Submitted by glue_all.sh; by hand:  OUTPUT_ROOT=outputs/glue bash slurm/gather.sh
+#SBATCH --job-name=glue-table
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --time=00:10:00
+#SBATCH --output=slurm-%x-%j.out
+set -uo pipefail
+cd -- "${PROJECT_DIR:-${SLURM_SUBMIT_DIR:-$PWD}}" || exit 2
+source slurm/common.sh
+
+site_setup
+split_words "${TASKS:-cola sst2 mrpc stsb qqp mnli qnli rte wnli}"
+tasks=("${words[@]}")
+split_words "${SEEDS:-0}"
+exec python launcher/glue_table.py "${OUTPUT_ROOT:-outputs/glue}" --tasks "${tasks[@]}" --seeds "${words[@]}"

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# All of GLUE, and one table at the end:  DATA_DIR=/data/glue SEEDS="0 1 2" sbatch slurm/glue_all.sh
+# An array job: its elements share the cells (task, seed) among them, whatever their number; the first submits the job that
+# gathers, which starts when all have ended. Everything is explained in slurm/README.md.
+#SBATCH --job-name=glue
+#SBATCH --array=0-8
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=1
+#SBATCH --time=08:00:00
+#SBATCH --signal=USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%A_%a.out
+set -uo pipefail
+cd -- "${PROJECT_DIR:-$SLURM_SUBMIT_DIR}" || exit 2
+[[ -f slurm/common.sh ]] || { echo "error: submit from the project's folder, or set PROJECT_DIR to it" >&2; exit 2; }
+source slurm/common.sh
+
+known=" cola sst2 mrpc stsb qqp mnli qnli rte wnli "
+split_words "${TASKS:-$known}"
+tasks=("${words[@]}")
+split_words "${SEEDS:-0}"
+seeds=("${words[@]}")
+((${#tasks[@]} && ${#seeds[@]})) || fail "TASKS and SEEDS must name at least one each"
+for task in "${tasks[@]}"; do
+    [[ "$task" =~ ^[a-z0-9]+$ && "$known" == *" $task "* ]] || fail "$(printf 'TASKS: there is no task %q; known are%s' "$task" "$known")"
+done
+for seed in "${seeds[@]}"; do
+    [[ "$seed" =~ ^[0-9]{1,9}$ ]] || fail "$(printf 'SEEDS: %q is not a whole number' "$seed")"
+done
+
+job_setup
+root="${OUTPUT_ROOT:-outputs/glue}"
+mkdir -p -- "$root" || fail "OUTPUT_ROOT=$root cannot be made"
+marker="$root/.gather-$SLURM_ARRAY_JOB_ID"
+if [[ "$SLURM_ARRAY_TASK_ID" == "$SLURM_ARRAY_TASK_MIN" && ! -e "$marker" ]]; then
+    # Words that were checked above, and a folder: the only values that the second job needs.
+    TASKS="${tasks[*]}" SEEDS="${seeds[*]}" OUTPUT_ROOT="$root" \
+        sbatch --parsable --dependency="afterany:$SLURM_ARRAY_JOB_ID" --partition="${GATHER_PARTITION:-$SLURM_JOB_PARTITION}" \
+        slurm/gather.sh >"$marker" || echo "no job to gather; afterwards run: bash slurm/gather.sh" >&2
+fi
+
+common_options
+cells=$((${#tasks[@]} * ${#seeds[@]}))
+worst=0
+for ((cell = SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN; cell < cells; cell += SLURM_ARRAY_TASK_COUNT)); do
+    task="${tasks[cell % ${#tasks[@]}]}" seed="${seeds[cell / ${#tasks[@]}]}"
+    train "$root/$task/seed$seed" "${options[@]}" --task_name "$task" --seed "$seed" "$@"
+    ((code != 75)) || requeue_and_exit
+    ((code == 0)) || worst=$code
+done
+exit "$worst"

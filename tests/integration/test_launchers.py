@@ -1,0 +1,203 @@
+"""Every launcher on two real ranks: one plan, one result. And ranks that cannot meet: one clear line, no hang."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.distributed.test_laws import arguments
+from tests.slurm import cluster as clusters
+from tests.tiny import tiny_data, tiny_folder
+
+TRAIN, DOCTOR = "launcher/train.py", "launcher/doctor.py"
+MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe"]
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+
+
+def environment(**more):
+    return {**{k: v for k, v in os.environ.items() if k not in LAUNCHED}, **more}
+
+
+def launch(command, timeout=400, **more):
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return str(s.getsockname()[1])
+
+
+def torchrun(ranks):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", free_port()]
+
+
+def deepspeed(*words):
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", free_port(), *words]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launchers")
+    tiny_folder(folder / "bert", "bert")
+    tiny_data(folder / "data", n_train=48, n_dev=24)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    if why := clusters.missing():
+        pytest.skip(why)
+    with clusters.Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+def result(base, out, command, batch, **more):
+    """What the report of one launched run says; everything a launcher must not change."""
+    done = launch([*command, TRAIN, *arguments(base, out, batch=batch)], **more)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    report = json.loads((out / "report.json").read_text())
+    return report["world_size"], report["plan_hash"], report["metric"]["exported"]
+
+
+@pytest.fixture(scope="module")
+def reference(base, tmp_path_factory):
+    return result(base, tmp_path_factory.mktemp("reference") / "out", torchrun(2), 4)
+
+
+def need(program):
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed; as root: apt-get install {clusters.PACKAGES}")
+
+
+@pytest.mark.slurm
+def test_mpirun(base, reference, tmp_path):
+    need("mpirun")
+    assert result(base, tmp_path / "out", [*MPIRUN, "-np", "2", sys.executable], 4) == reference
+
+
+@pytest.mark.full
+def test_deepspeed(base, reference, tmp_path):
+    assert result(base, tmp_path / "out", deepspeed("--num_accelerators", "2"), 4) == reference
+
+
+@pytest.mark.full
+def test_deepspeed_over_openmpi(base, reference, tmp_path):
+    need("mpirun")
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    words = ["--launcher", "openmpi", "--hostfile", tmp_path / "hosts", "--no_ssh_check", "--force_multi"]
+    words += ["--master_addr", "127.0.0.1", "--launcher_args", "--allow-run-as-root --oversubscribe"]
+    assert result(base, tmp_path / "out", deepspeed(*words), 4) == reference
+
+
+@pytest.mark.full
+def test_deepspeed_over_slurm(base, reference, slurm, tmp_path):
+    (tmp_path / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
+    words = [
+        "--launcher",
+        "slurm",
+        "--hostfile",
+        tmp_path / "hosts",
+        "--no_ssh_check",
+        "--num_nodes",
+        "2",
+        "--num_gpus",
+        "1",
+    ]
+    more = {"SLURM_CONF": slurm.environment["SLURM_CONF"], "MASTER_ADDR": "127.0.0.1"}
+    assert result(base, tmp_path / "out", deepspeed(*words, "--master_addr", "127.0.0.1"), 4, **more) == reference
+
+
+@pytest.mark.full
+def test_srun_python(base, reference, slurm, tmp_path):
+    more = {"SLURM_CONF": slurm.environment["SLURM_CONF"], "MASTER_ADDR": "127.0.0.1"}
+    assert (
+        result(base, tmp_path / "out", ["srun", "-N2", "--ntasks-per-node=1", sys.executable], 4, **more) == reference
+    )
+
+
+@pytest.mark.full
+def test_srun_torchrun(base, reference, slurm, tmp_path):
+    script = 'exec "$0" -m torch.distributed.run --nnodes=2 --nproc-per-node=1 --node-rank="$SLURM_NODEID" "$@"'
+    words = ["srun", "-N2", "--ntasks-per-node=1", "bash", "-c", script, sys.executable]
+    words += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    more = {"SLURM_CONF": slurm.environment["SLURM_CONF"]}
+    assert result(base, tmp_path / "out", words, 4, **more) == reference
+
+
+@pytest.mark.full
+def test_plain_python_is_torchrun_on_one(base, tmp_path):
+    assert result(base, tmp_path / "a", [sys.executable], 8) == result(base, tmp_path / "b", torchrun(1), 8)
+
+
+@pytest.mark.slurm
+def test_doctor_under_mpirun():
+    need("mpirun")
+    done = launch([*MPIRUN, "-np", "2", sys.executable, DOCTOR], OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mpirun: 2 rank(s) on 1 host(s)" in done.stdout and "nothing wrong" in done.stdout
+    assert done.stdout.count("all-reduce") == 2 and done.stdout.count("launcher ") == 1
+
+
+# ----------------------------------------------------------------------------------------------- cannot meet
+
+
+def two_ranks(*variables, seconds="8"):
+    """(exit code, seconds, lines that begin with "error") of each rank of the doctor, each with variables of its own."""
+    ranks, start = [], time.monotonic()
+    for given in variables:
+        env = environment(PRUNADAPT_RENDEZVOUS_SECONDS=seconds, OMP_NUM_THREADS="1", **given)
+        words = [sys.executable, DOCTOR]
+        ranks.append(
+            subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    found = []
+    for process in ranks:
+        text, _ = process.communicate(timeout=200)
+        assert "Traceback" not in text, text
+        found.append((process.returncode, [line for line in text.splitlines() if line.startswith("error")]))
+    assert time.monotonic() - start < 180
+    return found
+
+
+def place(rank, **more):
+    usual = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29941",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }
+    return {k: v for k, v in {**usual, **more}.items() if v is not None}
+
+
+@pytest.mark.ci
+def test_a_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        (code, said), (other, _) = two_ranks(place(0, MASTER_PORT=port), place(1, MASTER_PORT=port))
+    assert (code, other) == (2, 2) and len(said) == 1 and f"MASTER_PORT={port}: is in use" in said[0]
+
+
+@pytest.mark.ci
+def test_a_rank_that_never_comes_and_a_master_that_does_not_answer():
+    ((code, said),) = two_ranks(place(0, MASTER_PORT=free_port()))
+    assert code == 2 and len(said) == 1 and "ranks 1 did not come" in said[0]
+    ((code, said),) = two_ranks(place(1, LOCAL_RANK="0", MASTER_PORT=free_port()))
+    assert code == 2 and len(said) == 1 and "had no answer from rank 0" in said[0]
+
+
+@pytest.mark.full
+def test_a_master_out_of_reach():
+    far = {"MASTER_ADDR": "10.255.255.1", "MASTER_PORT": free_port()}
+    first, second = two_ranks(place(0, **far), place(1, LOCAL_RANK="0", **far))
+    assert first[0] == second[0] == 2 and len(second[1]) == 1 and "had no answer" in second[1][0]

@@ -1,0 +1,69 @@
+"""What launchers say in the environment: read, checked, never guessed."""
+
+import pytest
+
+from prunadapt_ds.errors import LaunchError
+from prunadapt_ds.launchers import Place, find, first_host, number
+
+pytestmark = pytest.mark.fast
+
+ENV = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "29500"}
+SLURM = {
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_ID": "2",
+    "SLURM_JOB_ID": "11",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}
+
+
+def without(values, *names, **more):
+    return {k: v for k, v in {**values, **more}.items() if k not in names}
+
+
+def test_places():
+    assert find({}) == Place("python")
+    assert find({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}) == Place("python"), "a batch script is one process"
+    assert find(ENV) == Place("the launcher", 1, 4, 1, 4, "h", 29500)
+    assert find({**ENV, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}) == Place(
+        "torchrun", 1, 4, 1, 2, "h", 29500
+    )
+    assert find(SLURM) == Place("srun", 3, 4, 1, 2, "gpu03", 10000 + 7 * 11 + 2)
+    assert find({**SLURM, **ENV}).launcher == "the launcher", "torchrun under srun"
+    assert find({**SLURM, "MASTER_ADDR": "a", "MASTER_PORT": "9"}).master_port == 9
+    assert find({"RANK": "0", "WORLD_SIZE": "1"}).world_size == 1
+    assert find(find(ENV).variables()).rank == 1
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_missing_variable_is_named(name):
+    with pytest.raises(LaunchError) as caught:
+        find(without(ENV, name))
+    assert caught.value.exit_code == 2 and [p.field for p in caught.value.problems] == [name]
+
+
+@pytest.mark.parametrize("name", ["SLURM_LOCALID", "SLURM_STEP_NODELIST"])
+def test_a_missing_variable_of_srun(name):
+    with pytest.raises(LaunchError, match=r"SLURM_LOCALID|MASTER_ADDR"):
+        find(without(SLURM, name))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("RANK", "4"), ("RANK", "x"), ("RANK", "-1"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "0"), ("MASTER_PORT", "70000"),
+     ("LOCAL_RANK", "1.5"), ("MASTER_ADDR", "")],
+)  # fmt: skip
+def test_values_that_cannot_be(name, value):
+    with pytest.raises(LaunchError, match=name):
+        find({**ENV, name: value})
+
+
+def test_node_lists():
+    lists = {"gpu[03-07,12],cpu1": "gpu03", "a,b": "a", "n[1,3]": "n1", "r[2-3]-ib": "r2-ib", "": ""}
+    assert {text: first_host(text) for text in lists} == lists
+
+
+def test_numbers_before_a_place_is_checked():
+    assert number({"RANK": "x", "PMI_RANK": "2"}, ("RANK", "PMI_RANK")) == 2 and number({}, ("RANK",)) == 0
