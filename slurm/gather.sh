@@ -2,7 +2,7 @@
 # Submitted by glue_all.sh; by hand:  OUTPUT_ROOT=outputs/glue bash slurm/gather.sh
 #SBATCH --job-name=glue-table
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
+#SBATCH --ntasks-per-node=1
 #SBATCH --time=00:10:00
 #SBATCH --output=slurm-%x-%j.out
 set -uo pipefail

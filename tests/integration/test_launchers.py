@@ -17,11 +17,11 @@ from tests.tiny import tiny_data, tiny_folder
 
 TRAIN, DOCTOR = "launcher/train.py", "launcher/doctor.py"
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe"]
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment(**more):
-    return {**{k: v for k, v in os.environ.items() if k not in LAUNCHED}, **more}
+    return {**{k: v for k, v in os.environ.items() if k not in LAUNCHED}, "PYTHONPATH": str(ROOT), **more}
 
 
 def launch(command, timeout=400, **more):

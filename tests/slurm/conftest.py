@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.slurm import cluster as clusters
 from tests.tiny import tiny_folder, tiny_glue
 
@@ -38,4 +39,5 @@ def variables(base):
         "MASTER_ADDR": "127.0.0.1",
         "RANKS_PER_NODE": "1",
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
     }
