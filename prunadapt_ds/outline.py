@@ -45,7 +45,8 @@ def header(
     steps = ", ".join(f"{name} {start} to {end}" for name, start, end in phases if end > start)
     groups = ", ".join(f"{name} {count:,}" for name, count in trainable.items())
     chosen = {o.name: getattr(getattr(config, o.section), o.name) for o in OPTIONS.values() if o.name in DEFAULTS}
-    defaults = ", ".join(f"{name}={chosen[name]}" for name in DEFAULTS if name not in config.given)
+    meaningless = {"num_train_epochs"} if config.train.max_steps > 0 else set()
+    defaults = ", ".join(f"{name}={chosen[name]}" for name in DEFAULTS if name not in config.given | meaningless)
     lines = [
         f"steps:     {steps}",
         f"trainable: {groups}; {sum(trainable.values()) / total:.1%} of {total:,}",
@@ -62,5 +63,6 @@ def sharding(stage: int, world_size: int) -> str:
         "optimizer states and gradients",
         "parameters, gradients and optimizer states",
     )
-    share = f"1/{world_size} of {kept[stage]}, everything else whole" if stage else "nothing, everything is whole"
+    rest = "" if stage == 3 else ", the rest whole"
+    share = f"1/{world_size} of the {kept[stage]}{rest}" if stage else "everything whole"
     return f"ZeRO {stage} on {world_size} rank(s): each holds {share}"

@@ -131,7 +131,7 @@ def test_what_a_run_leaves_behind(base, tmp_path):
     assert encoder_parameters_in(out / "exports" / "compact") == report["params"]["encoder_kept"]
     names = {p.name for p in out.iterdir()} - {"ds.json"}
     assert names == {
-        "report.json", "report.md", "plan.json", "predictions.jsonl", "metrics.jsonl", "exports", "runs", "scores",
+        "report.json", "report.md", "report.html", "plan.json", "predictions.jsonl", "metrics.jsonl", "exports", "runs", "scores",
         "checkpoints", "run.json",
     }  # fmt: skip
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]

@@ -58,3 +58,21 @@ def test_blocks_of_neurons_are_means_and_heads_are_themselves():
 def test_the_layout_names_tags_that_exist(tmp_path):
     known = {board.tag(m) for m in ("train/loss", "eval/score", "sparsity/target", "sparsity/achieved", "samples/s")}
     assert {name for chart in board.LAYOUT["run"].values() for name in chart[1]} <= known
+
+
+@pytest.mark.parametrize(
+    "block, folder",
+    [
+        ({"enabled": True, "output_path": "events", "job_name": "a"}, "events/a"),
+        ({"enabled": True}, None),
+        ({"enabled": False, "output_path": "events"}, None),
+    ],
+)
+def test_deepspeed_does_not_write_our_curves_again(tmp_path, block, folder):
+    from prunadapt_ds.config import parse
+    from prunadapt_ds.ds_config import resolve_ds_config
+
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"tensorboard": block, "csv_monitor": {"enabled": True}}))
+    ds = resolve_ds_config(parse(["--ds_config", str(path)]), 1)
+    assert ds.board_dir == folder and "tensorboard" not in ds.values and ds.values["csv_monitor"] == {"enabled": True}

@@ -118,3 +118,21 @@ def test_the_command_makes_the_same_run_again():
     words = shlex.split(text)
     assert words[:4] == ["deepspeed", "--num_accelerators", "2", "launcher/train.py"]
     assert parse(words[4:]) == parse(argv)
+
+
+def test_the_header_names_phases_trainables_sharding_and_what_nobody_chose():
+    config = parse(["--r", "4", "--max_steps", "9"])
+    phases = [("dense", 0, 3), ("prune", 3, 9), ("recover", 9, 9)]
+    text = outline.header(config, phases, {"adapters": 30, "head": 20}, 200, outline.sharding(3, 4))
+    assert "dense 0 to 3, prune 3 to 9\n" in text and "adapters 30, head 20; 25.0% of 200" in text
+    assert "1/4 of the parameters" in text and "whole" not in text
+    assert (
+        "r=" not in text.replace("learning_rate=", "") and "num_train_epochs" not in text and "criterion=fisher" in text
+    )
+    assert "the rest whole" in outline.sharding(2, 4) and "everything whole" in outline.sharding(0, 2)
+
+
+def test_the_footer_can_be_pasted():
+    config = parse(["--train_file", "a b.csv", "--validation_file", "v.csv", "--output_dir", "out dir"])
+    text = outline.footer(config, "own_classification")
+    assert "--train_file 'a b.csv' --validation_file v.csv" in text and "'out dir'/report.html" in text
