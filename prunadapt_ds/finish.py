@@ -272,6 +272,9 @@ def describe(session: Session) -> None:
 
 def text_of(session: Session, name: str, index: int) -> str:
     """What a validation example reads, its first words."""
+    if session.data.is_language:  # its rows are stretches of the text, not lines of the file
+        tokens = session.validation_rows[name].examples[index]["input_ids"]
+        return session.backbone.tokenizer.decode(tokens, skip_special_tokens=True)[:200]
     row = session.data.validation[name][index]
     return " / ".join(str(row[key])[:200] for key in ("sentence1", "sentence2", "text") if row.get(key))
 

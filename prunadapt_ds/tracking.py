@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,7 @@ class Tracker:
         from tqdm import tqdm
 
         output_dir.mkdir(parents=True, exist_ok=True)
+        _quiet_writer_threads()
         self.total_steps = total_steps
         self._writer: Any = SummaryWriter(str(board_dir or output_dir / "runs"), purge_step=step + 1)
         self._file = (output_dir / "metrics.jsonl").open("ab", buffering=0)
@@ -128,6 +130,17 @@ class Tracker:
         except Exception as error:  # whatever its own thread stumbled over
             self._writer = None
             self.say(f"TensorBoard is not written any more: {' '.join(str(error).split())}")
+
+
+def _quiet_writer_threads() -> None:
+    """No traceback of TensorBoard's own thread: its next call raises what it stumbled over, and that is said in one line."""
+    usual = threading.excepthook
+
+    def hook(args: Any) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            usual(args)
+
+    threading.excepthook = hook
 
 
 _SHOWN = {
