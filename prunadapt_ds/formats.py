@@ -12,6 +12,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,25 @@ def dense_shapes(stock: dict[str, Any]) -> Shapes:
     """Shapes of all tensors of the stock model, by name; nothing is allocated."""
     import transformers
 
-    with torch.device("meta"):
+    with unsharded(), torch.device("meta"):
         model = getattr(transformers, stock["architectures"][0])(as_config(stock))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """Build models whole meanwhile: transformers would shard them as long as the run's ZeRO-3 configuration lives, which
+    takes every rank, and only one is here."""
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    alive = reference() if reference is not None else None
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if alive is not None:
+            deepspeed.set_hf_deepspeed_config(alive)
 
 
 def kept_places(layout: Layout, plan: dict[str, Any]) -> dict[str, tuple[int, Tensor]]:
