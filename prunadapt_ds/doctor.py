@@ -38,7 +38,7 @@ class Rank:
     local_rank: int
     host: str
     device: str
-    cores: int
+    cores: frozenset[int]  # which of the host's this rank may use
     threads: int
     versions: dict[str, str]
     problems: list[str]
@@ -75,7 +75,7 @@ def examine(config: Config) -> Rank:
         local_rank=launchers.number(os.environ, launchers.LOCAL_RANK_VARIABLES),
         host=socket.gethostname(),
         device=device_name(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)),
         threads=torch.get_num_threads(),
         versions={name: version(name) for name in PACKAGES},
         problems=found,
@@ -144,7 +144,7 @@ def problems(ranks: Sequence[Rank]) -> list[str]:
         found.append("ranks share a GPU: start as many ranks on a host as it has GPUs")
     for host in dict.fromkeys(r.host for r in ranks):
         here = [r for r in ranks if r.host == host]
-        threads, cores = sum(r.threads for r in here), max(r.cores for r in here)
+        threads, cores = sum(r.threads for r in here), len(frozenset().union(*(r.cores for r in here)))
         if threads > cores and len(here) > 1:
             found.append(f"{host}: {threads} threads of {len(here)} ranks on {cores} cores; set OMP_NUM_THREADS")
     return found
@@ -161,7 +161,7 @@ def describe(config: Config, ranks: Sequence[Rank], times: dict[int, float], wro
     ]
     for r in ranks:
         lines.append(
-            f"rank {r.rank:<5} {r.host}, local rank {r.local_rank}, {r.device}, {r.cores} cores, {r.threads} threads"
+            f"rank {r.rank:<5} {r.host}, local rank {r.local_rank}, {r.device}, {len(r.cores)} cores, {r.threads} threads"
         )
     lines.append(f"backend    {backend()}")
     for size, seconds in times.items():
