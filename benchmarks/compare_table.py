@@ -80,7 +80,7 @@ def table(results: Results, methods: Sequence[str]) -> str:
                 drawn[method].append(both)
             lines.append(_row(task, method, runs[method], runs[BASE], both))
     for method, parts in drawn.items():
-        if parts and len(parts) == len(results):
+        if len(parts) == len(results) > 1:
             lines.append(_average(method, [(runs[method], runs[BASE]) for runs in results.values()], parts))
     return "\n".join(lines) + "\n"
 
