@@ -225,6 +225,7 @@ def tiny_instructions(folder, n_train=24, n_dev=9):
             rows.append({"prompt": prompt, "response": " ".join(_WORDS[kind][: draw.randint(1, 6)])})
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"{name}.txt").write_text("\n".join(f"{row['prompt']} {row['response']}" for row in rows))
+    return folder
 
 
 def tiny_glue(folder, tasks=("rte", "wnli"), n_train=48, n_dev=24):
