@@ -108,7 +108,7 @@ def owned(config: Config) -> Iterator[StopSignals]:
 
 def say_finished(config: Config, report: dict[str, Any]) -> None:
     if distributed.rank() == 0:
-        print(f"{config.output.output_dir}: this run is complete already; --resume never runs it anew")
+        print(f"{config.output.output_dir}: this run is complete already; to run it anew, say --resume never")
         print(reports.table(report))
 
 
