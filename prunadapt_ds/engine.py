@@ -7,6 +7,7 @@ of the global step, so that a rebuilt engine goes on exactly where the old one s
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunadapt_ds.adapters import is_lora
 from prunadapt_ds.gates import GATE_NAME, gates_of
 from prunadapt_ds.models.structure import full_numel
 
@@ -139,6 +141,8 @@ def build(model: nn.Module, groups: list[Group], ds_config: dict[str, Any], adam
     offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     optimizer = make_optimizer(groups, adam, offloaded=offload != "none")
     threshold = zero.get("stage3_param_persistence_threshold", 0)
+    if zero.get("stage", 0) == 3:
+        adapters_as_leaves(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=nothing_persists(ds_config))
     if zero.get("stage", 0) == 3:
         keep_whole([p for p in model.parameters() if p.requires_grad], engine.optimizer, threshold)
@@ -161,6 +165,25 @@ def keep_whole(parameters: list[nn.Parameter], zero_optimizer: Any, threshold: i
             zero_optimizer.persistent_parameters.append(parameter)
 
 
+def adapters_as_leaves(model: nn.Module) -> None:
+    """Let ZeRO-3 fetch a projection and its LoRA as one piece, rather than each of the five modules that PEFT makes of them.
+
+    A leaf's gradients are reduced when the gradient of its input is there, so its input must have one: the projections of
+    the first block with an adapter are left as they are.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    adapted = [(_block(name), module) for name, module in model.named_modules() if is_lora(module)]
+    for block, module in adapted:
+        set_z3_leaf_module(module, block != adapted[0][0])
+
+
+def _block(name: str) -> str:
+    """Which block of a stack a module is in: its name up to the first number."""
+    found = re.match(r"(?:[^.]*\.)*?\d+(?=\.)", name)
+    return found.group() if found else name
+
+
 def set_learning_rates(engine: Any, factor: float) -> dict[str, float]:
     """Give every group `base_lr * factor`; returns the rates by group name."""
     for group in engine.optimizer.param_groups:
@@ -176,6 +199,7 @@ def destroy(engine: Any) -> None:
     for parameter in module.parameters():
         parameter.grad = None
         vars(parameter).pop("_z3_optimizer", None)
+        vars(parameter).pop("ds_z3_leaf_module", None)
         if is_sharded(parameter) and parameter.ds_persist:  # the next engine decides anew what stays whole
             parameter.ds_persist = False
             parameter.partition()

@@ -29,7 +29,7 @@ from prunadapt_ds.engine import gathered
 from prunadapt_ds.errors import ParityError
 from prunadapt_ds.files import whole_folder
 from prunadapt_ds.formats import MODELING_FILE
-from prunadapt_ds.gates import GATE_NAME, Gate
+from prunadapt_ds.gates import Gate, gate_before
 from prunadapt_ds.models import modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
@@ -102,6 +102,8 @@ def pruned_tensors(
         if name.startswith(inside):  # part of a projection that was taken as a whole
             continue
         cut = cuts.get(name)
+        if isinstance(module, Gate):  # folded into its projection
+            continue
         if cut is None:
             own = [(key, p) for key, p in module.named_parameters(recurse=False) if id(p) not in seen]
             seen |= {id(p) for _, p in own}
@@ -110,15 +112,15 @@ def pruned_tensors(
                     yield f"{name}.{key}".lstrip("."), parameter.detach().float()
             continue
         inside = (*inside, name + ".")
-        with gathered(module.parameters()):
-            yield from _projection_tensors(name, module, cut)
+        gate = gate_before(model, name) if cut.side == "in" else None
+        with gathered([*module.parameters(), *(gate.parameters() if gate else [])]):
+            yield from _projection_tensors(name, module, gate, cut)
 
 
-def _projection_tensors(name: str, module: Any, cut: Cut) -> Iterator[tuple[str, Tensor]]:
+def _projection_tensors(name: str, module: Any, gate: Gate | None, cut: Cut) -> Iterator[tuple[str, Tensor]]:
     base = getattr(module, "base_layer", module)
     if not cut.vanishes:
         weight = merged_weight(module)
-        gate = getattr(module, GATE_NAME, None)
         if gate is not None:
             weight = fold_gate(weight, gate, cut)
         yield f"{name}.weight", weight.index_select(cut.axis, cut.index.to(weight.device))

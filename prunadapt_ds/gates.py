@@ -16,7 +16,7 @@ are the columns of x kept as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -135,23 +135,51 @@ class Gate(nn.Module):
         return f"num_units={self.num_units}, width={self.width}"
 
 
-def _gate_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    gate: Gate = getattr(module, GATE_NAME)
-    return (gate(args[0]), *args[1:])
-
-
 def attach(model: nn.Module, layout: Layout, structure: Structure, recorder: SampleStatistics | None = None) -> None:
-    """Put a gate in front of every output projection (after LoRA was put around it, if it is). In place."""
+    """Put a gate in front of every output projection (after LoRA was put around it, if it is). In place.
+
+    The gate is the projection's neighbour, not its child: what ZeRO-3 fetches for the projection is then the projection's
+    alone, and may be fetched as one piece (`engine.adapters_as_leaves`).
+    """
     dtype, device = next((p.dtype, p.device) for p in model.parameters())
     widths = {s.kind: (s.output.path, s.width) for s in layout.sublayers}
     for index, layer in layers_of(model, layout):
         for sublayer in (s for s in structure.sublayers if s.layer == index):
             path, width = widths[sublayer.kind]
-            projection = layer.get_submodule(path)
             gate = Gate(sublayer.num_units, width, sublayer.start, dtype=dtype, device=device)
             gate.recorder = recorder
-            projection.add_module(GATE_NAME, gate)
-            gate.hook = projection.register_forward_pre_hook(_gate_input)
+            parent = _parent(layer, path)
+            assert not hasattr(parent, GATE_NAME)
+            parent.add_module(GATE_NAME, gate)
+            gate.hook = layer.get_submodule(path).register_forward_pre_hook(_applying(gate))
+
+
+def _applying(gate: Gate) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    return lambda projection, args: (gate(args[0]), *args[1:])
+
+
+def _parent(module: nn.Module, path: str) -> nn.Module:
+    return module.get_submodule(path.rpartition(".")[0])
+
+
+def gate_before(module: nn.Module, path: str) -> Gate | None:
+    """The gate in front of the output projection that is at `path` below `module`; None where there is none."""
+    gate = getattr(_parent(module, path), GATE_NAME, None)
+    return gate if isinstance(gate, Gate) else None
+
+
+def gate_path(path: str) -> str:
+    """Where the gate of the projection at `path` is."""
+    return ".".join([*path.split(".")[:-1], GATE_NAME])
+
+
+def remove_gate(module: nn.Module, path: str) -> None:
+    """Take away the gate in front of the projection at `path` below `module`, if there is one."""
+    gate = gate_before(module, path)
+    if gate is not None:
+        assert gate.hook is not None
+        gate.hook.remove()
+        delattr(_parent(module, path), GATE_NAME)
 
 
 def detach(model: nn.Module) -> None:

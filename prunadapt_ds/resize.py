@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunadapt_ds.adapters import ADAPTER, is_lora
 from prunadapt_ds.budget import PruningPlan
-from prunadapt_ds.gates import GATE_NAME, Gate
+from prunadapt_ds.gates import Gate, gate_before, gate_path, remove_gate
 from prunadapt_ds.models.modeling_prunadapt import (
     Layout,
     ProjectionLayout,
@@ -50,6 +50,7 @@ def resize(
             output = layer.get_submodule(sublayer.output.path)
             if not new:
                 with editing(output):
+                    remove_gate(layer, sublayer.output.path)
                     remove_sublayer(layer, sublayer)
                 continue
             units = torch.searchsorted(torch.tensor(old), torch.tensor(new))  # positions among the units still there
@@ -60,13 +61,17 @@ def resize(
                     cut = resize_projection(module, projection, units, len(old), side)
                 prefix = f"{layout.layers}.{number}.{projection.path}."
                 slices |= {prefix + name: how for name, how in cut.items()}
+            if gate := gate_before(layer, sublayer.output.path):
+                with editing(gate):
+                    resize_gate(gate, units)
+                slices[f"{layout.layers}.{number}.{gate_path(sublayer.output.path)}.delta"] = (0, units)
             update_attributes(layer, sublayer, len(units))
     renumber_gates(model)
     return slices
 
 
 def resize_projection(module: Any, layout: ProjectionLayout, units: Tensor, num_units: int, side: str) -> Slices:
-    """Slice one projection with its LoRA and its gate: rows of B for outputs, columns of A for inputs.
+    """Slice one projection with its LoRA: rows of B for outputs, columns of A for inputs.
 
     units: int64 [K], the units that stay, of `num_units`. Returns the slices by parameter name below the module.
     """
@@ -81,10 +86,6 @@ def resize_projection(module: Any, layout: ProjectionLayout, units: Tensor, num_
         slice_linear(getattr(module, matrix)[ADAPTER], index, side, lora_axis)
         setattr(module, f"{side}_features", len(index))
         slices[f"{matrix}.{ADAPTER}.weight"] = (lora_axis, index)
-    gate = getattr(module, GATE_NAME, None)
-    if side == "in" and isinstance(gate, Gate):
-        resize_gate(gate, units)
-        slices[f"{GATE_NAME}.delta"] = (0, units)
     return slices
 
 

@@ -86,6 +86,9 @@ requeue_and_exit() {
         echo "job $job was requeued $restarts times, which is MAX_REQUEUES; it stays stopped" >&2
     elif scontrol requeue "$job"; then
         echo "job $job: requeued to go on from its checkpoint"
+        # SLURM ends this script now. Leaving before it does could be taken for the end of the job that was just requeued.
+        sleep 60 &
+        wait $!
     else
         echo "job $job could not be requeued; submit it again to go on from its checkpoint" >&2
     fi

@@ -70,7 +70,7 @@ def test_tensors_in_the_engine_have_the_plan_s_shapes(shrunk):
                     8,
                     8 * row["heads"],
                 )
-                assert shrink["shapes"][prefix + "attention.output.dense.prune_gate.delta"] == (row["heads"],)
+                assert shrink["shapes"][prefix + "attention.output.prune_gate.delta"] == (row["heads"],)
             else:
                 assert prefix + "attention.self.query.base_layer.weight" not in shrink["shapes"]
             if row["neurons"]:

@@ -118,7 +118,7 @@ def test_signalled_requeued_and_gone_on(cluster, submit, glue, tmp_path):
     cluster.command("scancel", "--signal=USR1", job)
     (ended,) = cluster.wait(job).values()
     text = log.read_text()
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), text
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), f"{text}\n{ended}\n{cluster.story(job)}"
     assert f"{out}: exit code 75" in text and "requeued to go on" in text and "goes on after step" in text
     assert "Traceback" not in text
     same_result(report_of(out), report_of(root / "rte" / "seed0"))

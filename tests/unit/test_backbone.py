@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from prunadapt_ds import adapters, backbone
+from prunadapt_ds import adapters, backbone, engine, gates
 from prunadapt_ds.models.families import FAMILIES
 from tests.tiny import tiny_folder
 
@@ -35,6 +35,19 @@ def test_nothing_is_frozen_at_random(tmp_path, model_type):
 def test_bert_pooler_trains_although_it_is_pretrained(tmp_path):
     loaded = backbone.load(str(tiny_folder(tmp_path, "bert")), num_labels=2)
     assert loaded.model.bert.pooler.dense.weight.requires_grad
+
+
+def test_adapters_are_fetched_as_one_piece_behind_the_first_block(tmp_path):
+    """A leaf's gradients are reduced when its input's gradient is there; the first block's input may have none."""
+    from deepspeed.utils import z3_leaf_module
+
+    loaded = backbone.load(str(tiny_folder(tmp_path, "bert")), num_labels=2)
+    adapters.add_lora(loaded.model, loaded.layout, adapters.target_modules(loaded.layout), r=2, lora_alpha=4)
+    gates.attach(loaded.model, loaded.layout, loaded.structure)
+    engine.adapters_as_leaves(loaded.model)
+    leaves = [name for name, module in loaded.model.named_modules() if z3_leaf_module(module)]
+    assert {name.split(".layer.")[1].split(".")[0] for name in leaves} == {"1", "2"} and len(leaves) == 2 * 6
+    assert not any("prune_gate" in n for name in leaves for n, _ in loaded.model.get_submodule(name).named_modules())
 
 
 def test_rank_per_layer(tmp_path):

@@ -163,7 +163,7 @@ def test_powers_of_activations():
     seen = []
     for layer in model.get_submodule(layout.layers):
         for sub in layout.sublayers:
-            layer.get_submodule(sub.output.path).prune_gate.register_forward_pre_hook(
+            gates.gate_before(layer, sub.output.path).register_forward_pre_hook(
                 lambda m, args, sub=sub: seen.append(args[0].detach().unflatten(-1, (-1, sub.width)))
             )
     found = record(model, recorder, split(ROWS))
