@@ -207,18 +207,25 @@ def destroy(engine: Any) -> None:
     gc.collect()
 
 
-def forget(module: nn.Module) -> None:
-    """Take off a module what a destroyed engine has left on it (DeepSpeed 0.19): hooks that would go on calling it, and keep
-    it with all its buffers in memory."""
+def forget(model: nn.Module) -> None:
+    """Take off a model what a destroyed engine has left on it (DeepSpeed 0.19).
+
+    Hooks on the model go on calling the engine, and keep it with all its buffers in memory. And every module keeps the
+    functions that fetch and release its parameters in the backward pass: the next engine would leave them in place, so
+    that the old one's records, of what is used when, decide for it.
+    """
 
     def is_engine_s(function: Any) -> bool:
         return getattr(function, "__qualname__", "").startswith("DeepSpeedEngine.")
 
-    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
+    for hooks in (model._forward_pre_hooks, model._forward_hooks, model._backward_pre_hooks, model._backward_hooks):
         for key in [key for key, hook in hooks.items() if is_engine_s(hook)]:
             del hooks[key]
-    for name in [name for name, value in vars(module).items() if is_engine_s(value)]:
-        delattr(module, name)
+    for name in [name for name, value in vars(model).items() if is_engine_s(value)]:
+        delattr(model, name)
+    for module in model.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            vars(module).pop(name, None)
 
 
 def frozen_shard_bytes(model: nn.Module) -> int:

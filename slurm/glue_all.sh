@@ -39,6 +39,7 @@ if [[ "$SLURM_ARRAY_TASK_ID" == "$SLURM_ARRAY_TASK_MIN" && ! -e "$marker" ]]; th
     # Words that were checked above, and a folder: the only values that the second job needs.
     TASKS="${tasks[*]}" SEEDS="${seeds[*]}" OUTPUT_ROOT="$root" \
         sbatch --parsable --dependency="afterany:$SLURM_ARRAY_JOB_ID" --partition="${GATHER_PARTITION:-$SLURM_JOB_PARTITION}" \
+        --output="$root/gather-%j.out" \
         slurm/gather.sh >"$marker" || echo "no job to gather; afterwards run: bash slurm/gather.sh" >&2
 fi
 

@@ -45,6 +45,7 @@ def fit(argv, *, threshold_zero=False):
         "plan_hash": session.plan.hash,
         "counts": session.plan.counts(),
         "mask": session.plan.mask().tolist(),
+        "scores": [] if session.scores.value is None else session.scores.value.tolist(),
         "frozen_same": all(is_slice(after[n], before[n]) for n in after),
         "num_frozen": len(after),
         "frozen_shares": [share_after_training, _frozen_share(session.model)],

@@ -111,7 +111,7 @@ def test_scores_do_not_depend_on_the_split(folder, tmp_path, scores_of_one_rank,
     assert sorted(found["sample_ids"]) == list(range(37))
     for name in ("grad_sq", "grad_abs", "activation_abs"):
         torch.testing.assert_close(
-            torch.tensor(found[name]), torch.tensor(scores_of_one_rank[name]), rtol=1e-3, atol=1e-9
+            torch.tensor(found[name]), torch.tensor(scores_of_one_rank[name]), rtol=1e-3, atol=1e-15
         )
 
 
@@ -120,12 +120,9 @@ def test_scores_do_not_depend_on_the_split(folder, tmp_path, scores_of_one_rank,
 
 @pytest.fixture(scope="module")
 def one_rank(folder, tmp_path_factory):
-    return run_ranks(runs.fit, 1, arguments(folder, tmp_path_factory.mktemp("one") / "out", batch=8))[0]
-
-
-def moved_units(a, b):
-    """Units that two runs decided differently about."""
-    return sum(x != y for x, y in zip(a["mask"], b["mask"], strict=True))
+    """Shrinks at every decision: `auto` would ask the clock, and a unit that is gone has no scores any more."""
+    argv = arguments(folder, tmp_path_factory.mktemp("one") / "out", batch=8, shrink="always")
+    return run_ranks(runs.fit, 1, argv)[0]
 
 
 @pytest.mark.parametrize(
@@ -141,12 +138,13 @@ def moved_units(a, b):
     ids=["2x4", "1x4x2", "stage0", "stage1", "stage2", "checkpointing"],
 )
 def test_loss_curve_does_not_depend_on_the_split(folder, tmp_path, one_rank, world_size, options):
-    found = run_ranks(runs.fit, world_size, arguments(folder, tmp_path / "out", **options))
-    assert found[0]["losses"] == pytest.approx(one_rank["losses"], rel=2e-3, abs=2e-4)
+    found = run_ranks(runs.fit, world_size, arguments(folder, tmp_path / "out", shrink="always", **options))
+    assert found[0]["losses"] == pytest.approx(one_rank["losses"], rel=1e-4, abs=1e-5)
     assert len(found[0]["losses"]) == 8 and found[0]["losses"][0] != found[0]["losses"][-1]
-    assert len({r["plan_hash"] for r in found}) == 1, "all ranks hold one plan"
-    # Sums in another order differ in the last bit, which may swap one pair of neurons of nearly equal scores.
-    assert moved_units(found[0], one_rank) <= 2
+    assert {r["plan_hash"] for r in found} == {one_rank["plan_hash"]}
+    torch.testing.assert_close(
+        torch.tensor(found[0]["scores"]), torch.tensor(one_rank["scores"]), rtol=1e-3, atol=1e-15
+    )
     logits = [torch.tensor(r["logits"]["validation"]) for r in (*found, one_rank)]
     for other in logits[:-1]:
         torch.testing.assert_close(other, logits[-1], rtol=1e-2, atol=5e-3)
@@ -157,7 +155,7 @@ def test_loss_curve_does_not_depend_on_the_split(folder, tmp_path, one_rank, wor
 
 def test_gates_train_when_nothing_persists(folder, tmp_path, one_rank):
     """A gate is fetched by ZeRO-3 like any module: with a persistence threshold of 0 it still trains, and the same."""
-    found = run_ranks(_fit_without_persistence, 2, arguments(folder, tmp_path / "out", batch=4))
+    found = run_ranks(_fit_without_persistence, 2, arguments(folder, tmp_path / "out", batch=4, shrink="always"))
     assert any(abs(d) > 1e-4 for d in found[0]["deltas"])
     torch.testing.assert_close(torch.tensor(found[0]["deltas"]), torch.tensor(one_rank["deltas"]), rtol=5e-2, atol=2e-3)
 

@@ -144,7 +144,7 @@ def test_masters_are_carried_in_fp32_under_bf16(folder, tmp_path, stage):
         assert any(not np.array_equal(v, rounded[n]) for n, v in masters.items()), "more digits than bf16 has"
 
 
-@pytest.mark.parametrize("model_type", ["distilbert", "llama", "phi3", "opt"])
+@pytest.mark.parametrize("model_type", ["phi3", "opt"])  # the others in the full matrix
 def test_every_family_shrinks(folder, tmp_path, model_type):
     tiny_folder(tmp_path / model_type, model_type)
     argv = arguments(folder, tmp_path / "out", model_name_or_path=tmp_path / model_type, target_sparsity=0.7, batch=4)

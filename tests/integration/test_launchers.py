@@ -61,7 +61,7 @@ def slurm(tmp_path_factory):
 
 def result(base, out, command, batch, **more):
     """What the report of one launched run says; everything a launcher must not change."""
-    done = launch([*command, TRAIN, *arguments(base, out, batch=batch)], **more)
+    done = launch([*command, TRAIN, *arguments(base, out, batch=batch, shrink="always")], **more)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     report = json.loads((out / "report.json").read_text())
     return report["world_size"], report["plan_hash"], report["metric"]["exported"]

@@ -9,7 +9,8 @@ from tests.conftest import ROOT
 from tests.distributed import runs
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_laws import arguments
-from tests.integration.test_runs import TRAINABLE, base, launch, run  # noqa: F401
+from tests.distributed.test_shrink import check
+from tests.integration.test_runs import TRAINABLE, base, launch, peft_loads_the_adapter, run  # noqa: F401
 from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.full
@@ -21,6 +22,17 @@ def test_every_family_with_every_method(base, tmp_path, model_type, method):  # 
     report = run(base, tmp_path / "out", model_type=model_type, method=method)
     reports.validate(report)
     assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
+
+
+@pytest.mark.parametrize("model_type", TRAINABLE)
+def test_every_family_shrinks(base, tmp_path, model_type):  # noqa: F811
+    argv = arguments(base, tmp_path / "out", model_name_or_path=base / model_type, target_sparsity=0.7, batch=4)
+    check(run_ranks(runs.shrink_in_training, 2, argv)[0])
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "distilbert"])
+def test_peft_loads_the_adapter(base, tmp_path, model_type):  # noqa: F811
+    peft_loads_the_adapter(base, tmp_path, model_type)
 
 
 @pytest.mark.parametrize("method", ["prunadapt", "tmp", "full"])
