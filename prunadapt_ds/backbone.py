@@ -19,6 +19,7 @@ from torch import nn
 
 from prunadapt_ds import attention, distributed, hub
 from prunadapt_ds.errors import Problem, PrunadaptError, UserError
+from prunadapt_ds.files import read_object
 from prunadapt_ds.models.families import Family, family_of, layout_of, most_tokens
 from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.models.structure import Structure, measure
@@ -75,17 +76,18 @@ def identity(model_name_or_path: str) -> str:
     return digest.hexdigest()
 
 
-def check(model_name_or_path: str) -> None:
-    """Refuse a local folder that cannot be loaded, as far as its small files and the headers of its weights tell.
+def check(model_name_or_path: str, *, to_train: bool = True, field: str = "model_name_or_path") -> None:
+    """Refuse a local folder that cannot be loaded, as far as its small files and the headers of its weights tell; with
+    `to_train` also one of an unsupported family, and one that is pruned already.
 
     Quick, and without a model: under ZeRO-3 only rank 0 reads the tensors, and its failure would leave the others waiting.
-    Pickled weights are never loaded. Raises UserError.
+    Pickled weights are never loaded. Raises UserError about `field`, the option that named the folder.
     """
     name = locate(model_name_or_path)
     folder = Path(name)
 
     def refuse(remedy: str) -> UserError:
-        return UserError(Problem("model_name_or_path", model_name_or_path, remedy))
+        return UserError(Problem(field, model_name_or_path, remedy))
 
     if not os.path.isdir(name):
         if os.path.exists(name):
@@ -99,26 +101,15 @@ def check(model_name_or_path: str) -> None:
         raise refuse("is the folder of an adapter; name the model that it was made for")
     if not (folder / "config.json").is_file():
         raise refuse("the folder has no config.json; is it a model's folder?")
-    config = _json(folder / "config.json", refuse)
-    if "pruned_structure" in config:
+    config = read_object(folder / "config.json", refuse)
+    if to_train and "pruned_structure" in config:
         raise refuse("is pruned already, its layers differ in width; name the model that it was made from")
-    if isinstance(config.get("model_type"), str) and "auto_map" not in config:
+    if to_train and isinstance(config.get("model_type"), str) and "auto_map" not in config:
         family_of(SimpleNamespace(name_or_path=name, num_hidden_groups=1, model_type=config["model_type"]))
     _check_weights(folder, config, refuse)
     if not any(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern)):
         # transformers would make one up, to which every word is unknown
         raise refuse("the folder has no tokenizer (tokenizer.json, or its vocabulary); fetch or save it there as well")
-
-
-def _json(file: Path, refuse: Callable[[str], UserError]) -> dict[str, Any]:
-    """The object in a JSON file of a model's folder. Raises what `refuse` makes of the reason why it cannot be had."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise refuse(f"{file.name} cannot be read ({error}); fetch it again") from error
-    if not isinstance(values, dict):
-        raise refuse(f"{file.name} is not a JSON object; fetch it again")
-    return values
 
 
 def _check_weights(folder: Path, config: Mapping[str, Any], refuse: Callable[[str], UserError]) -> None:
@@ -127,7 +118,7 @@ def _check_weights(folder: Path, config: Mapping[str, Any], refuse: Callable[[st
 
     index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
     if index.is_file():
-        shards = _json(index, refuse).get("weight_map")
+        shards = read_object(index, refuse).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise refuse(f"{index.name} has no weight_map of names; fetch it again")
         if missing := sorted(set(shards.values()) - {file.name for file in files}):
@@ -193,7 +184,7 @@ def _why_offline(name: str) -> str | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No advice about newly initialised or unsharded weights: what is new trains, and ZeRO-3 shards on its own."""
     from transformers.utils import logging
 
@@ -254,7 +245,7 @@ def load(
         if family.is_decoder:
             agree_on_padding(model_name_or_path, config, tokenizer)
             config.use_cache = False  # nothing is generated while training; the export switches it on again
-        with _quiet():
+        with quiet():
             model, info = auto_class.from_pretrained(
                 name,
                 config=config,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from prunadapt_ds import distributed
-from prunadapt_ds.errors import Interrupted, PrunadaptError
+from prunadapt_ds import distributed, files
+from prunadapt_ds.errors import PrunadaptError, message
 
 
 def guarded(work: Callable[[], object]) -> int:
     """Run `work`; returns the process's exit code (see errors.py). Rank 0 says what went wrong."""
     try:
-        work()
+        with files.owner_writes_alone():
+            work()
     except PrunadaptError as error:
         if distributed.speaks_of(error):
             print(message(error), file=sys.stderr)
@@ -26,9 +27,3 @@ def guarded(work: Callable[[], object]) -> int:
     finally:
         distributed.shutdown()
     return 0
-
-
-def message(error: PrunadaptError) -> str:
-    if isinstance(error, Interrupted):
-        return str(error)
-    return f"error: {error}" if len(str(error).splitlines()) == 1 else f"errors:\n{error}"

@@ -71,3 +71,10 @@ class RanksDisagree(PrunadaptError):
     """Two ranks hold different values of something that must be the same everywhere."""
 
     exit_code = 4
+
+
+def message(error: PrunadaptError) -> str:
+    """What a program says about it on standard error: a line, or one for each problem under a heading."""
+    if isinstance(error, Interrupted):
+        return str(error)
+    return f"error: {error}" if len(str(error).splitlines()) == 1 else f"errors:\n{error}"

@@ -14,9 +14,12 @@ import warnings
 
 import pytest
 
+from prunadapt_ds import compare, export, gates, glue_table, reexport, scoring
+from prunadapt_ds import report as reports
 from prunadapt_ds.config import MOST, OPTIONS
 from prunadapt_ds.train import main
-from tests.tiny import tiny_data, tiny_folder, tiny_glue, tiny_language_folder
+from tests.tiny import tiny_data, tiny_folder, tiny_glue, tiny_language_folder, tiny_model, tiny_tokenizer
+from tests.unit.test_resize import adapted, plan_of
 
 pytestmark = pytest.mark.fast
 DS_CONFIG = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": False}}
@@ -86,7 +89,7 @@ def refused(place, argv, *expected, program=main):
     before = tree(place)
     code, said = said_by(program, argv)
     assert code == 2, said
-    first, *others = lines = said.splitlines()
+    first, *others = lines = [line for line in said.splitlines() if line and "/s]" not in line]  # bars of libraries
     assert "Traceback" not in said
     found = [first.removeprefix("error: ")] if len(lines) == 1 else others
     assert first.startswith("error: ") if len(lines) == 1 else first == "errors:"
@@ -591,3 +594,161 @@ def test_nothing_is_compiled_for_a_mistake_that_can_be_seen_before(base, place, 
     monkeypatch.setattr("prunadapt_ds.distributed.start_deepspeed", lambda: pytest.fail("DeepSpeed was started"))
     for mistake in ({"train_file": "nowhere.csv"}, {"model_name_or_path": "./nowhere"}, {"ds_config": "nowhere.json"}):
         refused(place, right(base, **mistake))
+
+
+# --------------------------------------------------------------------------------------------- the other commands
+
+
+@pytest.fixture(scope="module")
+def classifier(base):
+    """A folder that can be scored on the task."""
+    tiny_model("bert").save_pretrained(base / "classifier")
+    tiny_tokenizer(base / "classifier")
+    return base / "classifier"
+
+
+def scored(base, folder, **options):
+    given = {
+        "model_name_or_path": folder,
+        "train_file": base / "data" / "train.csv",
+        "validation_file": base / "data" / "validation.csv",
+        "max_seq_length": 32,
+        **options,
+    }
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
+
+
+SCORED_CASES = {
+    "no config": (lambda f: remove(f, "config.json"), "has no config.json"),
+    "config is not JSON": (lambda f: cut(f / "config.json", "{"), "config.json cannot be read"),
+    "no tokenizer": (lambda f: remove(f, "token*"), "has no tokenizer"),
+    "weights cut": (lambda f: keep_only(f, -1), "damaged or cut short"),
+    "no weights": (lambda f: remove(f, "*.safetensors"), "holds no weights"),
+    "no head": (lambda f: lose_head(f), "is not trained for this: it has no classifier.bias"),
+    "three labels": (lambda f: edit(f, id2label={"0": "a", "1": "b", "2": "c"}), "other shapes than config.json says"),
+    "a damaged structure": (lambda f: edit(f, pruned_structure={"layout": {}, "kept": []}), "cannot be loaded"),
+    "a structure of no class": (lambda f: edit(f, pruned_structure={}, architectures=["json"]), "cannot be loaded"),
+    "code of its own": (lambda f: edit(f, model_type="odd", auto_map=REMOTE), "say --trust_remote_code to run it"),
+    "a pickled adapter": (lambda f: cut(f / "adapter_config.json", "{}"), "pickled ones are never loaded"),
+    "an adapter of nothing": (lambda f: adapter(f, "{}"), "cannot be loaded: 'base_model_name_or_path'"),
+    "an adapter that is not JSON": (lambda f: adapter(f, "{"), "adapter_config.json cannot be read"),
+    "an adapter of nowhere": (
+        lambda f: adapter(f, '{"base_model_name_or_path": "./nowhere"}'),
+        "there is no such folder",
+    ),
+}
+
+
+def lose_head(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in tensors.items() if not k.startswith("classifier")}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def adapter(folder, config):
+    cut(folder / "adapter_config.json", config)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("case", SCORED_CASES)
+def test_folders_to_score(base, place, classifier, case):
+    spoil, words = SCORED_CASES[case]
+    shutil.copytree(classifier, place / "model")
+    spoil(place / "model")
+    refused(place, scored(base, "./model"), ("model_name_or_path", words), program=scoring.main)
+
+
+def test_what_is_not_for_scoring(base, place, classifier):
+    refused(place, scored(base, classifier, r=4), ("r", "has no meaning when a folder is scored"), program=scoring.main)
+    refused(place, scored(base, "./nowhere"), ("model_name_or_path", "no such folder"), program=scoring.main)
+    argv = scored(base, classifier, validation_file="nowhere.csv")
+    refused(place, argv, ("validation_file", "no such file"), program=scoring.main)
+    argv = scored(base, classifier, task_name="mnli", data_dir=base / "glue", train_file=None, validation_file=None)
+    refused(place, argv, ("data_dir", "MNLI"), program=scoring.main)
+    assert said_by(scoring.main, scored(base, classifier))[0] == 0, "the folder itself is right"
+
+
+@pytest.fixture(scope="module")
+def finished(base):
+    """What `export.py` needs of a finished run whose layers differ in width."""
+    model, layout, structure = adapted("bert")
+    plan = plan_of(structure, "unequal")
+    gates.apply_mask(model, plan.mask())
+    run = base / "run"
+    export.export(model, layout, plan, tiny_tokenizer(base / "tokenizer"), run / "exports" / "compact")
+    (run / "plan.json").write_text(json.dumps(plan.to_dict()))
+    report = reports.empty() | {"status": "complete"}
+    (run / "report.json").write_text(json.dumps(report))
+    return run
+
+
+def change(file, **changes):
+    cut(file, json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+COMPACT = "exports/compact"
+UNITS = [{"layer": 0, "kind": "heads", "dense": 4, "kept": [0, 9]}]
+EXPORT_CASES = {
+    "not a run": (lambda r: shutil.rmtree(r / "exports"), "exports/compact/config.json is missing"),
+    "no plan": (lambda r: (r / "plan.json").unlink(), "plan.json is missing"),
+    "no report": (lambda r: (r / "report.json").unlink(), "report.json is missing"),
+    "unfinished": (lambda r: change(r / "report.json", status="failed"), "not that of a finished run"),
+    "report is not JSON": (lambda r: cut(r / "report.json", "{"), "report.json cannot be read"),
+    "plan is not JSON": (lambda r: cut(r / "plan.json", "{"), "plan.json cannot be read"),
+    "plan is a list": (lambda r: cut(r / "plan.json", "[]"), "plan.json is not a JSON object"),
+    "plan without units": (lambda r: cut(r / "plan.json", "{}"), "do not fit"),
+    "units that do not exist": (lambda r: cut(r / "plan.json", json.dumps({"units": UNITS})), "do not fit"),
+    "another run's plan": (lambda r: cut(r / "plan.json", json.dumps({"units": []})), "do not fit"),
+    "config is not JSON": (lambda r: cut(r / COMPACT / "config.json", "{"), "config.json cannot be read"),
+    "a damaged layout": (lambda r: change(r / COMPACT / "config.json", pruned_structure={"layout": 3}), "do not fit"),
+    "weights cut": (lambda r: keep_only(r / COMPACT, -1), "damaged or cut short"),
+    "other code": (lambda r: (r / COMPACT / "modeling_prunadapt.py").write_text("print('ran')\n"), "no other is run"),
+    "code of elsewhere": (
+        lambda r: change(r / COMPACT / "config.json", auto_map={"AutoModel": "odd--modeling_prunadapt.X"}),
+        "no other is run",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXPORT_CASES)
+def test_runs_to_export(place, finished, case):
+    spoil, words = EXPORT_CASES[case]
+    shutil.copytree(finished, place / "run")
+    spoil(place / "run")
+    argv = ["--run_dir", "run", "--export_formats", "padded"]
+    refused(place, argv, ("run_dir", words), program=reexport.main)
+
+
+def test_a_format_that_cannot_say_the_plan(place, finished):
+    shutil.copytree(finished, place / "run")
+    argv = ["--run_dir", "run", "--export_formats", "uniform"]
+    refused(place, argv, ("export_formats", "train with --uniform"), program=reexport.main)
+    refused(place, ["--run_dir", "nowhere", *argv[2:]], ("run_dir", "is missing"), program=reexport.main)
+
+
+def test_runs_to_compare(place):
+    (place / "file").write_text("")
+    refused(place, ["nowhere", "file"], ("run", "there is no such folder"), program=compare.main)
+    (place / "run").mkdir()
+    argv = ["run", "--output_dir", "file/out"]
+    refused(place, argv, ("output_dir", "cannot be written (Not a directory)"), program=compare.main)
+    for text in ("{", "[]", '{"metric": {"exported": [1]}}', "[" * 100_000, '{"status": "complete"}'):
+        (place / "run" / "report.json").write_text(text)
+        assert said_by(compare.main, ["run"]) == (0, ""), "shown as missing"
+
+
+def test_tables_to_gather(place):
+    (place / "file").write_text("")
+    refused(place, ["nowhere"], ("root", "there is no such folder"), program=glue_table.main)
+    refused(
+        place, ["file", "--tasks", "rtee"], ("tasks", "no task of GLUE"), ("root", "no such"), program=glue_table.main
+    )
+    cell = place / "rte" / "seed0"
+    cell.mkdir(parents=True)
+    for text in ("{", "[]", '{"status": "complete", "metric": []}', "[" * 100_000, '{"status": "complete"}'):
+        (cell / "report.json").write_text(text)
+        code, said = said_by(glue_table.main, [".", "--tasks", "rte"])
+        assert code == 1 and not said
+        assert "report.json cannot be read" in (place / "glue.md").read_text()
