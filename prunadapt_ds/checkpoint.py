@@ -105,11 +105,11 @@ def read(folder: Path) -> Checkpoint:
         for name, identity in content["files"].items():
             if _identity(folder / name) != identity:
                 raise Damaged(f"{name} was cut short or changed")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if content["format"] != FORMAT:
+            raise Damaged(f"has format {content['format']}; this version reads {FORMAT}")
+        return Checkpoint(folder, int(content["step"]), content)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise Damaged(f"{STATE} cannot be read ({type(error).__name__})") from error
-    if content["format"] != FORMAT:
-        raise Damaged(f"has format {content['format']}; this version reads {FORMAT}")
-    return Checkpoint(folder, content["step"], content)
 
 
 def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -183,10 +183,11 @@ def _refuse_unknown(values: dict[str, Any], problems: list[Problem]) -> None:
             hint = f"did you mean {close[0]!r}?" if close else "DeepSpeed options that do not apply here are refused"
             problems.append(Problem(name, values[name], hint))
             continue
-        words, holds = KINDS[KNOWN_KEYS[name]]
-        if values[name] is None and KNOWN_KEYS[name] == "object":
+        kind = KNOWN_KEYS[name]
+        words, holds = KINDS[kind]
+        if values[name] is None and kind == "object":
             values[name] = {}
-        elif values[name] != AUTO and not holds(values[name]):
+        elif not holds(values[name]) and (values[name] != AUTO or kind == "object"):
             problems.append(Problem(name, values[name], f"must be {words}"))
 
 
