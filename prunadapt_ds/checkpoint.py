@@ -68,7 +68,7 @@ def write(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[s
         unfinished.rename(target)
         sync(root)
     except SafetensorError as error:  # its way of saying that the disk is full
-        raise OSError(None, str(error)) from error
+        raise OSError(str(error)) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     for old in [c for c in listed(root) if c[0] != step and (c[0] > step or c[0] not in _newest(root, step, keep))]:

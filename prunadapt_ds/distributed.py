@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -61,6 +62,11 @@ def start_deepspeed() -> None:
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone (gloo has no type of its own for that)."""
     return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or "/gloo/" in str(error)
+
+
+def why_lost(error: RuntimeError) -> str:
+    """What the transport says of it, without the place in its source and its good wishes."""
+    return re.sub(r"^\[[^]]*/gloo/[^]]*\]\s*", "", str(error).strip()).partition(". This is typically")[0]
 
 
 def compiler_lock() -> Path:

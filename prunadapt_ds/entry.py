@@ -22,7 +22,8 @@ def guarded(work: Callable[[], object]) -> int:
         if not distributed.is_lost_rank(error):
             raise
         mine = distributed.rank()
-        print(f"error: rank {mine} has lost another rank, which died or is stuck: {error}", file=sys.stderr)
+        reason = distributed.why_lost(error)
+        print(f"error: rank {mine} has lost another rank, which died or is stuck: {reason}", file=sys.stderr)
         return 1
     finally:
         distributed.shutdown()
