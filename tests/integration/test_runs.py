@@ -223,7 +223,8 @@ def _run_with_damaged_export(argv, factor):
 
 
 def launch(command, timeout=300):
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["PYTHONPATH"] = str(ROOT)  # this checkout's package, also where another one is installed
     return subprocess.run(
         [str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )
