@@ -87,6 +87,7 @@ def main(argv):
     config = parse(argv)
     full = config.prune.method == "full"
     distributed.init()
+    distributed.start_deepspeed()
     data = load_task(config.data, config.train.seed)
     output = Path(config.output.output_dir)
     cuda, bf16 = torch.cuda.is_available(), fast_bf16()

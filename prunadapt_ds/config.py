@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os.path
 import sys
 import types
 import typing
@@ -30,6 +31,7 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 SHRINKING = ("auto", "always", "never")
 LR_SCHEDULES = ("linear", "warmup_stable_decay")
 DEFAULT_SPARSITY = 0.5
+MOST = 2**31 - 1  # of whole numbers without a limit of their own: torch and DeepSpeed count in fixed widths
 
 
 def option(
@@ -324,18 +326,31 @@ def _read_yaml(path: str, problems: list[Problem]) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        problems.append(Problem("config", path, "there is no such file"))
+        return {}
+    except (OSError, ValueError) as error:
         problems.append(Problem("config", path, f"cannot be read: {error}"))
         return {}
-    except yaml.YAMLError as error:
-        problems.append(Problem("config", path, f"is not yaml: {' '.join(str(error).split())}"))
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        values = None if node is None else loader.construct_document(node)
+    except (
+        Exception
+    ) as error:  # a dozen types: a date without a 13th month, a nest of brackets, a tag on the wrong value
+        problems.append(Problem("config", path, f"is not yaml: {error or type(error).__name__}"))
         return {}
     if values is None:
         return {}
     if not isinstance(values, dict):
         problems.append(Problem("config", path, "must be a mapping of option: value"))
         return {}
+    assert node is not None
+    stated = [key.value for key, _ in node.value]
+    for name in sorted({str(name) for name in stated if stated.count(name) > 1}):
+        problems.append(Problem("config", path, f"states {name} twice; leave one"))
     known = {}
     for name, value in values.items():
         if name not in OPTIONS:
@@ -351,13 +366,16 @@ def _convert(o: _Option, value: Any, problems: list[Problem]) -> Any:
     """One raw value (text, or what yaml made of it) as the option's type; `_BAD` and a problem where it is none."""
     if o.is_list:
         items = value if isinstance(value, list) else [value]
-        return [str(item) for item in items]
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[o.kind]
+        if items and not any(isinstance(item, (list, dict)) or item is None or "\0" in str(item) for item in items):
+            return [str(item) for item in items]
+        problems.append(Problem(o.name, value, "must be one text or a list of texts"))
+        return _BAD
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[o.kind]
     try:
         if o.kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
         if o.kind is str:
-            if isinstance(value, (list, dict)):
+            if isinstance(value, (list, dict)) or not str(value) or "\0" in str(value):
                 raise ValueError
             return str(value)
         if isinstance(value, bool):
@@ -397,6 +415,8 @@ def _out_of_limits(o: _Option, value: Any) -> str:
         "below": lambda v, b: v < b,
     }
     bounds = {k: o.limits[k] for k in words if o.limits[k] is not None}
+    if o.kind is int:
+        bounds.setdefault("most", MOST)
     if math.isfinite(value) and all(holds[k](value, b) for k, b in bounds.items()):
         return ""
     return "must be a finite number, " + " and ".join(f"{words[k]} {b}" for k, b in bounds.items())
@@ -438,13 +458,13 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(Problem("validation_file", None, "--train_file needs one"))
     if data.validation_file and not data.train_file:
         found.append(Problem("train_file", None, "--validation_file needs one"))
-    if data.data_dir and not Path(data.data_dir).is_dir():
+    if data.data_dir and not os.path.isdir(data.data_dir):
         found.append(Problem("data_dir", data.data_dir, "there is no such folder"))
     if data.data_dir and not data.task_name and not data.train_file:
         found.append(Problem("task_name", None, "--data_dir needs the name of a GLUE task"))
-    if Path(output.output_dir).exists() and not Path(output.output_dir).is_dir():
+    if os.path.exists(output.output_dir) and not os.path.isdir(output.output_dir):
         found.append(Problem("output_dir", output.output_dir, "is a file; name a folder"))
-    if output.resume not in ("auto", "never") and not Path(output.resume).is_dir():
+    if output.resume not in ("auto", "never") and not os.path.isdir(output.resume):
         found.append(Problem("resume", output.resume, "must be auto, never, or the folder of a checkpoint"))
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -29,30 +30,43 @@ TIMEOUT = datetime.timedelta(minutes=int(os.environ.get("PRUNADAPT_TIMEOUT_MINUT
 def init() -> None:
     """Join the process group of whatever launcher started this process; a plain `python` becomes a group of one.
 
-    Must run before the model is loaded. Raises LaunchError where the ranks cannot find each other.
+    Raises LaunchError where the ranks cannot find each other.
     """
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     if dist.is_initialized():
         return
     place = launchers.find(os.environ)
     os.environ.update(place.variables())
-    if not torch.cuda.is_available():
-        free_compiler_lock(compiler_lock())
     store = launchers.rendezvous(place)
     backend = get_accelerator().communication_backend_name()
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT)
-    deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     else:
         use_local_threads()
 
 
+def start_deepspeed() -> None:
+    """Let DeepSpeed use the group. Must run before a model is loaded, and after what needs no model was checked: on a CPU it
+    compiles an operator first, which takes a minute where that has not been done yet."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if not torch.cuda.is_available():
+        free_compiler_lock(compiler_lock())
+    backend = get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
+
+
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone (gloo has no type of its own for that)."""
     return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or "/gloo/" in str(error)
+
+
+def why_lost(error: RuntimeError) -> str:
+    """What the transport says of it, without the place in its source and its good wishes."""
+    return re.sub(r"^\[[^]]*/gloo/[^]]*\]\s*", "", str(error).strip()).partition(". This is typically")[0]
 
 
 def compiler_lock() -> Path:

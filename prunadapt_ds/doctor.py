@@ -23,8 +23,7 @@ import torch
 from prunadapt_ds import distributed, launchers
 from prunadapt_ds.config import Config, parse
 from prunadapt_ds.ds_config import fast_bf16, resolve_ds_config
-from prunadapt_ds.entry import message
-from prunadapt_ds.errors import PrunadaptError, UserError
+from prunadapt_ds.errors import PrunadaptError, UserError, message
 
 PACKAGES = ("prunadapt_ds", "torch", "deepspeed", "transformers", "peft")
 ALL_REDUCE_BYTES = (1024, 16 * 2**20)

@@ -5,8 +5,10 @@ Resolved before `HfDeepSpeedConfig` is created, because transformers reads it as
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,37 +25,60 @@ PERSISTENCE_ELEMENTS = 100_000
 REDUCE_BUCKET_ELEMENTS = 5_000_000
 PREFETCH_BUCKET_ELEMENTS = 5_000_000
 
-KNOWN_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "communication_data_type",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "bf16",
-    "fp16",
-    "optimizer",
-    "scheduler",
-    "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "aio",
-    "comms_logger",
-    "flops_profiler",
-    "activation_checkpointing",
-    "tensorboard",
-    "csv_monitor",
-    "wandb",
-    "data_types",
-    "seq_parallel_communication_data_type",
-    "disable_allgather",
-    "checkpoint",
-)
+KNOWN_KEYS = {
+    "train_batch_size": "count",
+    "train_micro_batch_size_per_gpu": "count",
+    "gradient_accumulation_steps": "count",
+    "gradient_clipping": "number",
+    "prescale_gradients": "switch",
+    "gradient_predivide_factor": "number",
+    "communication_data_type": "text",
+    "steps_per_print": "count",
+    "wall_clock_breakdown": "switch",
+    "memory_breakdown": "switch",
+    "dump_state": "switch",
+    "bf16": "object",
+    "fp16": "object",
+    "optimizer": "object",
+    "scheduler": "object",
+    "zero_optimization": "object",
+    "zero_allow_untested_optimizer": "switch",
+    "zero_force_ds_cpu_optimizer": "switch",
+    "aio": "object",
+    "comms_logger": "object",
+    "flops_profiler": "object",
+    "activation_checkpointing": "object",
+    "tensorboard": "object",
+    "csv_monitor": "object",
+    "wandb": "object",
+    "data_types": "object",
+    "seq_parallel_communication_data_type": "text",
+    "disable_allgather": "switch",
+    "checkpoint": "object",
+}
+"""Fields that are taken, and what they hold. DeepSpeed reads on where a type is wrong, and stumbles later."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "count": ("a whole number of at least 1", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1),
+    "number": ("a number of at least 0", lambda v: _is_number(v) and v >= 0),
+    "switch": ("true or false", lambda v: isinstance(v, bool)),
+    "text": ("text", lambda v: isinstance(v, str)),
+    "object": ("an object", lambda v: isinstance(v, dict)),
+}
+ADAM_PARAMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "lr": ("a number above 0", lambda v: _is_number(v) and v > 0),
+    "betas": (
+        "two numbers of at least 0 and below 1",
+        lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
+    ),
+    "eps": ("a number above 0", lambda v: _is_number(v) and v > 0),
+    "weight_decay": ("a number of at least 0", lambda v: _is_number(v) and v >= 0),
+}
 
 
 @dataclass(frozen=True)
@@ -99,8 +124,8 @@ def resolve_ds_config(config: Config, world_size: int, probe: Callable[[], bool]
         remedy = "learning rates are set by --learning_rate, --warmup_ratio and --gate_learning_rate; remove the block"
         problems.append(Problem("scheduler", "in " + path, remedy))
     zero = values.setdefault("zero_optimization", {})
-    stage = zero.setdefault("stage", 0) if isinstance(zero, dict) else None
-    if stage not in (0, 1, 2, 3):
+    stage = zero.setdefault("stage", 0) if isinstance(zero, dict) else 0
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         problems.append(Problem("zero_optimization.stage", stage, "must be 0, 1, 2 or 3"))
     _check_precision(values, problems)
     resolved: dict[str, Any] = {}
@@ -119,6 +144,8 @@ def resolve_ds_config(config: Config, world_size: int, probe: Callable[[], bool]
             Problem(name, AUTO, "has no automatic value here; write a number or remove the field")
             for name in _left_auto(values)
         ]
+    if not problems:
+        problems += _schema_problems(values, path)
     if problems:
         raise UserError(problems)
     values.setdefault("steps_per_print", 2**31 - 1)  # progress is ours to print
@@ -142,7 +169,7 @@ def _read(path: str) -> dict[str, Any]:
         raise refuse("there is no such file; ds_configs/ has one for each ZeRO stage") from error
     except (OSError, UnicodeDecodeError) as error:
         raise refuse(f"cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise refuse(f"is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise refuse("must be a JSON object")
@@ -155,30 +182,45 @@ def _refuse_unknown(values: dict[str, Any], problems: list[Problem]) -> None:
             close = difflib.get_close_matches(name, KNOWN_KEYS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "DeepSpeed options that do not apply here are refused"
             problems.append(Problem(name, values[name], hint))
+            continue
+        kind = KNOWN_KEYS[name]
+        words, holds = KINDS[kind]
+        if values[name] is None and kind == "object":
+            values[name] = {}
+        elif not holds(values[name]) and (values[name] != AUTO or kind == "object"):
+            problems.append(Problem(name, values[name], f"must be {words}"))
 
 
 def _take_optimizer(values: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
     """Remove the optimizer block and return AdamW defaults from it."""
     block = values.pop("optimizer", None)
-    if block is None:
+    if not block or not isinstance(block, dict):
         return {}
-    kind = str(block.get("type", "")) if isinstance(block, dict) else str(block)
+    kind = str(block.get("type", ""))
     if kind.lower() not in ADAM_TYPES:
         problems.append(
             Problem("optimizer.type", kind, "only Adam and AdamW are taken; this trainer builds AdamW itself")
         )
         return {}
-    params = {k: v for k, v in block.get("params", {}).items() if v != AUTO}
-    for name in set(params) - {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"}:
+    block = block.get("params") or {}
+    if not isinstance(block, dict):
+        problems.append(Problem("optimizer.params", block, "must be an object"))
+        return {}
+    params = {k: v for k, v in block.items() if v != AUTO}
+    for name in sorted(params.keys() - ADAM_PARAMS.keys() - {"torch_adam", "adam_w_mode"}):
         problems.append(Problem(f"optimizer.params.{name}", params[name], "not an option of AdamW"))
-    return {k: params[k] for k in ("lr", "betas", "eps", "weight_decay") if k in params}
+    found = {name: params[name] for name in ADAM_PARAMS if name in params}
+    for name, value in found.items():
+        words, holds = ADAM_PARAMS[name]
+        if not holds(value):
+            problems.append(Problem(f"optimizer.params.{name}", value, f"must be {words}"))
+    return found
 
 
 def _take_tensorboard(values: dict[str, Any], problems: list[Problem]) -> str | None:
     """Remove the tensorboard block and return the folder it names, if it is enabled and names one."""
     block = values.pop("tensorboard", None) or {}
     if not isinstance(block, dict):
-        problems.append(Problem("tensorboard", block, "must be an object"))
         return None
     for name in set(block) - {"enabled", "output_path", "job_name"}:
         problems.append(Problem(f"tensorboard.{name}", block[name], "taken are enabled, output_path and job_name"))
@@ -189,26 +231,30 @@ def _take_tensorboard(values: dict[str, Any], problems: list[Problem]) -> str | 
 
 def _check_precision(values: dict[str, Any], problems: list[Problem]) -> None:
     fp16 = values.pop("fp16", None) or {}
-    if fp16.get("enabled"):
+    if isinstance(fp16, dict) and fp16.get("enabled"):
         problems.append(
             Problem("fp16.enabled", fp16["enabled"], 'use {"bf16": {"enabled": "auto"}}, or neither for fp32')
         )
     bf16 = values.setdefault("bf16", {"enabled": False})
-    if not isinstance(bf16, dict) or bf16.setdefault("enabled", False) not in (True, False, AUTO):
-        problems.append(Problem("bf16.enabled", bf16, 'must be true, false or "auto"'))
+    enabled = bf16.setdefault("enabled", False) if isinstance(bf16, dict) else False
+    if not isinstance(enabled, bool) and enabled != AUTO:
+        problems.append(Problem("bf16.enabled", enabled, 'must be true, false or "auto"'))
 
 
 def _check_zero(zero: dict[str, Any], problems: list[Problem]) -> None:
     import torch
 
     for block in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(block) or {}, dict):
+            problems.append(Problem(f"zero_optimization.{block}", zero[block], "must be an object"))
+            continue
         device = (zero.get(block) or {}).get("device", "none")
         if device not in ("none", "cpu", "nvme"):
             problems.append(Problem(f"zero_optimization.{block}.device", device, "must be none, cpu or nvme"))
         elif device == "nvme" and block == "offload_optimizer":
             remedy = "adapters have little optimizer state: cpu is enough, and nvme is not taken"
             problems.append(Problem(f"zero_optimization.{block}.device", device, remedy))
-        elif device == "nvme" and not Path(zero[block].get("nvme_path") or "-").is_dir():
+        elif device == "nvme" and not Path(str(zero[block].get("nvme_path") or "-")).is_dir():
             remedy = "there is no such folder; name one on a local NVMe disk"
             problems.append(Problem(f"zero_optimization.{block}.nvme_path", zero[block].get("nvme_path"), remedy))
     for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
@@ -245,6 +291,29 @@ def _resolve_batch(
             f'{sizes["gradient_accumulation_steps"]} x {world_size} = {product}; write "auto"'
         )
         problems.append(Problem("train_batch_size", stated, remedy))
+
+
+def _schema_problems(values: dict[str, Any], path: str) -> list[Problem]:
+    """What DeepSpeed itself would refuse, later and with a traceback. Its own batch sizes are ours, checked above."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedConfig(copy.deepcopy({k: v for k, v in values.items() if k != "train_batch_size"}))
+    except ValidationError as error:
+        return [_schema_problem(values, found) for found in error.errors(include_url=False)]
+    except Exception as error:  # one of many types, always about this file
+        return [Problem("ds_config", path, f"DeepSpeed does not take it: {error}")]
+    return []
+
+
+def _schema_problem(values: dict[str, Any], found: Any) -> Problem:
+    names = [str(name) for name in found["loc"]]
+    if names and names[0] not in values:  # said within its block
+        blocks = {name: inside for name, inside in values.items() if isinstance(inside, dict) and names[0] in inside}
+        meant = [name for name, inside in blocks.items() if len(names) > 1 or inside[names[0]] == found["input"]]
+        names[:0] = meant[:1]
+    return Problem(".".join(names) or "ds_config", found["input"], f"DeepSpeed does not take it: {found['msg']}")
 
 
 def _resolve_auto(

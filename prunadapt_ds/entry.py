@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from prunadapt_ds import distributed
-from prunadapt_ds.errors import Interrupted, PrunadaptError
+from prunadapt_ds import distributed, files
+from prunadapt_ds.errors import PrunadaptError, message
 
 
 def guarded(work: Callable[[], object]) -> int:
     """Run `work`; returns the process's exit code (see errors.py). Rank 0 says what went wrong."""
     try:
-        work()
+        with files.owner_writes_alone():
+            work()
     except PrunadaptError as error:
         if distributed.speaks_of(error):
             print(message(error), file=sys.stderr)
@@ -21,14 +22,9 @@ def guarded(work: Callable[[], object]) -> int:
         if not distributed.is_lost_rank(error):
             raise
         mine = distributed.rank()
-        print(f"error: rank {mine} has lost another rank, which died or is stuck: {error}", file=sys.stderr)
+        reason = distributed.why_lost(error)
+        print(f"error: rank {mine} has lost another rank, which died or is stuck: {reason}", file=sys.stderr)
         return 1
     finally:
         distributed.shutdown()
     return 0
-
-
-def message(error: PrunadaptError) -> str:
-    if isinstance(error, Interrupted):
-        return str(error)
-    return f"error: {error}" if len(str(error).splitlines()) == 1 else f"errors:\n{error}"

@@ -5,21 +5,31 @@ Exit codes: 0 done, 2 user error, 3 parity failure, 4 ranks disagree, 75 stopped
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 4, 20, 10
+_SHORT.maxstring = _SHORT.maxother = 300
+MOST_CHARACTERS = 1000  # of a remedy, which may quote a cell or another library
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake of the user's: the field, its value, and what to write instead."""
+    """One mistake of the user's: the field, its value, and what to write instead. As text it is one line, not too long."""
 
     field: str
     value: Any
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.field}={self.value!r}: {self.remedy}"
+        remedy = " ".join(self.remedy.split())
+        if len(remedy) > MOST_CHARACTERS:
+            half = MOST_CHARACTERS // 2
+            remedy = f"{remedy[:half]} ... {remedy[-half:]}"
+        return f"{' '.join(self.field.split())}={_SHORT.repr(self.value)}: {remedy}"
 
 
 class PrunadaptError(Exception):
@@ -61,3 +71,10 @@ class RanksDisagree(PrunadaptError):
     """Two ranks hold different values of something that must be the same everywhere."""
 
     exit_code = 4
+
+
+def message(error: PrunadaptError) -> str:
+    """What a program says about it on standard error: a line, or one for each problem under a heading."""
+    if isinstance(error, Interrupted):
+        return str(error)
+    return f"error: {error}" if len(str(error).splitlines()) == 1 else f"errors:\n{error}"

@@ -27,7 +27,7 @@ from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.distributed import on_rank_0, rank
 from prunadapt_ds.engine import gathered
 from prunadapt_ds.errors import ParityError
-from prunadapt_ds.files import whole_folder
+from prunadapt_ds.files import usual_mode, whole_folder
 from prunadapt_ds.formats import MODELING_FILE
 from prunadapt_ds.gates import Gate, gate_before
 from prunadapt_ds.models import modeling_prunadapt
@@ -286,7 +286,7 @@ def cast(folder: Path, dtype: torch.dtype) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         unfinished = file.with_suffix(".tmp")
         save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, unfinished, {"format": "pt"})
-        unfinished.chmod(0o644)
+        unfinished.chmod(usual_mode())
         unfinished.replace(file)
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -9,12 +9,42 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from prunadapt_ds.errors import Problem, UserError
 
 LOCK_NAME = ".lock"
+
+
+@contextlib.contextmanager
+def owner_writes_alone() -> Iterator[None]:
+    """Whatever the umask: files that are made meanwhile are 0644 or tighter, folders 0755 or tighter, of child processes too."""
+    before = os.umask(0o022)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def usual_mode() -> int:
+    """The mode of a new file by the umask, never more than 0644: for files of libraries that make them 0600."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o644 & ~mask
+
+
+def read_object(file: Path, refuse: Callable[[str], UserError]) -> dict[str, Any]:
+    """The object in a JSON file of a folder that a user named. Raises what `refuse` makes of why it cannot be had."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise refuse(f"{file.name} cannot be read ({error}); fetch it again") from error
+    if not isinstance(values, dict):
+        raise refuse(f"{file.name} is not a JSON object; fetch it again")
+    return values
 
 
 def sync(path: Path) -> None:
@@ -48,7 +78,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield unfinished
         for file in unfinished.iterdir():
-            file.chmod(0o644)
+            file.chmod(usual_mode())
             sync(file)
         sync(unfinished)
         if folder.exists():

@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.files import whole_folder
+from prunadapt_ds.files import read_object, whole_folder
 from prunadapt_ds.models.families import FAMILIES, head_dim_of, widths_of
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 
@@ -33,7 +34,7 @@ def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> Non
 
     Raises UserError where the format cannot say what the plan keeps.
     """
-    config = json.loads((compact / "config.json").read_text())
+    config = read_object(compact / "config.json", _refuse(compact))
     structure = config.get("pruned_structure")
     stock = stock_config(config)
     change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor  # noqa: E731
@@ -50,6 +51,50 @@ def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> Non
         _copy_others(compact, unfinished)
         (unfinished / "config.json").write_text(json.dumps(stock, indent=2, sort_keys=True) + "\n")
         _rewrite_weights(compact, unfinished, change, shapes)
+
+
+def _refuse(folder: Path) -> Callable[[str], UserError]:
+    return lambda remedy: UserError(Problem("run_dir", str(folder), remedy))
+
+
+def read_plan(file: Path, compact: Path) -> dict[str, Any]:
+    """A run's `plan.json`, checked against the configuration of the compact folder that it describes. Raises UserError."""
+    refuse = _refuse(file.parent)
+    config, plan = read_object(compact / "config.json", refuse), read_object(file, refuse)
+    structure = config.get("pruned_structure")
+    try:
+        if config["model_type"] not in FAMILIES or not isinstance(config["architectures"][0], str):
+            raise ValueError("is of no known family")
+        units = [_Units(u["layer"], u["kind"], u["dense"], tuple(u["kept"])) for u in plan["units"]]
+        for u in units:
+            if not all(isinstance(n, int) for n in (u.layer, u.dense, *u.kept)):
+                raise ValueError("counts units by what is no number")
+            if list(u.kept) != sorted({k for k in u.kept if 0 <= k < u.dense}):
+                raise ValueError(f"keeps units that do not exist in layer {u.layer}")
+        if structure is not None:
+            _compare(Layout.from_dict(structure["layout"]), structure["kept"], units)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise refuse(f"{file.name} and exports/{compact.name}/config.json do not fit: {error!r}") from error
+    return plan
+
+
+@dataclass(frozen=True)
+class _Units:
+    layer: int
+    kind: str
+    dense: int
+    kept: tuple[int, ...]
+
+
+def _compare(layout: Layout, kept: list[list[int]], units: list[_Units]) -> None:
+    """Raises ValueError unless the plan's units are the layout's, and as many are kept as the configuration says."""
+    wanted = [
+        (layer, sublayer.kind, sublayer.num_units, counts[i])
+        for layer, counts in zip(range(layout.num_layers), kept, strict=True)
+        for i, sublayer in enumerate(layout.sublayers)
+    ]
+    if wanted != [(u.layer, u.kind, u.dense, len(u.kept)) for u in units]:
+        raise ValueError("other units than the folder has")
 
 
 def stock_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from prunadapt_ds import files
 from prunadapt_ds.config import TASK_NAMES
-from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.errors import Problem, UserError, message
 
 TASKS = tuple(name for name in TASK_NAMES if name != "sample")
 KINDS = ("teacher", "masked", "exported")
@@ -51,7 +52,7 @@ def read_cell(root: Path, task: str, seed: int) -> Cell:
             return _complete(task, seed, report)
     except FileNotFoundError:
         status = ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         return Cell(task, seed, "failed", f"report.json cannot be read: {type(error).__name__}: {error}")
     code = _text(folder / "exit_code").strip()
     if not folder.is_dir():
@@ -69,6 +70,9 @@ def _complete(task: str, seed: int, report: dict[str, Any]) -> Cell:
     scores = {kind: metric[kind]["score"] if metric[kind] else None for kind in KINDS}
     measures = {name: value for name, value in (metric["exported"] or {}).items() if name != "score"}
     kept = params["encoder_kept"] / params["encoder_dense"]
+    numbers = [*scores.values(), *measures.values(), kept, report["latency"]["speedup"]]
+    if not all(number is None or isinstance(number, (int, float)) for number in numbers):
+        raise TypeError("a figure is no number")
     return Cell(task, seed, "complete", "", scores, measures, kept, report["latency"]["speedup"])
 
 
@@ -164,24 +168,22 @@ def gather_tensorboard(root: Path, cells: Iterable[Cell]) -> None:
             shutil.copytree(events, root / "tensorboard" / f"{c.task}-seed{c.seed}")
 
 
-def write(root: Path, name: str, text: str) -> None:
-    unfinished = root / f".{name}.tmp"
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, root / name)
-
-
 def gather(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Write glue.json, glue.md and tensorboard/ to `root`. Raises UserError."""
     problems = [Problem("tasks", t, f"no task of GLUE; known are {', '.join(TASKS)}") for t in tasks if t not in TASKS]
-    if not root.is_dir():
+    if not os.path.isdir(root):
         problems.append(Problem("root", str(root), "there is no such folder"))
     if problems:
         raise UserError(problems)
     cells = [read_cell(root, task, seed) for task in tasks for seed in seeds]
     found = summary(cells, tasks, seeds)
-    write(root, "glue.json", json.dumps(found, indent=2) + "\n")
-    write(root, "glue.md", markdown(found))
-    gather_tensorboard(root, cells)
+    try:
+        with files.owner_writes_alone():
+            files.replace(root / "glue.json", json.dumps(found, indent=2) + "\n")
+            files.replace(root / "glue.md", markdown(found))
+            gather_tensorboard(root, cells)
+    except OSError as error:
+        raise UserError(Problem("root", str(root), f"cannot be written ({error.strerror or error})")) from error
     return found
 
 
@@ -195,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = gather(options.root, options.tasks, options.seeds)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(message(error), file=sys.stderr)
         return error.exit_code
     print(markdown(found))
     print(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunadapt_ds import distributed, export, formats
+from prunadapt_ds import backbone, distributed, export, files, formats
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import EXPORT_DTYPES
 from prunadapt_ds.entry import guarded
-from prunadapt_ds.errors import ParityError, Problem, PrunadaptError, UserError
+from prunadapt_ds.errors import ParityError, Problem, UserError
+from prunadapt_ds.models import modeling_prunadapt
 
 KINDS = ("padded", "uniform")
 EXAMPLES, TOKENS = 64, 24  # random rows on which a new folder must compute what the compact one does
@@ -40,47 +42,59 @@ def _parser() -> argparse.ArgumentParser:
 def run(run_dir: Path, kinds: Sequence[str], dtype: str | None = None) -> None:
     """Rank 0 works, the others wait for its verdict. The report's `exports` gains the new folders.
 
-    Raises UserError for a folder that no finished run left and a format that cannot say its plan, ParityError where a new
-    folder computes something else.
+    Raises UserError for a folder that no finished run left, for one with other modelling code than ours, and for a format
+    that cannot say its plan; ParityError where a new folder computes something else.
     """
     distributed.init()
-    failure: tuple[str, str] | None = None
-    if distributed.rank() == 0:
-        try:
-            for kind in kinds:
-                make(run_dir, kind, dtype)
-        except PrunadaptError as error:
-            failure = (type(error).__name__, str(error))
-            caught = error
-    failure = distributed.broadcast_object(failure)
-    if failure is None:
-        return
-    if distributed.rank() == 0:
-        raise caught
-    raise (
-        ParityError(failure[1])
-        if failure[0] == "ParityError"
-        else UserError(Problem("run_dir", str(run_dir), failure[1]))
-    )
+    distributed.on_rank_0(f"exporting from {run_dir}", lambda: make_all(run_dir, kinds, dtype))
 
 
-def make(run_dir: Path, kind: str, dtype: str | None) -> Path:
+def make_all(run_dir: Path, kinds: Sequence[str], dtype: str | None) -> None:
+    for kind in kinds:
+        make(run_dir, kind, dtype)
+
+
+def make(run_dir: Path, kind: str, dtype: str | None) -> None:
     """Write exports/<kind> of a run, and prove it."""
     compact, plan = run_dir / "exports" / "compact", run_dir / "plan.json"
+
+    def refuse(remedy: str) -> UserError:
+        return UserError(Problem("run_dir", str(run_dir), remedy))
+
     for path in (compact / "config.json", plan, run_dir / "report.json"):
-        if not path.is_file():
-            remedy = f"{path.relative_to(run_dir)} is missing; name the --output_dir of a run that has finished"
-            raise UserError(Problem("run_dir", str(run_dir), remedy))
+        if not os.path.isfile(path):
+            raise refuse(f"{path.relative_to(run_dir)} is missing; name the --output_dir of a run that has finished")
+    report = files.read_object(run_dir / "report.json", refuse)
+    if report.get("status") != "complete" or not isinstance(report.get("exports"), dict):
+        raise refuse("report.json is not that of a finished run; go on with the run first")
+    if not only_our_code(compact, files.read_object(compact / "config.json", refuse)):
+        raise refuse(
+            f"exports/compact needs other code than this version's {formats.MODELING_FILE}, and no other is run; "
+            "export with the version that trained it"
+        )
+    backbone.check(str(compact), to_train=False, field="run_dir")
     folder = run_dir / "exports" / kind
-    formats.convert(kind, compact, json.loads(plan.read_text()), folder)
+    formats.convert(kind, compact, formats.read_plan(plan, compact), folder)
     prove(compact, folder)
     if dtype is not None:
         export.cast(folder, getattr(torch, dtype))
-    report = json.loads((run_dir / "report.json").read_text())
     report["exports"][kind] = {"path": str(Path("exports") / kind), "needs_remote_code": False}
-    (run_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    files.replace(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
     print(f"wrote {folder}")
-    return folder
+
+
+def only_our_code(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a folder needs no code, or the package's own, byte for byte: a run's folder may come from anybody."""
+    named = config.get("auto_map", {})
+    if named == {}:
+        return True
+    ours = Path(modeling_prunadapt.__file__)
+    try:
+        return (folder / formats.MODELING_FILE).read_bytes() == ours.read_bytes() and all(
+            str(value).startswith(f"{ours.stem}.") for value in named.values()
+        )
+    except (OSError, AttributeError):
+        return False
 
 
 def prove(compact: Path, folder: Path) -> None:

@@ -101,7 +101,7 @@ def load_adapter(folder: str, base: dict[str, Any], dtype: Any) -> Any:
 
     numbers = {k: base[k] for k in ("num_labels", "pad_token_id") if base[k] is not None}
     model = getattr(transformers, base["auto_class"]).from_pretrained(
-        base["model"], dtype=dtype, ignore_mismatched_sizes=True, **numbers
+        base["model"], dtype=dtype, ignore_mismatched_sizes=True, use_safetensors=True, **numbers
     )
     return PeftModel.from_pretrained(model, folder)
 
@@ -121,7 +121,10 @@ def answer(request: dict[str, Any]) -> None:
         if request["adapter_of"]:
             return load_adapter(request["folder"], request["adapter_of"], getattr(torch, dtype)).to(device).eval()
         model = auto_class.from_pretrained(
-            request["folder"], trust_remote_code=request["needs_remote_code"], dtype=getattr(torch, dtype)
+            request["folder"],
+            trust_remote_code=request["needs_remote_code"],
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
         )
         return model.to(device).eval()
 

@@ -152,12 +152,12 @@ def _finished(output_dir: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
         report = json.loads((output_dir / "report.json").read_text())
         if report["status"] != "complete":
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     try:
         before = json.loads((output_dir / "run.json").read_text())
         problems = changes(asked, before, str(output_dir))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         remedy = "holds a complete run of unknown options; name another folder, or overwrite it with --resume never"
         problems = [Problem("output_dir", str(output_dir), remedy)]
     if problems:
@@ -190,10 +190,12 @@ def note_rebuilds(session: Session) -> None:
     )
 
 
-def noted_rebuilds(config: Config) -> dict[str, bool]:
+def noted_rebuilds(config: Config) -> dict[int, bool]:
+    """By step; nothing where the file is not there or not whole."""
     try:
-        return dict(json.loads((root_of(config) / REBUILDS).read_text()))
-    except (OSError, ValueError, TypeError):
+        noted = json.loads((root_of(config) / REBUILDS).read_text())
+        return {int(step): bool(rebuilt) for step, rebuilt in noted.items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 
@@ -329,7 +331,7 @@ def restore(session: Session, start: Checkpoint) -> None:
     if session.scores is not None:
         session.scores.value = tensors.get("scores")
     noted = distributed.broadcast_object(noted_rebuilds(session.config))
-    session.rebuilt = {int(step): rebuilt for step, rebuilt in (noted | saved["rebuilt"]).items()}
+    session.rebuilt = noted | {int(step): rebuilt for step, rebuilt in saved["rebuilt"].items()}
     restore_of_ranks(session, saved, tensors)
     restore_marks(session, saved)
 

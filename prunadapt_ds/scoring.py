@@ -6,6 +6,7 @@ All ranks share the rows.
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunadapt_ds import backbone, distributed
+from prunadapt_ds import backbone, distributed, files
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import Config, parse
 from prunadapt_ds.data import (
@@ -26,10 +27,10 @@ from prunadapt_ds.data import (
     tokenize_language,
 )
 from prunadapt_ds.entry import guarded
-from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.errors import Problem, PrunadaptError, UserError
 from prunadapt_ds.evaluate import predict
 from prunadapt_ds.models import modeling_prunadapt
-from prunadapt_ds.models.families import FAMILIES
+from prunadapt_ds.models.families import FAMILIES, most_tokens
 
 OPTIONS = {
     *("model_name_or_path", "trust_remote_code", "task_type", "task_name", "data_dir", "train_file", "validation_file"),
@@ -74,10 +75,10 @@ def run(config: Config) -> dict[str, float]:
     measures["score"] = sum(measures.values()) / len(measures)
     if distributed.rank() == 0:
         print(json.dumps(measures))
-        if "output_dir" in config.given:
-            folder = Path(config.output.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "scores.json").write_text(json.dumps(measures, indent=2) + "\n")
+    if "output_dir" in config.given:
+        file = Path(config.output.output_dir) / "scores.json"
+        text = json.dumps(measures, indent=2) + "\n"
+        distributed.on_rank_0(f"writing {file}", lambda: files.replace(file, text))
     return measures
 
 
@@ -87,11 +88,25 @@ def load_folder(name: str, config: Config, data: TaskData) -> tuple[Any, Any]:
 
     auto_class: Any = AutoModelForCausalLM if data.is_language else AutoModelForSequenceClassification
     source = backbone.locate(name)
+
+    def refuse(remedy: str) -> UserError:
+        return UserError(Problem("model_name_or_path", name, remedy))
+
     adapter = Path(source) / "adapter_config.json"
     trust = config.model.trust_remote_code
+    is_adapter = os.path.isfile(adapter)
+    if not is_adapter:
+        backbone.check(name, to_train=False)
+    elif not (Path(source) / "adapter_model.safetensors").is_file():
+        raise refuse(
+            "the adapter has no adapter_model.safetensors; pickled ones are never loaded, save it again with PEFT"
+        )
+    if trust:
+        backbone.say_remote_code(name)
     try:
-        if adapter.is_file():
-            base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        if is_adapter:
+            base = files.read_object(adapter, refuse)["base_model_name_or_path"]
+            backbone.check(base, to_train=False)
             model = _with_adapter(auto_class, base, source, {} if data.is_language else {"num_labels": data.num_labels})
         else:
             pruned = _pruned_class(source)
@@ -99,19 +114,36 @@ def load_folder(name: str, config: Config, data: TaskData) -> tuple[Any, Any]:
                 loader, options = auto_class, {"trust_remote_code": trust}
             else:
                 loader, options = pruned, {}
-            model, info = loader.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-            )
+            with backbone.quiet():
+                model, info = loader.from_pretrained(
+                    source,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **options,
+                )
+            if info["mismatched_keys"]:
+                name_of = min(str(key[0]) for key in info["mismatched_keys"])
+                raise refuse(f"its weights have other shapes than config.json says, e.g. {name_of}")
             if info["missing_keys"]:
                 some = ", ".join(sorted(info["missing_keys"])[:3])
-                raise UserError(Problem("model_name_or_path", name, f"is not trained for this: it has no {some}"))
+                raise refuse(f"is not trained for this: it has no {some}")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
-    except (OSError, ValueError, RuntimeError) as error:
+    except PrunadaptError:
+        raise
+    except Exception as error:  # as many types as there are ways to spoil a folder; no rank needs another here
+        if "trust_remote_code" in str(error):
+            raise refuse(
+                "needs code that it brings itself; read that code, and say --trust_remote_code to run it"
+            ) from error
         reason = " ".join(str(error).split())[:300]
-        raise UserError(Problem("model_name_or_path", name, f"cannot be loaded: {reason}")) from error
+        raise refuse(f"cannot be loaded: {reason or type(error).__name__}") from error
+    if (most := most_tokens(model)) is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     if not data.is_language and model.config.num_labels != data.num_labels:
         remedy = f"answers with {model.config.num_labels} numbers, the task {data.task.name} has {data.num_labels}"
-        raise UserError(Problem("model_name_or_path", name, remedy))
+        raise refuse(remedy)
     family = FAMILIES.get(model.config.model_type)
     if family is not None and family.is_decoder:
         backbone.agree_on_padding(name, model.config, tokenizer)
@@ -122,7 +154,10 @@ def _pruned_class(folder: str) -> Any:
     """Our own class for a compact folder, None for any other."""
     path = Path(folder) / "config.json"
     values = json.loads(path.read_text()) if path.is_file() else {}
-    return getattr(modeling_prunadapt, values["architectures"][0]) if "pruned_structure" in values else None
+    if "pruned_structure" not in values:
+        return None
+    name = str(values["architectures"][0])
+    return getattr(modeling_prunadapt, f"Pruned{name.removeprefix('Pruned')}")
 
 
 def _with_adapter(auto_class: Any, base: str, folder: str, numbers: dict[str, int]) -> Any:

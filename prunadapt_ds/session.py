@@ -159,6 +159,10 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
         lambda: load_language(config.data) if is_language else load_task(config.data, config.train.seed)
     )
     identity = {"data": same_data(data)}
+    if not is_language:  # whose examples are blocks of tokens, known later
+        refuse_fewer_than_ranks(len(data.train))
+    distributed.together(lambda: backbone.check(config.model.model_name_or_path))
+    distributed.start_deepspeed()
     torch.manual_seed(config.train.seed)
     zero3 = engines.shard_while_loading(ds.values)
     peak = memory.PeakMemory(device)
@@ -193,10 +197,7 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
         return Rows(tokenize(dataset, loaded.tokenizer, data.task, longest), loaded.tokenizer)
 
     train_rows = rows(data.train)
-    if len(train_rows) < distributed.world_size():
-        raise UserError(
-            Problem("train_file", len(train_rows), f"fewer examples than the {distributed.world_size()} ranks")
-        )
+    refuse_fewer_than_ranks(len(train_rows))
     sampler = Sampler(
         num_samples=len(train_rows),
         micro_batch_size=ds.values["train_micro_batch_size_per_gpu"],
@@ -244,6 +245,14 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
     )
     announce(session)
     return session
+
+
+def refuse_fewer_than_ranks(count: int) -> None:
+    """Every rank needs a training example of its own."""
+    ranks = distributed.world_size()
+    if count < ranks:
+        remedy = f"fewer than the {ranks} ranks; start fewer ranks, or give more data"
+        raise UserError(Problem("training examples", count, remedy))
 
 
 def no_dropout(model: nn.Module) -> None:

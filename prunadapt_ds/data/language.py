@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunadapt_ds.data.readers import Columns, check_exists, read_columns, read_text
+from prunadapt_ds.data.readers import Columns, check_exists, has_surrogate, read_columns, read_text
 from prunadapt_ds.data.tasks import Task, TaskData
 from prunadapt_ds.errors import Problem, UserError
 
@@ -51,7 +51,10 @@ def load_language(config: Any) -> TaskData:
 def _columns(field: str, path: str) -> Columns:
     if Path(path).suffix.lower() == ".txt":
         check_exists(field, Path(path))
-        return {"text": [read_text(field, Path(path))]}
+        text = read_text(field, Path(path))
+        if not text.strip():
+            raise UserError(Problem(field, path, "holds no text; give a file with some"))
+        return {"text": [text]}
     columns = read_columns(field, path)
     names = ("prompt", "response") if "response" in columns else ("text",)
     missing = [name for name in names if name not in columns]
@@ -63,6 +66,9 @@ def _columns(field: str, path: str) -> Columns:
         for row, text in enumerate(columns[name], start=1):
             if not isinstance(text, str) or (name != "prompt" and not text.strip()):
                 raise UserError(Problem(field, path, f"row {row}: {name} is {text!r}; write a text"))
+            if has_surrogate(text):
+                remedy = f"row {row}: {name} holds half a surrogate pair; remove the character"
+                raise UserError(Problem(field, path, remedy))
     return {name: columns[name] for name in names}
 
 
@@ -70,17 +76,22 @@ def tokenize_language(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_
     """Columns input_ids, attention_mask, labels (a list for each row; `IGNORED` where nothing is learnt).
 
     Texts are joined and cut into blocks of `max_seq_length`. A response ends with the end-of-sequence token; what is too
-    long loses the beginning of its prompt first, then the end of its response.
+    long loses the beginning of its prompt first, then the end of its response. Raises UserError where nothing is left to
+    learn, and for more tokens than the model takes.
     """
     from datasets import Dataset
 
+    if max_seq_length > tokenizer.model_max_length:
+        remedy = f"must be at most {tokenizer.model_max_length}, which is what the model takes"
+        raise UserError(Problem("max_seq_length", max_seq_length, remedy))
     if "response" in dataset.column_names:
         pairs = zip(dataset["prompt"], dataset["response"], strict=True)
         rows = [_instruction(prompt, response, tokenizer, max_seq_length) for prompt, response in pairs]
     else:
         rows = [(block, block) for block in _blocks(dataset["text"], tokenizer, max_seq_length)]
     if not rows:
-        raise UserError(Problem("train_file", "text", "holds fewer than two tokens; give more text"))
+        remedy = "the texts of train_file or of validation_file have fewer than two tokens; give more text"
+        raise UserError(Problem("text", len(dataset), remedy))
     return Dataset.from_dict(
         {
             "input_ids": [ids for ids, _ in rows],

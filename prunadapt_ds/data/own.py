@@ -7,13 +7,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from prunadapt_ds.data.readers import Columns, read_columns
+from prunadapt_ds.data.readers import Columns, has_surrogate, read_columns
 from prunadapt_ds.data.tasks import OWN_METRICS, Task
 from prunadapt_ds.errors import Problem, UserError
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def _column_problems(file: _File) -> list[Problem]:
             if not isinstance(text, str):
                 problems.append(file.problem(f"row {row}: {name} is {text!r}, not a text; write it as a string"))
                 break
-            if SURROGATE.search(text):
+            if has_surrogate(text):
                 problems.append(file.problem(f"row {row}: {name} holds half a surrogate pair; remove the character"))
                 break
     labels = file.columns["label"]
@@ -95,6 +94,9 @@ def _column_problems(file: _File) -> list[Problem]:
     if strange:
         remedy = f"row {strange}: label {labels[strange - 1]!r} is neither a name nor a number; write one of these"
         problems.append(file.problem(remedy))
+    halved = next((row for row, x in enumerate(labels, start=1) if isinstance(x, str) and has_surrogate(x)), 0)
+    if halved:
+        problems.append(file.problem(f"row {halved}: the label holds half a surrogate pair; remove the character"))
     return problems
 
 

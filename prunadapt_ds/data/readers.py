@@ -11,6 +11,8 @@ import csv
 import difflib
 import io
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 from prunadapt_ds.errors import Problem, UserError
 
 Columns = dict[str, list[Any]]
+SURROGATE = re.compile("[\ud800-\udfff]")
 DELIMITERS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 
 
@@ -43,10 +46,10 @@ def read_columns(field: str, path: str | Path) -> Columns:
 def check_exists(field: str, path: Path) -> None:
     """Raises UserError unless `path` is a file with something in it."""
     problem = None
-    if path.is_dir():
+    if os.path.isdir(path):
         problem = "is a folder; give a file"
-    elif not path.is_file():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    elif not os.path.isfile(path):  # which, unlike Path's, takes any name
+        siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
         close = difflib.get_close_matches(path.name, siblings, n=1)
         problem = "no such file" + (f"; did you mean {str(path.parent / close[0])!r}?" if close else "; check the path")
     elif path.stat().st_size == 0:
@@ -101,6 +104,7 @@ def _delimited(field: str, path: Path, delimiter: str) -> Columns:
 
 def _quoted_rows(text: str, delimiter: str) -> list[tuple[int, list[str]]] | str:
     """(last line number, cells) of each row by the usual rules of quoting, or what breaks them."""
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a whole document may stand in one cell
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         return [(reader.line_num, row) for row in reader if row]
@@ -138,7 +142,7 @@ def _jsonl(field: str, path: Path) -> Columns:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(Problem(field, str(path), f"line {number} is not JSON: {error}")) from None
         if not isinstance(record, dict):
             remedy = f'line {number} is not an object; write lines like {{"sentence1": "a text", "label": 0}}'
@@ -166,6 +170,11 @@ def _parquet(field: str, path: Path) -> Columns:
             names = feature.names
             columns[name] = [None if v is None or v < 0 else names[v] for v in columns[name]]
     return columns
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds half a character of UTF-16, as JSON can spell and no file can be written with."""
+    return SURROGATE.search(text) is not None
 
 
 def check_duplicates(field: str, path: Path, names: list[str]) -> None:

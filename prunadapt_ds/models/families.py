@@ -21,9 +21,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.modeling_prunadapt import AttributeLayout, Layout, ProjectionLayout, SubLayerLayout
-from prunadapt_ds.models.structure import Structure
+from prunadapt_ds.models.structure import Structure, full_shape
+
+POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 @dataclass(frozen=True)
@@ -286,8 +290,8 @@ def family_of(config: Any) -> Family:
         raise UserError(
             Problem(
                 "model_name_or_path",
-                config.model_type,
-                f"this architecture is not supported; supported are {', '.join(sorted(FAMILIES))}. "
+                getattr(config, "name_or_path", "") or config.model_type,
+                f"the architecture {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}. "
                 "To add one, write its record in prunadapt_ds/models/families.py",
             )
         )
@@ -295,6 +299,16 @@ def family_of(config: Any) -> Family:
         remedy = "its layers share weights in several groups, of which no cut is written; take one with one group"
         raise UserError(Problem("model_name_or_path", f"num_hidden_groups={config.num_hidden_groups}", remedy))
     return family
+
+
+def most_tokens(model: Any) -> int | None:
+    """The longest input that a model has positions for; None where positions are no table."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
+            # RoBERTa counts from behind the padding token, OPT from 2.
+            unused = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
+            return full_shape(nn.Module.get_parameter(module, "weight"))[0] - unused
+    return None
 
 
 def head_dim_of(config: Any) -> int:

@@ -1,6 +1,7 @@
 """What the ranks of a test run: pieces of the real program on a tiny model. Every function is called on each rank."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -119,9 +120,10 @@ def score(argv):
 
 
 def whole_run(argv):
-    """The real main on every rank: exit code."""
+    """The real main on every rank, under the most permissive umask: exit code."""
     from prunadapt_ds.train import main
 
+    os.umask(0)
     return main(argv)
 
 

@@ -42,6 +42,7 @@ def run(base, output, *, world_size=2, model_type="bert", data="data", **options
         **{"batch": 8, "max_steps": 10, "logging_steps": 5, **options},
     )
     assert run_ranks(runs.whole_run, world_size, argv) == [0] * world_size
+    assert not [p for p in output.rglob("*") if p.stat().st_mode & 0o022], "others may write, the umask was 000"
     return json.loads((output / "report.json").read_text())
 
 
@@ -225,7 +226,8 @@ def _run_with_damaged_export(argv, factor):
 
 
 def launch(command, timeout=300):
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["PYTHONPATH"] = str(ROOT)  # this checkout's package, also where another one is installed
     return subprocess.run(
         [str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )

@@ -269,6 +269,6 @@ def test_a_decision_of_the_clock_is_repeated_not_made_again(tmp_path, decided):
         rebuilt={6: decided},
     )
     resume.note_rebuilds(session)
-    session.rebuilt = {int(step): rebuilt for step, rebuilt in resume.noted_rebuilds(config).items()}
+    session.rebuilt = resume.noted_rebuilds(config)
     assert train.pays_to_shrink(session, SimpleNamespace(decision_steps=(6, 8)), 6) is decided
     assert resume.noted_rebuilds(parse(["--output_dir", str(tmp_path / "none")])) == {}

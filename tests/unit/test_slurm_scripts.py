@@ -13,7 +13,7 @@ from prunadapt_ds.glue_table import TASKS
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.fast
-SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sh")), *sorted((ROOT / "benchmarks").glob("*.sh"))]
 RECORD = '#!/usr/bin/env bash\nprintf "%s\\0" "${0##*/}" "$@" >> "$CALLS/${0##*/}"\nexit ${EXIT_CODE:-0}\n'
 NASTY = "$(touch pwned) `touch pwned` ; touch pwned\n'\" && touch pwned"
 
@@ -82,7 +82,19 @@ def test_the_scripts_know_the_tasks():
 
 @pytest.mark.parametrize(
     "task",
-    ["rte mrcp", "'rte'", '"rte"', "$(touch pwned)", "`touch pwned`", "rte;touch pwned", "../x", NASTY, "*", "RTE"],
+    [
+        "rte mrcp",
+        "rte\nmrcp",
+        "'rte'",
+        '"rte"',
+        "$(touch pwned)",
+        "`touch pwned`",
+        "rte;touch pwned",
+        "../x",
+        NASTY,
+        "*",
+        "RTE",
+    ],
 )
 def test_bad_task_names_are_refused(shell, task):
     done, calls = shell("glue_all.sh", TASKS=task, **array(0, 9))
@@ -112,6 +124,25 @@ def test_values_reach_the_program_as_they_are(shell):
     assert words[words.index("--data_dir") + 1] == "a b" and words[words.index("--target_sparsity") + 1] == "0.6"
     assert words[-2:] == ["--output_dir", "out/it's $(touch pwned)"]
     assert {"--nodes=2", "--ntasks-per-node=4", "--ntasks=8", "--cpus-per-task=4"} <= set(words)
+
+
+def test_a_folder_of_an_awkward_name_is_only_a_folder(shell):
+    """Spaces, quotes and what looks like a command, in the folder that an array job and its second job write to."""
+    root = 'out/it\'s "$(touch pwned)" ; touch pwned'
+    done, calls = shell("glue_all.sh", OUTPUT_ROOT=root, TASKS="rte", **array(0, 1))
+    assert done.returncode == 0, done.stderr
+    assert calls["srun"][-2:] == ["--output_dir", f"{root}/rte/seed0"]
+    assert (shell.project / root / "rte" / "seed0" / "exit_code").read_text() == "0\n"
+
+
+@pytest.mark.parametrize("name, value", [("TASKS", NASTY), ("SEEDS", NASTY), ("OUTPUT_ROOT", NASTY)])
+def test_gathering_takes_words_as_words(shell, name, value):
+    (shell.project / "python").write_text(RECORD)
+    (shell.project / "python").chmod(0o755)
+    done, calls = shell("gather.sh", PATH=f"{shell.project}:{os.environ['PATH']}", VENV="none", **{name: value})
+    assert done.returncode == 0, done.stderr
+    words = calls["python"][1:]
+    assert words[0] == "launcher/glue_table.py" and (value in words if name == "OUTPUT_ROOT" else "$(touch" in words)
 
 
 def test_llm_needs_a_model(shell):
