@@ -97,7 +97,7 @@ def _check_folder(name: str) -> None:
         )
 
 
-def _why_offline(name: str) -> str | None:
+def why_offline(name: str) -> str | None:
     """Why the hub does not give a model that lies there; None for a local folder, or when it does."""
     from huggingface_hub import constants
 
@@ -156,7 +156,7 @@ def load(
 
     name = locate(model_name_or_path)
     _check_folder(name)
-    offline = _why_offline(name)
+    offline = why_offline(name)
     labels = list(label_names) or [f"LABEL_{i}" for i in range(num_labels)]
     answers = {
         "num_labels": num_labels,

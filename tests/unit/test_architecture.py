@@ -25,7 +25,7 @@ FLOORS = (
     {"teacher", "export", "shrink", "board", "report", "checkpoint"},
     {"tracking"},
     {"card", "session", "reexport", "scoring", "adapter_folder", "pages"},
-    {"finish", "resume", "compare"},
+    {"finish", "resume", "compare", "planner"},
     {"keeper"},
     {"train", "doctor", "glue_table"},
 )
