@@ -97,7 +97,7 @@ def _check_folder(name: str) -> None:
         )
 
 
-def why_offline(name: str) -> str | None:
+def _why_offline(name: str) -> str | None:
     """Why the hub does not give a model that lies there; None for a local folder, or when it does."""
     from huggingface_hub import constants
 
@@ -109,7 +109,7 @@ def why_offline(name: str) -> str | None:
 
 
 def _check_weights(name: str, folder: Path) -> None:
-    """Read every header now, before anything is built: a file that is cut short is not as long as its header says."""
+    """Read every header now: under ZeRO-3 only rank 0 reads the tensors, and its failure would leave the others waiting."""
     from safetensors import SafetensorError, safe_open
 
     for file in sorted(folder.glob("*.safetensors")):
@@ -148,15 +148,14 @@ def load(
 ) -> Backbone:
     """Load a sequence classifier, or a causal language model, with everything frozen but what is new or its head.
 
-    Where an `HfDeepSpeedConfig` of stage 3 is alive, every rank reads and keeps its shard only; no rank holds a whole model,
-    not even for a moment. Raises UserError for an unsupported
-    family, a missing or pickled checkpoint, and a failed download.
+    Where an `HfDeepSpeedConfig` of stage 3 is alive, every rank reads and keeps its shard only, see `streaming`. Raises
+    UserError for an unsupported family, a missing or pickled checkpoint, and a failed download.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     name = locate(model_name_or_path)
     _check_folder(name)
-    offline = why_offline(name)
+    offline = _why_offline(name)
     labels = list(label_names) or [f"LABEL_{i}" for i in range(num_labels)]
     answers = {
         "num_labels": num_labels,

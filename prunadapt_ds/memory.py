@@ -50,7 +50,8 @@ class PeakMemory:
 class SavedActivations:
     """Counts the tensors autograd keeps for the backward pass: distinct storages that belong to no parameter.
 
-    Tensors of the meta device count like real ones. What a recomputed block keeps, its inputs, is not seen.
+    Tensors of the meta device count like real ones. Of a recomputed block its inputs are
+    seen, and not what it saves while it is computed again.
     """
 
     def __init__(self) -> None:

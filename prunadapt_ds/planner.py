@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +65,10 @@ class Machine:
 class Inventory:
     """What a model of one shape holds, keeps and computes.
 
-    tensors: elements of each parameter, by name, and whether it trains.  largest_module: most elements of one module's own
-    parameters.  activations: bytes kept for the backward pass of a micro-batch; accounted: those of them that
-    memory.SavedActivations counts (it does not see what a recomputed block keeps).  macs: of a micro-batch's forward pass.
-    exported: elements of the exported model.
+    tensors: elements of each parameter, by name, and whether it trains.  largest_module: most elements that ZeRO-3 fetches as
+    one piece: one module's own parameters, or a projection with its adapter.  activations: bytes kept for the backward pass
+    of a micro-batch; accounted: those of them that memory.SavedActivations counts (it does not see what a block saves
+    while it is computed again).  macs: of a micro-batch's forward pass.  exported: elements of the exported model.
     """
 
     tensors: dict[str, tuple[int, bool]]
@@ -111,7 +110,7 @@ def read_config(name: str, num_labels: int, *, is_language: bool, trust_remote_c
     path = Path(backbone.locate(name))
     if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".json"):
         raise UserError(Problem("model_name_or_path", name, "there is no such file or folder"))
-    offline = None if path.exists() else backbone.why_offline(name)
+    offline = None if path.exists() else backbone._why_offline(name)
     try:
         if path.is_file():
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -205,7 +204,12 @@ def _register() -> None:
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+    def padded_mask(*args: Any, **options: Any) -> Tensor | None:
+        """A batch is taken to be padded: nothing on the meta device can be looked at."""
+        return sdpa_mask(*args, **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+    AttentionMaskInterface.register(NAME, padded_mask)
 
 
 def kept_bytes(built: Skeleton, batch_size: int, seq_length: int, num_labels: int) -> tuple[int, int, int, int]:
@@ -214,7 +218,6 @@ def kept_bytes(built: Skeleton, batch_size: int, seq_length: int, num_labels: in
     A real forward pass on the meta device, with the loss, counted by `memory.SavedActivations`.
     """
     from torch.fx.experimental import _config as fx_config
-    from transformers import masking_utils
 
     ids = torch.zeros(batch_size, seq_length, dtype=torch.long, device="meta")
     labels = ids if built.is_language else ids[:, 0]
@@ -237,9 +240,8 @@ def kept_bytes(built: Skeleton, batch_size: int, seq_length: int, num_labels: in
         for h in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))
     ]
     try:
-        # Nothing on the meta device can be looked at: a batch is taken to be padded, and every token to be learnt.
-        padded = patch.object(masking_utils, "fast_all", lambda *args, **options: False)
-        with padded, fx_config.patch(meta_nonzero_assume_all_nonzero=True), saved.watch():
+        everything_counts = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+        with everything_counts, saved.watch():  # every token of a language model is taken to be learnt
             logits = built.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
             loss = sample_losses(logits, labels, is_regression=num_labels == 1 and not built.is_language)
     finally:
@@ -263,9 +265,9 @@ def take_stock(
     block_macs = present.cost("macs") if present else structure.dense_cost("macs")
     return Inventory(
         tensors=tensors,
-        largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
+        largest_module=max(sum(p.numel() for p in m.parameters(recurse=adapters.is_lora(m))) for m in model.modules()),
         activations=outside + inputs + largest if recomputes else outside + blocks,
-        accounted=outside if recomputes else outside + blocks,
+        accounted=outside + (inputs if recomputes else blocks),
         macs=batch * (block_macs + length * (lora * built.layout.passes + head)),
         exported=sum(n for n, _ in tensors.values()) - extra,
     )
