@@ -219,6 +219,11 @@ def forget(module: nn.Module) -> None:
             del hooks[key]
     for name in [name for name, value in vars(module).items() if is_engine_s(value)]:
         delattr(module, name)
+    for (
+        each
+    ) in module.modules():  # ZeRO-3's, which the next engine would take for its own and have the old one fetch weights
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            vars(each).pop(name, None)
 
 
 def frozen_shard_bytes(model: nn.Module) -> int:
