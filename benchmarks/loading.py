@@ -145,7 +145,7 @@ def main() -> None:
             subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     finally:
         shutil.rmtree(args.work_dir)
-    (RESULTS / "table.md").write_text(table())
+    (RESULTS / "table.md").write_text(table())  # copied into README.md, with what it rests on
     print(table())
 
 

@@ -177,7 +177,7 @@ def main() -> None:
     for point in () if args.table_only else POINTS:
         if not (RESULTS / f"{point.name}.json").exists():
             run(point, args.work_dir)
-    (RESULTS / "table.md").write_text(table())
+    (RESULTS / "table.md").write_text(table())  # copied into README.md, with what it rests on
     print(table())
 
 
