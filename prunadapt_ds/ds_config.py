@@ -112,8 +112,13 @@ def fast_bf16() -> bool:
     return bool(flags & {"amx_bf16", "avx512_bf16"})
 
 
-def resolve_ds_config(config: Config, world_size: int, probe: Callable[[], bool] = fast_bf16) -> DsConfig:
-    """Read `--ds_config` for `world_size` ranks. Raises UserError with every problem of the file."""
+def resolve_ds_config(
+    config: Config, world_size: int, probe: Callable[[], bool] = fast_bf16, *, on_this_machine: bool = True
+) -> DsConfig:
+    """Read `--ds_config` for `world_size` ranks. Raises UserError with every problem of the file.
+
+    `on_this_machine`: also refuse what needs hardware or folders that are not here.
+    """
     path = config.train.ds_config
     values = _read(path)
     problems: list[Problem] = []
@@ -130,7 +135,7 @@ def resolve_ds_config(config: Config, world_size: int, probe: Callable[[], bool]
     _check_precision(values, problems)
     resolved: dict[str, Any] = {}
     if not problems:
-        _check_zero(zero, problems)
+        _check_zero(zero, problems, on_this_machine)
         _resolve_batch(config, values, world_size, resolved, problems)
         _resolve_auto(values, "gradient_clipping", config.train.max_grad_norm, resolved, default=True)
         _resolve_auto(values["bf16"], "enabled", probe, resolved, prefix="bf16.")
@@ -241,7 +246,7 @@ def _check_precision(values: dict[str, Any], problems: list[Problem]) -> None:
         problems.append(Problem("bf16.enabled", enabled, 'must be true, false or "auto"'))
 
 
-def _check_zero(zero: dict[str, Any], problems: list[Problem]) -> None:
+def _check_zero(zero: dict[str, Any], problems: list[Problem], on_this_machine: bool) -> None:
     import torch
 
     for block in ("offload_optimizer", "offload_param"):
@@ -254,11 +259,11 @@ def _check_zero(zero: dict[str, Any], problems: list[Problem]) -> None:
         elif device == "nvme" and block == "offload_optimizer":
             remedy = "adapters have little optimizer state: cpu is enough, and nvme is not taken"
             problems.append(Problem(f"zero_optimization.{block}.device", device, remedy))
-        elif device == "nvme" and not Path(str(zero[block].get("nvme_path") or "-")).is_dir():
+        elif on_this_machine and device == "nvme" and not Path(str(zero[block].get("nvme_path") or "-")).is_dir():
             remedy = "there is no such folder; name one on a local NVMe disk"
             problems.append(Problem(f"zero_optimization.{block}.nvme_path", zero[block].get("nvme_path"), remedy))
     for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
-        if zero.get(name) and not torch.cuda.is_available():
+        if on_this_machine and zero.get(name) and not torch.cuda.is_available():
             problems.append(Problem(f"zero_optimization.{name}", True, "quantised communication needs a CUDA device"))
 
 

@@ -1,6 +1,6 @@
 """Write the trained model as a smaller Hugging Face folder, and prove that it computes the same.
 
-LoRA is merged and gates are folded in fp32, one module gathered at a time; only rank 0 keeps what stays.
+LoRA is merged and gates are folded in fp32, one module gathered at a time; rank 0 writes what stays, file by file.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 from prunadapt_ds.watchdog import milestone
 
+MAX_FILE_BYTES = 2**30  # of weights in one exported file, and of what rank 0 holds of an export
 TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
 
 
@@ -144,28 +145,77 @@ def export(
     A model of which nothing was cut loads with the stock class.
     """
     needs_remote_code = not bool(plan.mask().all())
-    state = {}
+    weights = WeightFiles(folder.with_name(f".{folder.name}.weights.tmp"))
     for name, tensor in pruned_tensors(model, layout, plan, present):
         if rank() == 0:
-            state[name] = tensor.cpu().contiguous().clone()
+            weights.add(name, tensor)
     config = exported_config(model, layout, plan, needs_remote_code)
     generation = None
     if auto_class_for(type(model).__name__) == "AutoModelForCausalLM":
         generation, tokenizer = model.generation_config, copy.deepcopy(tokenizer)
         tokenizer.padding_side = "left"  # generation goes on at the right end
     parts = [part for part in (config, generation, tokenizer) if part is not None]
-    on_rank_0(f"writing the export {folder}", lambda: write_folder(folder, state, parts, needs_remote_code))
+    on_rank_0(f"writing the export {folder}", lambda: write_folder(folder, weights, parts, needs_remote_code))
     return needs_remote_code
 
 
-def write_folder(folder: Path, state: dict[str, Tensor], parts: list[Any], needs_remote_code: bool) -> None:
-    """The Hugging Face folder, whole or not at all. `parts`: configurations and tokenizer, which save themselves."""
-    from huggingface_hub import save_torch_state_dict
+class WeightFiles:
+    """The weights of an export on their way to its folder; no more than `MAX_FILE_BYTES` of them wait in memory.
 
+    Full files lie in `scratch` until `finish`. A write that fails is said there as well: until then other ranks count on this
+    one.
+    """
+
+    def __init__(self, scratch: Path):
+        self.scratch = scratch
+        self.waiting: dict[str, Tensor] = {}
+        self.written: list[dict[str, int]] = []  # by file: bytes of each tensor
+        self.failure: Exception | None = None
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.waiting and sum(t.nbytes for t in self.waiting.values()) + tensor.nbytes > MAX_FILE_BYTES:
+            self._write()
+        self.waiting[name] = tensor.cpu().contiguous().clone()
+
+    def _write(self) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        try:
+            if self.failure is None:
+                self.scratch.mkdir(parents=True, exist_ok=True)
+                save_file(self.waiting, self.scratch / str(len(self.written)), {"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            self.failure = error
+        self.written.append({name: tensor.nbytes for name, tensor in self.waiting.items()})
+        self.waiting = {}
+
+    def finish(self, folder: Path) -> None:
+        """Move the files to `folder` under Hugging Face's names, with an index where there are several. Raises OSError."""
+        try:
+            self._write()
+            if self.failure is not None:
+                raise self.failure
+            count = len(self.written)
+            where: dict[str, str] = {}
+            for i, sizes in enumerate(self.written):
+                file = "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
+                (self.scratch / str(i)).replace(folder / file)
+                where |= dict.fromkeys(sizes, file)
+            if count > 1:
+                total = sum(sum(sizes.values()) for sizes in self.written)
+                index = {"metadata": {"total_size": total}, "weight_map": where}
+                (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        finally:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def write_folder(folder: Path, weights: WeightFiles, parts: list[Any], needs_remote_code: bool) -> None:
+    """The Hugging Face folder, whole or not at all. `parts`: configurations and tokenizer, which save themselves."""
     with whole_folder(folder) as unfinished:
         if needs_remote_code:
             shutil.copyfile(Path(modeling_prunadapt.__file__), unfinished / MODELING_FILE)
-        save_torch_state_dict(state, unfinished)
+        weights.finish(unfinished)
         milestone("export/half written")
         for part in parts:
             part.save_pretrained(unfinished)

@@ -48,7 +48,11 @@ class PeakMemory:
 
 
 class SavedActivations:
-    """Counts the tensors autograd keeps for the backward pass: distinct storages that belong to no parameter."""
+    """Counts the tensors autograd keeps for the backward pass: distinct storages that belong to no parameter.
+
+    Tensors of the meta device count like real ones. Of a recomputed block its inputs are
+    seen, and not what it saves while it is computed again.
+    """
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -57,8 +61,9 @@ class SavedActivations:
     def _pack(self, tensor: Tensor) -> Tensor:
         is_parameter = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
         storage = tensor.untyped_storage()
-        if not is_parameter and storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
+        identity = storage.data_ptr() or storage._cdata
+        if not is_parameter and identity not in self._seen:
+            self._seen.add(identity)
             self.bytes += storage.nbytes()
         return tensor
 

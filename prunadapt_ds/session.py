@@ -310,6 +310,8 @@ def announce(session: Session) -> None:
         )
     resolved = ", ".join(f"{name}={value}" for name, value in ds.resolved.items()) or "nothing"
     say(f"{ds.path}: ZeRO stage {ds.stage}, {ds.dtype}, {distributed.world_size()} ranks; auto: {resolved}")
+    for note in session.backbone.notes:
+        say(note)
     say(f"peak learning rate {session.learning_rate:.2g}, {session.total_steps} steps")
     if config.prune.uniform and not session.backbone.family.heads.config_fields:
         say(f"--uniform: heads stay; the stock configuration of {session.backbone.family.model_type} cannot say fewer")

@@ -321,3 +321,45 @@ def lend_averages(argv):
         and all(torch.equal(before.masters[n], after.masters[n]) for n in during)
         and all(torch.equal(before.moments[k][n], after.moments[k][n]) for k in before.moments for n in during),
     }
+
+
+def loaded_under_zero3(folders, is_language=False, precision="float32", only_streamed=()):
+    """Models loaded under ZeRO-3, streamed and as `from_pretrained` does it: whole tensors, head, and notes.
+
+    Per folder (streamed, plain), plain being None for those in `only_streamed`. A tensor is (shape, bytes), an error its text.
+    """
+    import contextlib
+    from types import SimpleNamespace
+
+    from prunadapt_ds import backbone, distributed, engine
+    from prunadapt_ds.errors import UserError
+
+    values = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    zero3 = engine.shard_while_loading({**values, "bf16": {"enabled": precision == "bfloat16"}})
+
+    def load(folder):
+        torch.manual_seed(3)
+        try:
+            found = distributed.together(
+                lambda: backbone.load(folder, num_labels=3, dtype=getattr(torch, precision), is_language=is_language)
+            )
+        except UserError as error:
+            return str(error)
+        assert all(hasattr(p, "ds_id") for p in found.model.parameters())
+        tensors = {}
+        for name, tensor in found.model.state_dict(keep_vars=True).items():
+            with engine.gathered([tensor] if isinstance(tensor, torch.nn.Parameter) else []):
+                tensors[name] = (tuple(tensor.shape), tensor.detach().contiguous().view(-1).view(torch.uint8).tolist())
+        return tensors, sorted(found.head_names), found.notes
+
+    pairs = []
+    for folder in folders:
+        streamed, streaming = load(folder), backbone.streaming
+        backbone.streaming = lambda name: contextlib.nullcontext(SimpleNamespace(notes=[]))
+        try:
+            plain = None if folder in only_streamed else load(folder)
+        finally:
+            backbone.streaming = streaming
+        pairs.append((streamed, plain))
+    assert zero3 is not None
+    return pairs

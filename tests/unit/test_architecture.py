@@ -15,7 +15,7 @@ FLOORS = (
     {"errors", "cli", "hub"},
     {"launchers"},
     {"files", "watchdog", "pulse", "config", "distributed", "schedule", "reload", "memory", "attention"},
-    {"ds_config", "data", "models", "entry", "objective", "outline", "figures"},
+    {"ds_config", "data", "models", "entry", "objective", "outline", "figures", "streaming"},
     {"formats"},
     {"batches", "backbone", "adapters", "gates"},
     {"importance", "evaluate"},
@@ -25,7 +25,7 @@ FLOORS = (
     {"teacher", "export", "shrink", "board", "report", "checkpoint"},
     {"tracking"},
     {"card", "session", "reexport", "scoring", "adapter_folder", "pages"},
-    {"finish", "resume", "compare"},
+    {"finish", "resume", "compare", "planner"},
     {"keeper"},
     {"train", "doctor", "glue_table"},
 )

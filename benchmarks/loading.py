@@ -1,0 +1,161 @@
+"""Memory of each rank while a model of several GB is loaded under ZeRO-3: `python benchmarks/loading.py`.
+
+Writes a random Llama-shaped checkpoint in bf16, four files, to `--work_dir`, loads it on two ranks as `from_pretrained` does by
+itself ("before") and streamed ("after"), and deletes it. Sampled every 2 ms: anonymous memory, which is the process's own, and
+pages mapped from files, which the system can take back. Both above the level just before the loading began.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/loading"
+LAYERS, HIDDEN, NEURONS, WORDS, FILES = 18, 2560, 6912, 32000, 4
+
+
+def write(folder: Path) -> None:
+    """The checkpoint: never more than one tensor in memory per layer, written file by file."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer, LlamaConfig, LlamaModel
+
+    from prunadapt_ds.backbone import locate
+
+    config = LlamaConfig(
+        num_hidden_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=HIDDEN // 128,
+        num_key_value_heads=HIDDEN // 128,
+        intermediate_size=NEURONS,
+        vocab_size=WORDS,
+        pad_token_id=0,
+        architectures=["LlamaModel"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(locate("sample")).save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaModel(config).named_parameters()}
+    names, where = list(shapes), {}
+    for i in range(FILES):
+        part = names[i * len(names) // FILES : (i + 1) * len(names) // FILES]
+        file = f"model-{i + 1:05}-of-{FILES:05}.safetensors"
+        save_file({n: torch.randn(shapes[n]).bfloat16() * 0.02 for n in part}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    total = sum(2 * shape.numel() for shape in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+class Sampler:
+    """Highest anonymous and mapped bytes of this process while the block runs, above those at its beginning."""
+
+    def __enter__(self) -> Sampler:
+        self.start, self.most, self.done = self.now(), [0, 0], False
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done = True
+        self.thread.join()
+
+    def now(self) -> list[int]:
+        from prunadapt_ds.memory import _status_bytes
+
+        return [_status_bytes("RssAnon"), _status_bytes("RssFile")]
+
+    def watch(self) -> None:
+        while not self.done:
+            self.most = [max(m, v - s) for m, v, s in zip(self.most, self.now(), self.start, strict=True)]
+            time.sleep(0.002)
+
+
+def measure(folder: str, way: str, result: Path) -> None:
+    """On every rank: load, and say what it took; rank 0 writes it."""
+    import torch
+
+    from prunadapt_ds import backbone, distributed, engine, memory
+
+    distributed.init()
+    values = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    zero3 = engine.shard_while_loading(values)
+    backbone.load("sample", num_labels=2, dtype=torch.bfloat16)  # libraries and buffers that every run needs
+    if way == "before":
+        backbone.streaming = lambda name: contextlib.nullcontext(SimpleNamespace(notes=[]))
+    distributed.barrier()
+    start = time.perf_counter()
+    with Sampler() as sampler:
+        model = backbone.load(folder, num_labels=2, dtype=torch.bfloat16).model
+    seconds = time.perf_counter() - start
+    largest = max(p.ds_numel * p.element_size() for p in model.parameters())
+    found = {
+        "anonymous": sampler.most[0],
+        "mapped": sampler.most[1],
+        "shard": memory.parameter_bytes(model),
+        "seconds": seconds,
+    }
+    ranks = distributed.all_gather_objects({**found, "largest_tensor": largest})
+    if distributed.rank() == 0:
+        result.write_text(json.dumps(ranks, indent=1) + "\n")
+    assert zero3 is not None
+    distributed.shutdown()
+
+
+def table() -> str:
+    lines = [
+        "| loading | rank | seconds | anonymous, peak GiB | above the shard, in largest tensors | mapped, peak GiB |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for way in ("before", "after"):
+        for rank, r in enumerate(json.loads((RESULTS / f"{way}.json").read_text())):
+            above = (r["anonymous"] - r["shard"]) / r["largest_tensor"]
+            gib = [r[name] / 2**30 for name in ("anonymous", "mapped")]
+            lines.append(f"| {way} | {rank} | {r['seconds']:.1f} | {gib[0]:.2f} | {above:.2f} | {gib[1]:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work_dir", type=Path, default=ROOT / "outputs/loading", help="needs about 4 GB; deleted afterwards"
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    args = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    args.work_dir.mkdir(parents=True)
+    try:
+        write(args.work_dir)
+        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(args.ranks)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        for way in ("before", "after"):
+            result = RESULTS / f"{way}.json"
+            command = [*launcher, __file__, "--measure", str(args.work_dir), way, str(result)]
+            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    finally:
+        shutil.rmtree(args.work_dir)
+    (RESULTS / "table.md").write_text(table())  # copied into README.md, with what it rests on
+    print(table())
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from prunadapt_ds.cli import prepare_environment
+
+    prepare_environment()
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    if words[:1] == ["--measure"]:
+        measure(words[1], words[2], Path(words[3]))
+    else:
+        main()

@@ -1,0 +1,193 @@
+"""Bytes that `launcher/plan.py` predicts against those that small runs on this machine hold: `python benchmarks/plan_check.py`.
+
+A point trains a step, cuts, and trains a step again; compared is what a report calls `live_tensor_bytes` (parameters,
+optimizer, what autograd saves), of the rank that holds most. A finished point is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/plan_check"
+SPARSITY, BATCH, LENGTH = 0.5, 8, 64
+
+
+@dataclass(frozen=True)
+class Point:
+    family: str
+    layers: int
+    hidden: int
+    ranks: int
+    stage: int
+    dtype: str = "bf16"
+    recompute: bool = False
+    method: str = "prunadapt"
+
+    @property
+    def name(self) -> str:
+        end = f"{'-recompute' if self.recompute else ''}{'' if self.method == 'prunadapt' else '-' + self.method}"
+        return f"{self.family}-{self.layers}x{self.hidden}-ranks{self.ranks}-zero{self.stage}-{self.dtype}{end}"
+
+    @property
+    def options(self) -> list[str]:
+        words = ["--method", self.method, "--max_seq_length", str(LENGTH), "--per_device_train_batch_size", str(BATCH)]
+        words += ["--target_sparsity", str(SPARSITY)] if self.method == "prunadapt" else []
+        return words + (["--gradient_checkpointing"] if self.recompute else [])
+
+
+POINTS = (
+    Point("bert", 4, 256, 1, 0, "fp32"),
+    Point("bert", 4, 256, 2, 0),
+    Point("bert", 4, 256, 2, 2),
+    Point("bert", 4, 256, 2, 3),
+    Point("bert", 4, 256, 2, 3, "fp32"),
+    Point("bert", 4, 256, 2, 3, recompute=True),
+    Point("bert", 8, 512, 1, 3),
+    Point("bert", 8, 512, 2, 3, "fp32"),
+    Point("llama", 4, 256, 1, 2),
+    Point("llama", 4, 256, 2, 3),
+    Point("llama", 6, 512, 2, 3, "fp32"),
+    Point("llama", 4, 256, 1, 0, "fp32", recompute=True),
+    Point("bert", 4, 256, 2, 2, method="full"),
+    Point("bert", 4, 256, 2, 3, method="lora"),
+)
+
+
+def prepare(point: Point, work: Path) -> list[str]:
+    """The checkpoint, the data (every sentence longer than the limit) and the ds_config of a point; options of the trainer."""
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    from prunadapt_ds.backbone import locate
+
+    folder = work / f"{point.family}-{point.layers}x{point.hidden}"
+    if not (folder / "config.json").exists():
+        heads = point.hidden // 64
+        config = AutoConfig.for_model(
+            point.family,
+            num_hidden_layers=point.layers,
+            hidden_size=point.hidden,
+            num_attention_heads=heads,
+            intermediate_size=4 * point.hidden,
+            vocab_size=30522,
+            pad_token_id=0,
+            **({"num_key_value_heads": heads // 2} if point.family == "llama" else {}),
+        )
+        AutoModel.from_config(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(locate("sample")).save_pretrained(folder)
+    rows = "".join(f"{'good' if i % 2 else 'bad'}{' word' * LENGTH},{i % 2}\n" for i in range(64))
+    for name in ("train", "validation"):
+        (work / f"{name}.csv").write_text(f"sentence1,label\n{rows}")
+    values = json.loads((ROOT / f"ds_configs/zero{point.stage}.json").read_text())
+    values["bf16"] = {"enabled": point.dtype == "bf16"}
+    (work / "ds.json").write_text(json.dumps(values))
+    options = ["--model_name_or_path", str(folder), "--ds_config", str(work / "ds.json"), "--max_steps", "8"]
+    options += ["--train_file", str(work / "train.csv"), "--validation_file", str(work / "validation.csv")]
+    return [*options, "--output_dir", str(work / "out"), *point.options]
+
+
+def measure(argv: list[str], result: Path) -> None:
+    """On every rank: a step, a cut of the whole way, a step; rank 0 writes what was held."""
+    from prunadapt_ds import distributed, memory, train
+    from prunadapt_ds.budget import decide
+    from prunadapt_ds.config import parse
+
+    session = train.setup(parse(argv))
+    train.add_trainables(session)
+    found = {}
+    prunes = session.config.prune.method == "prunadapt"
+    for phase in ("dense", "last") if prunes else ("dense",):
+        with train.watched(session, 0):
+            train.train_step(session, 0, record=prunes and phase == "dense")
+        parts = {
+            "parameters": memory.parameter_bytes(session.model),
+            "optimizer": memory.optimizer_bytes(session.engine),
+            "activations": session.activation_bytes,
+        }
+        found[phase] = {name: int(distributed.dist_max(value)) for name, value in parts.items()}
+        found[phase]["live"] = int(distributed.dist_max(session.live()))
+        if prunes and phase == "dense":
+            scores = session.recorder.all_reduce().mean("grad_sq")
+            session.plan = decide(scores, session.backbone.structure, SPARSITY)
+            train.shrink_model(session)
+    session.tracker.close()
+    if distributed.rank() == 0:
+        result.write_text(json.dumps(found, indent=1) + "\n")
+    distributed.shutdown()
+
+
+def predict(point: Point, work: Path) -> dict:
+    from prunadapt_ds import planner
+
+    model = str(work / f"{point.family}-{point.layers}x{point.hidden}")
+    ds_config = str(work / "ds.json")
+    words = ["--model_name_or_path", model, "--ds_config", ds_config, "--world_size", str(point.ranks), "--json"]
+    (found,) = json.loads(planner.run([*words, *point.options]))["configs"]
+    return {row["phase"]: row for row in found["phases"]}
+
+
+def run(point: Point, work: Path) -> None:
+    argv = prepare(point, work)
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(point.ranks)]
+    measured = work / "measured.json"
+    command = [*launcher, __file__, "--measure", str(measured), *argv]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{point.name}: failed with exit code {done.returncode}\n{(done.stdout + done.stderr)[-1500:]}")
+        return
+    found, planned = json.loads(measured.read_text()), predict(point, work)
+    for phase, row in found.items():
+        row["predicted"] = planned[phase]["accounted_bytes"]
+        row["ratio"] = row["predicted"] / row["live"]
+        row["predicted_parts"] = planned[phase]["device_bytes"]
+    (RESULTS / f"{point.name}.json").write_text(json.dumps({"point": asdict(point), **found}, indent=1) + "\n")
+    print(point.name, {phase: round(row["ratio"], 3) for phase, row in found.items()}, flush=True)
+
+
+def table() -> str:
+    lines = [
+        "| model | ranks | ZeRO | dtype | method | predicted MiB, dense / cut | measured MiB, dense / cut | ratio, dense / cut |",
+        "|---|--:|--:|---|---|--:|--:|--:|",
+    ]
+    for file in sorted(RESULTS.glob("*.json")):
+        found = json.loads(file.read_text())
+        p, phases = Point(**found.pop("point")), list(found.values())
+        cells = [f"{p.family} {p.layers} x {p.hidden}", str(p.ranks), str(p.stage), p.dtype]
+        cells.append(p.method + (", recomputing" if p.recompute else ""))
+        for key, scale, digits in (("predicted", 2**20, 1), ("live", 2**20, 1), ("ratio", 1, 3)):
+            cells.append(" / ".join(f"{phase[key] / scale:.{digits}f}" for phase in phases))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs/plan_check")
+    parser.add_argument("--table_only", action="store_true")
+    args = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    for point in () if args.table_only else POINTS:
+        if not (RESULTS / f"{point.name}.json").exists():
+            run(point, args.work_dir)
+    (RESULTS / "table.md").write_text(table())  # copied into README.md, with what it rests on
+    print(table())
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from prunadapt_ds.cli import prepare_environment
+
+    prepare_environment()
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    if words[:1] == ["--measure"]:
+        measure(words[2:], Path(words[1]))
+    else:
+        main()

@@ -1,0 +1,12 @@
+"""What a run would need, from the configuration alone: `python launcher/plan.py --model_name_or_path DIR --world_size 8`."""
+
+import sys
+
+from prunadapt_ds.cli import prepare_environment
+
+prepare_environment()  # before torch and deepspeed are imported
+
+from prunadapt_ds.planner import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Weights from safetensors into ZeRO-3's partitions: every rank reads its own part of every tensor, and nothing is sent.
+
+`from_pretrained` stays in charge: it finds the files, builds the model, initialises what the checkpoint lacks, ties weights.
+Under ZeRO-3 it would open the whole checkpoint on rank 0 and send every tensor to every rank, to keep a part of it; that
+step alone is replaced here. A partition is a run of the flattened tensor, so a rank maps a tensor, copies its run, and lets
+go of the mapping before the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from prunadapt_ds.distributed import rank, together
+from prunadapt_ds.errors import Problem, UserError
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file that has not been read."""
+
+    file: str
+    key: str
+    shape: tuple[int, ...]
+
+    def flat(self) -> Tensor:
+        """The tensor as one row, mapped from the file: pages come in as they are read, and go with the last reference."""
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as opened:
+            return opened.get_tensor(self.key).reshape(-1)
+
+
+@dataclass
+class Loading:
+    """How a model was loaded. `notes`: what its user should know, a line each."""
+
+    name: str
+    notes: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def streaming(name: str) -> Iterator[Loading]:
+    """Have `from_pretrained` stream under ZeRO-3 as long as the context lasts; nothing changes at other stages.
+
+    `name`: of the model, for messages. Where transformers converts weights as it loads (splits or merges them), a partition
+    is no run of a stored tensor: that model is read whole by rank 0, as `from_pretrained` does by itself, with a note.
+    """
+    from transformers import modeling_utils
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    loading = Loading(name)
+    if not is_deepspeed_zero3_enabled():
+        yield loading
+        return
+    read, load = modeling_utils.load_state_dict, getattr(modeling_utils, "_load_state_dict_into_zero3_model", None)
+    if load is None:
+        loading.notes.append(
+            f"{name}: this release of transformers loads in a way of its own; rank 0 may read all of it"
+        )
+        yield loading
+        return
+
+    def look(checkpoint_file: Any, *args: Any, **options: Any) -> dict[str, Stored]:
+        return _stored(str(checkpoint_file))
+
+    def fill(model: Any, stored: Mapping[str, Stored], load_config: Any) -> tuple[list[str], set[str]]:
+        converting = _converters(load_config.weight_mapping or [], stored)
+        if not converting:
+            return [], _fill_model(loading.name, model, stored, load_config.weight_mapping or [])
+        loading.notes.append(
+            f"{name}: its checkpoint is converted as it loads ({converting}), so rank 0 reads the whole of it"
+        )
+        whole: dict[str, Tensor] = {}
+        for file in dict.fromkeys(tensor.file for tensor in stored.values()):
+            whole |= read(file, map_location="cpu" if rank() == 0 else "meta")
+        return load(model, whole, load_config)
+
+    with (
+        patch.object(modeling_utils, "load_state_dict", look),
+        patch.object(modeling_utils, "_load_state_dict_into_zero3_model", fill),
+    ):
+        yield loading
+
+
+def _stored(file: str) -> dict[str, Stored]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return {key: Stored(file, key, tuple(opened.get_slice(key).get_shape())) for key in opened.keys()}  # noqa: SIM118
+
+
+def _converters(weight_mapping: list[Any], stored: Mapping[str, Stored]) -> str:
+    """The pattern of a conversion beyond renaming that applies to a stored key; "" where none does."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    converters = [entry for entry in weight_mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in weight_mapping if isinstance(entry, WeightRenaming)]
+    patterns = (rename_source_key(key, renamings, converters)[1] for key in stored) if converters else ()
+    return next((pattern for pattern in patterns if pattern is not None), "")
+
+
+def _fill_model(name: str, model: Any, stored: Mapping[str, Stored], weight_mapping: list[Any]) -> set[str]:
+    """Fill partitions and buffers; returns the model's keys that the checkpoint lacks or has in another shape. Collective."""
+    model._weight_conversions = weight_mapping  # transformers keeps it for saving
+    targets: dict[str, Any] = model.state_dict(keep_vars=True)
+    sources = _renamed(model, targets, stored, weight_mapping)
+    fitting = {key: source for key, source in sources.items() if source.shape == _shape(targets[key])}
+
+    def fill_own() -> list[str]:
+        left = []
+        for key, source in fitting.items():
+            try:
+                if not _fill_own(targets[key], source):
+                    left.append(key)
+            except Exception as error:  # the file went away or is damaged behind its header
+                remedy = f"{Path(source.file).name}: {key} cannot be read ({error}); fetch it again"
+                raise UserError(Problem("model_name_or_path", name, remedy)) from error
+            targets[key]._is_hf_initialized = True  # or transformers would draw it anew
+        return left
+
+    import deepspeed
+
+    for key in together(fill_own):
+        with deepspeed.zero.GatheredParameters([targets[key]], modifier_rank=0), torch.no_grad():
+            if rank() == 0:
+                targets[key].copy_(fitting[key].flat().view(fitting[key].shape))
+    return set(targets) - set(fitting)
+
+
+def _renamed(
+    model: Any, targets: Mapping[str, Any], stored: Mapping[str, Stored], weight_mapping: list[Any]
+) -> dict[str, Stored]:
+    """Stored tensors by the model's keys: old names, and the base model's prefix, as transformers itself translates them."""
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in weight_mapping if isinstance(entry, WeightRenaming)]
+    found = {}
+    for key, source in stored.items():
+        renamed, _ = rename_source_key(key, renamings, [], model.base_model_prefix, targets)  # type: ignore[arg-type]
+        if renamed in targets:
+            found[renamed] = source
+    return found
+
+
+def _shape(target: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(target, "ds_shape", target.shape))
+
+
+@torch.no_grad()
+def _fill_own(target: Any, source: Stored) -> bool:
+    """Copy this rank's run of a stored tensor to where it lives; False where that is not plainly in this rank's memory."""
+    if not hasattr(target, "ds_id"):  # a buffer
+        target.copy_(source.flat().view(source.shape))
+        return True
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    shard = target.ds_tensor
+    is_plain = target.ds_status is ZeroParamStatus.NOT_AVAILABLE and shard.final_location is None
+    if not is_plain or target.ds_secondary_tensor is not None or hasattr(shard, "ds_quant_scale"):
+        return False
+    start = target.ds_zero_partition_rank * shard.ds_numel
+    run = source.flat()[start : start + shard.ds_numel]  # the last ranks' are shorter, or empty: padding is behind them
+    shard[: len(run)].copy_(run)
+    return True

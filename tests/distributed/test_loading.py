@@ -1,0 +1,69 @@
+"""Loading under ZeRO-3: every rank reads its own part, and the model is the one that `from_pretrained` would have made."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from prunadapt_ds.models.families import FAMILIES
+from tests.distributed import runs
+from tests.distributed.harness import run_ranks
+from tests.tiny import tiny_folder, tiny_language_folder, tiny_model, tiny_tokenizer
+
+COMMON = ("bert", "gpt2")
+
+
+def same_as_plain(ranks):
+    """Every rank holds the same as every other, and as the plain path."""
+    for pairs in zip(*ranks, strict=True):
+        streamed, plain = pairs[0]
+        assert not isinstance(streamed, str), streamed
+        assert streamed == plain
+        assert all(pair == pairs[0] for pair in pairs)
+
+
+def old_names(folder):
+    """The same weights as an old checkpoint of a whole classifier named them: `bert.`, gamma and beta; a forgotten buffer."""
+    tensors = load_file(folder / "model.safetensors")
+    names = {
+        n: "bert." + n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        for n in tensors
+    }
+    tensors = {names[n]: tensor for n, tensor in tensors.items()}
+    tensors |= {"bert.embeddings.position_ids": torch.arange(512)[None], "cls.predictions.bias": torch.ones(200)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.ci
+def test_streamed_is_what_from_pretrained_loads(tmp_path):
+    """Two ranks: a plain family and one with transposed weights; several files; old names; mistakes; a head of another size."""
+    folders = [tiny_folder(tmp_path / name, name, seed=4) for name in COMMON]
+    old_names(folders[0])
+    for name in ("parts", "lost"):
+        tiny_model("llama", num_labels=5).bfloat16().save_pretrained(tmp_path / name, max_shard_size="20KB")
+        tiny_tokenizer(tmp_path / name, of_decoder=True)
+    parts = sorted((tmp_path / "parts").glob("*.safetensors"))
+    sorted((tmp_path / "lost").glob("*.safetensors"))[1].unlink()
+    others = [str(tmp_path / name) for name in ("parts", "lost")]
+    ranks = run_ranks(runs.loaded_under_zero3, 2, [*map(str, folders), *others], False, "float32", others)
+    lost, headless = [pairs.pop()[0] for pairs in ranks], [pairs.pop()[0] for pairs in ranks]
+    same_as_plain(ranks)
+    assert lost[0] == lost[1] and "model_name_or_path" in lost[0] and "00002-of" in lost[0], lost[0]
+    tensors, names, notes = headless[0]
+    assert headless[0] == headless[1] and names == ["score.weight"] and not notes
+    assert tensors["score.weight"][0] == (3, 32), "a head of another size is new"
+    stored = {name: tensor for part in parts for name, tensor in load_file(part).items()}
+    assert (
+        len(parts) > 2
+        and bytes(tensors["model.norm.weight"][1]) == stored["model.norm.weight"].float().numpy().tobytes()
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_family(tmp_path, world_size):
+    folders = [str(tiny_folder(tmp_path / name, name, seed=4)) for name in FAMILIES]
+    for precision in ("float32", "bfloat16"):
+        same_as_plain(run_ranks(runs.loaded_under_zero3, world_size, folders, False, precision))
+    decoders = [n for n, family in FAMILIES.items() if family.is_decoder]
+    tied = [str(tiny_language_folder(tmp_path / f"{n}-lm", n, tie_word_embeddings=True)) for n in decoders]
+    same_as_plain(run_ranks(runs.loaded_under_zero3, world_size, tied, True))

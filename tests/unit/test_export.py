@@ -1,0 +1,60 @@
+"""Writing an export: file by file, whole or not at all."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from prunadapt_ds import export
+from prunadapt_ds.budget import PruningPlan
+from prunadapt_ds.errors import PrunadaptError
+from tests.tiny import layout_and_structure, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture
+def dense(tmp_path):
+    model = tiny_model("llama")
+    layout, structure = layout_and_structure(model, 16)
+    return model, layout, PruningPlan.dense(structure), tiny_tokenizer(tmp_path / "tokenizer", of_decoder=True)
+
+
+def test_several_files_hold_what_one_would(dense, tmp_path, monkeypatch):
+    export.export(*dense, tmp_path / "one")
+    monkeypatch.setattr(export, "MAX_FILE_BYTES", 20_000)
+    export.export(*dense, tmp_path / "several")
+    files = sorted((tmp_path / "several").glob("*.safetensors"))
+    held = [sum(t.nbytes for t in load_file(f).values()) for f in files]
+    assert len(files) > 3 and max(held[1:]) <= 20_000, (
+        "only a tensor that is larger has a file of its own that is larger"
+    )
+    assert {k: v.tolist() for f in files for k, v in load_file(f).items()} == {
+        k: v.tolist() for k, v in load_file(tmp_path / "one" / "model.safetensors").items()
+    }
+    index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {f.name for f in files} and index["metadata"]["total_size"] == sum(held)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "several")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), dense[0].parameters(), strict=True))
+
+
+def test_a_write_that_fails_is_said_when_all_is_done(dense, tmp_path, monkeypatch):
+    """Every rank goes through all tensors together; a rank that stopped half way would leave the others waiting."""
+    taken = []
+
+    def consumed(*args):
+        for pair in tensors(*args):
+            taken.append(pair[0])
+            yield pair
+
+    tensors = export.pruned_tensors
+    monkeypatch.setattr(export, "pruned_tensors", consumed)
+    monkeypatch.setattr(export, "MAX_FILE_BYTES", 20_000)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".compact.weights.tmp").write_text("in the way")  # no folder can be made there
+    monkeypatch.setattr(export.shutil, "rmtree", lambda *args, **options: None)
+    with pytest.raises(PrunadaptError, match="writing the export"):
+        export.export(*dense, tmp_path / "out" / "compact")
+    assert len(taken) == len(list(dense[0].parameters())) and not (tmp_path / "out" / "compact").exists()
