@@ -116,8 +116,8 @@ def test_the_command_makes_the_same_run_again():
     import shlex
 
     words = shlex.split(text)
-    assert words[:4] == ["deepspeed", "--num_accelerators", "2", "launcher/train.py"]
-    assert parse(words[4:]) == parse(argv)
+    assert words[:6] == ["deepspeed", "--num_accelerators", "2", "--module", "prunadapt_ds", "train"]
+    assert parse(words[6:]) == parse(argv)
 
 
 def test_the_header_names_phases_trainables_sharding_and_what_nobody_chose():
