@@ -146,6 +146,24 @@ def predicted(argv, said=None):
     return main(argv)
 
 
+def example(path, *arguments):
+    """A file of examples/ as a program: exit code, and what it printed."""
+    import contextlib
+    import io
+    import runpy
+    import sys
+
+    sys.argv = [path, *arguments]
+    printed = io.StringIO()
+    code = None
+    with contextlib.redirect_stdout(printed):
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    return code, printed.getvalue()
+
+
 def whole_run_said(argv):
     """The real main: exit code and what it wrote to standard error."""
     import contextlib

@@ -295,11 +295,13 @@ def test_own_loop(base, tmp_path):
     assert (tmp_path / "exported" / "model.safetensors").is_file()
 
 
-def test_pipeline_loads_an_export(base, tmp_path):
-    run(base, tmp_path / "out", world_size=1, max_steps=3, prune_end=0.9)
+def test_own_data_and_a_pipeline_that_loads_its_export(base, tmp_path):
+    """The example from a csv to answers, on two ranks; then its export in a process without this package."""
+    (code, said), other = run_ranks(runs.example, 2, "examples/own_data.py", str(base / "bert"), str(tmp_path))
+    assert (code, other) == (0, (0, "")) and "the concert was lovely: " in said and "of the encoder; accuracy" in said
     code = (
         "import sys; from transformers import pipeline;"
-        f"p = pipeline('text-classification', model={str(tmp_path / 'out/exports/compact')!r}, trust_remote_code=True);"
+        f"p = pipeline('text-classification', model={str(tmp_path / 'run/exports/compact')!r}, trust_remote_code=True);"
         "print(p({'text': 'sun joy', 'text_pair': 'the day'})); assert 'prunadapt_ds' not in sys.modules"
     )
     done = launch([sys.executable, "-c", code])
