@@ -29,10 +29,15 @@ def footer(config: Config, task: str) -> str:
     names = ("task_name", "data_dir", "train_file", "validation_file")
     words = [word for n in names if getattr(config.data, n) for word in (f"--{n}", str(getattr(config.data, n)))]
     data = shlex.join(words or ["--task_name", task])
+    answer = "" if config.data.task_type == "causal_lm" else _ANSWER.format(folder=folder)
     return f"""Next:
   read it      open {folder}/report.html
   watch it     tensorboard --logdir {folder} --host 127.0.0.1
-  score it     python -m prunadapt_ds evaluate --model_name_or_path {folder}/exports/compact {data}"""
+  score it     python -m prunadapt_ds evaluate --model_name_or_path {folder}/exports/compact {data}{answer}"""
+
+
+_ANSWER = """
+  use it       python -m prunadapt_ds predict --model_name_or_path {folder}/exports/compact --input_file - --output_file -"""
 
 
 DEFAULTS = ("method", "target_sparsity", "criterion", "r", "learning_rate", "num_train_epochs", "seed")

@@ -136,3 +136,6 @@ def test_the_footer_can_be_pasted():
     config = parse(["--train_file", "a b.csv", "--validation_file", "v.csv", "--output_dir", "out dir"])
     text = outline.footer(config, "own_classification")
     assert "--train_file 'a b.csv' --validation_file v.csv" in text and "'out dir'/report.html" in text
+    assert "predict --model_name_or_path 'out dir'/exports/compact --input_file -" in text
+    language = parse(["--task_type", "causal_lm", "--train_file", "a.txt", "--validation_file", "b.txt"])
+    assert "predict" not in outline.footer(language, "causal_lm")
