@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunadapt_ds import distributed
+from prunadapt_ds import distributed, formats
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.data import Columns, Task, tokenize
 from prunadapt_ds.errors import Problem, UserError
@@ -68,9 +68,12 @@ def load(
 
     datasets.disable_progress_bars()  # one for each chunk would be no progress
     count = None if task is None else (len(task.label_names) or 1)
-    model, tokenizer = distributed.together(
-        lambda: load_folder(name, trust_remote_code, num_labels=count, task_name="this" if task is None else task.name)
-    )
+    with formats.unsharded():  # a run of this process may still want everything sharded
+        model, tokenizer = distributed.together(
+            lambda: load_folder(
+                name, trust_remote_code, num_labels=count, task_name="this" if task is None else task.name
+            )
+        )
     model.to(distributed.device()).eval()
     config = model.config
     if not type(model).__name__.endswith("ForSequenceClassification") and "PeftModel" not in type(model).__name__:

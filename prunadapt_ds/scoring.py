@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunadapt_ds import backbone, distributed, formats
+from prunadapt_ds import backbone, distributed
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import Config, Usage, parse
 from prunadapt_ds.data import (
@@ -100,8 +100,7 @@ def run(config: Config) -> dict[str, float]:
 def load_folder(
     name: str, trust: bool, *, num_labels: int | None = None, is_language: bool = False, task_name: str = "this"
 ) -> tuple[Any, Any]:
-    """The model, whole on this rank, and its tokenizer; a folder of ours needs no `--trust_remote_code`, its class is the
-    package's own.
+    """The model and its tokenizer; a folder of ours needs no `--trust_remote_code`, its class is the package's own.
 
     num_labels: how many numbers the model must answer with; None: however many it does. Raises UserError for what is no model
     of that kind.
@@ -112,24 +111,23 @@ def load_folder(
     source = backbone.locate(name)
     adapter = Path(source) / "adapter_config.json"
     try:
-        with formats.unsharded():  # a run of this process may still want everything sharded
-            if adapter.is_file():
-                base = json.loads(adapter.read_text())["base_model_name_or_path"]
-                count = num_labels if is_language or num_labels is not None else adapter_outputs(adapter.parent)
-                model = _with_adapter(auto_class, base, source, {} if count is None else {"num_labels": count})
+        if adapter.is_file():
+            base = json.loads(adapter.read_text())["base_model_name_or_path"]
+            count = num_labels if is_language or num_labels is not None else adapter_outputs(adapter.parent)
+            model = _with_adapter(auto_class, base, source, {} if count is None else {"num_labels": count})
+        else:
+            pruned = _pruned_class(source)
+            if pruned is None:
+                loader, options = auto_class, {"trust_remote_code": trust}
             else:
-                pruned = _pruned_class(source)
-                if pruned is None:
-                    loader, options = auto_class, {"trust_remote_code": trust}
-                else:
-                    loader, options = pruned, {}
-                model, info = loader.from_pretrained(
-                    source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-                )
-                if info["missing_keys"]:
-                    some = ", ".join(sorted(info["missing_keys"])[:3])
-                    raise UserError(Problem("model_name_or_path", name, f"is not trained for this: it has no {some}"))
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+                loader, options = pruned, {}
+            model, info = loader.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+            )
+            if info["missing_keys"]:
+                some = ", ".join(sorted(info["missing_keys"])[:3])
+                raise UserError(Problem("model_name_or_path", name, f"is not trained for this: it has no {some}"))
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(Problem("model_name_or_path", name, f"cannot be loaded: {reason}")) from error
@@ -144,13 +142,15 @@ def load_folder(
 
 def adapter_outputs(folder: Path) -> int | None:
     """How many numbers the head that an adapter's folder holds answers with: PEFT's configuration does not say."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            if name.endswith((".score.weight", ".classifier.weight", ".classifier.out_proj.weight")):
-                return int(file.get_slice(name).get_shape()[0])
-    return None
+    heads = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            head = next((name for name in file.keys() if name.endswith(heads)), None)  # noqa: SIM118
+            return None if head is None else int(file.get_slice(head).get_shape()[0])
+    except SafetensorError as error:
+        raise ValueError(f"adapter_model.safetensors is damaged or cut short: {error}") from error
 
 
 def _pruned_class(folder: str) -> Any:
