@@ -154,9 +154,10 @@ class Sampler:
 def evaluation_batches(lengths: Sequence[int], batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
     """This rank's batches of an evaluation in which every row counts once, rows of like length together.
 
-    Every rank gets the same number of batches; a batch without rows of its own is empty.
+    Every rank gets the same number of batches; a batch without rows of its own is empty. All ranks together compute the very
+    batches that one rank would, so that padding, and with it every last bit, does not depend on their number.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    per_round = batch_size * world_size
-    for start in range(0, len(by_length), per_round):
-        yield by_length[start : start + per_round][rank::world_size]
+    for start in range(0, len(by_length), batch_size * world_size):
+        mine = start + rank * batch_size
+        yield by_length[mine : mine + batch_size]

@@ -1,81 +1,181 @@
-"""The model card of an exported folder, in the hub's format."""
+"""The model card of an exported folder: metadata that the hub reads, how to load and serve it, its limits, its figures."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from prunadapt_ds import backbone, hub
+from prunadapt_ds.data import HUB_DATASET, TASKS, Task
 from prunadapt_ds.report import markdown
 
-_TASKS_OF_GLUE = {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
+SAMPLE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # whose weights the sample extra carries
+STATED = ("license", "license_name", "license_link", "language", "base_model")
+TAGS = {"prunadapt": ["pruning", "lora"], "tmp": ["pruning", "lora"], "lora": ["lora"], "full": []}
+HUB_METRICS = {"macro_f1": "f1"}  # ours -> the hub's name, where they differ
 
 
-def render(report: dict[str, Any], base_model: str, label_names: tuple[str, ...], kind: str) -> str:
-    """README.md of an export: a metadata block that the hub reads, how to load it, the run's figures."""
+def stated(model_name_or_path: str) -> dict[str, Any]:
+    """What the base model's own card says of `STATED`: the README.md of its folder, of the hub's cache, or asked of the hub.
+
+    Nothing where there is no card, or none that can be read. Takes no longer than the hub's one request (hub.py).
+    """
+    from huggingface_hub import ModelCard, constants, try_to_load_from_cache
+
+    source = backbone.locate(model_name_or_path)
+    if Path(source).is_dir():
+        path: Any = Path(source) / "README.md"
+    else:
+        path = try_to_load_from_cache(source, "README.md")
+    values: dict[str, Any] = {}
+    if isinstance(path, str | Path) and Path(path).is_file():
+        try:
+            values = ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        except Exception:  # a card is free text that anybody wrote: whatever is wrong with it, it says nothing
+            return {}
+    elif not Path(source).is_dir() and not constants.HF_HUB_OFFLINE:
+        found: list[Any] = []
+        hub.unreachable(lambda api, timeout: found.append(api.model_info(source, timeout=timeout).card_data))
+        values = found[0].to_dict() if found and found[0] is not None else {}
+    return {name: values[name] for name in STATED if _is_text(values.get(name))}
+
+
+def _is_text(value: Any) -> bool:
+    """A word, or a list of words: what the hub takes for all of `STATED`."""
+    items = value if isinstance(value, list) and value else [value]
+    return all(isinstance(item, str) and item.strip() for item in items)
+
+
+def metadata(report: dict[str, Any], model: str, task: Task, base: dict[str, Any]) -> Any:
+    """The card's `ModelCardData`. `base`: what the base model's card states. Names no folder of this machine."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    glue = report["task"] in _TASKS_OF_GLUE
-    task = "text-generation" if report["task"] == "causal_lm" else "text-classification"
+    is_glue = task.name in TASKS and task.folder is not None
+    is_local = Path(model).exists()
+    exported = {name: value for name, value in (report["metric"]["exported"] or {}).items() if name != "score"}
+    splits = {split.key: split.hub for split in task.validation_splits}
     results = [
         EvalResult(
             task_type="text-classification",
-            dataset_type="nyu-mll/glue",
+            dataset_type=HUB_DATASET,
             dataset_name="GLUE",
-            dataset_config=report["task"],
-            metric_type=name.split("/")[-1],
+            dataset_config=task.name,
+            dataset_split=splits[name.rpartition("/")[0] or "validation"],
+            metric_type=name.rpartition("/")[2],
             metric_name=name,
             metric_value=value,
         )
-        for name, value in (report["metric"]["exported"] or {}).items()
-        if glue and name != "score"
+        for name, value in exported.items()
+        if is_glue and value is not None
     ]
-    # A folder of the machine it was trained on means nothing to a reader, and its name may be private.
-    report = {**report, "model": base_model if not Path(base_model).exists() else "a local checkpoint"}
-    report["command"] = None
-    on_hub = not Path(base_model).exists() and base_model != "sample"
-    name = f"{report['task']}-{report['method']}"
-    data = ModelCardData(
-        language="en",
+    name = f"{task.name}-{report['method']}"
+    own = SAMPLE_MODEL if model == "sample" else None if is_local else model
+    licence = {key: base[key] for key in ("license", "license_name", "license_link") if key in base}
+    return ModelCardData(
+        language="en" if is_glue or task.name == "sample" else base.get("language"),
         library_name="transformers",
-        pipeline_tag=task,
-        tags=["pruning", "lora", "prunadapt-ds"],
-        base_model=base_model if on_hub else None,
+        pipeline_tag=pipeline_of(report),
+        tags=[*TAGS[report["method"]], "prunadapt-ds"],
+        base_model=own or base.get("base_model"),
+        datasets=[HUB_DATASET] if is_glue else None,
+        metrics=list(dict.fromkeys(HUB_METRICS.get(m, m) for m in task.metrics)),
         model_name=name if results else None,
         eval_results=results or None,
+        **licence,
     )
+
+
+def pipeline_of(report: dict[str, Any]) -> str:
+    return "text-generation" if report["task"] == "causal_lm" else "text-classification"
+
+
+def render(report: dict[str, Any], model: str, task: Task, kind: str, base: dict[str, Any] | None = None) -> str:
+    """README.md of the export `kind` of a run. `model`: as the run was given it; `base`: what `stated` found."""
+    base = base or {}
+    data = metadata(report, model, task, base)
+    # A folder of the machine it was trained on means nothing to a reader, and its name may be private.
+    public = {**report, "model": data.base_model if model == "sample" else model, "command": None}
+    if Path(model).exists():
+        public["model"] = "a local checkpoint"
+    return f"---\n{data.to_yaml()}\n---\n\n{_text(public, task, kind, base)}\n#{markdown(public)}"
+
+
+def _text(report: dict[str, Any], task: Task, kind: str, base: dict[str, Any]) -> str:
     remote = report["exports"][kind]["needs_remote_code"]
     argument = ", trust_remote_code=True" if remote else ""
-    why = (
-        "\n\nLayers differ in their numbers of heads and neurons, which the stock configuration cannot say, so the folder "
-        "carries its own small modelling file (it needs transformers only)."
-        if remote
-        else "\n\nNothing was cut, so the stock class loads it."
-    )
-    labels = ", ".join(label_names) if label_names else "one number (regression)"
-    what, use, auto_class = (
-        ("A language model", 'run("once upon a time")', "AutoModelForCausalLM")
-        if task == "text-generation"
+    pipeline = pipeline_of(report)
+    labels = ", ".join(task.label_names) if task.label_names else "one number (regression)"
+    pair = '{"text": "first sentence", "text_pair": "second sentence"}'
+    what, example, auto_class = (
+        ("A language model", '"once upon a time"', "AutoModelForCausalLM")
+        if pipeline == "text-generation"
         else (
             f"A text classifier ({labels})",
-            'run({"text": "first sentence", "text_pair": "second sentence"})',
+            pair if task.sentence2 else '"a sentence"',
             "AutoModelForSequenceClassification",
         )
     )
-    body = f"""# {name}
+    return f"""# {task.name}-{report["method"]}
 
-{what} trained with prunadapt_ds: the backbone stays frozen, LoRA adapts it, and what the task does not need is removed.
-LoRA and gates are merged into the weights.
+{what} trained with prunadapt_ds: {_how(report)}
+
+## Load and serve
 
 ```python
 from transformers import pipeline
 
-run = pipeline("{task}", model="PATH"{argument})
-{use}
+run = pipeline("{pipeline}", model="PATH"{argument})
+run({example})
+run([{example}] * 100, batch_size=32)  # many at once
 ```
 
-or `{auto_class}.from_pretrained("PATH"{argument})`.{why}
+or `{auto_class}.from_pretrained("PATH"{argument})`. {_WHY[kind if remote or kind != "compact" else "whole"]}
+{_SHELL if pipeline == "text-classification" else ""}
+## Limits
 
-Limits: it does this one task, on inputs like those it was trained on, and it inherits the biases of its base model.
-
+- It does this one task, on inputs like those it was trained on, and it inherits the biases of its base model.
+{_length(report)}- Its figures are of one run on the development set; no test set was used.
+- {_licence(base)}
 """
-    return f"---\n{data.to_yaml()}\n---\n\n{body}#{markdown(report)}"
+
+
+def _how(report: dict[str, Any]) -> str:
+    model = report["model"]
+    if report["method"] == "full":
+        return f"all weights of {model} were trained, none was removed."
+    if report["method"] == "lora":
+        return f"{model} stayed frozen, LoRA adapted it and is merged into its weights, none was removed."
+    return (
+        f"{model} stayed frozen, LoRA adapted it, and heads and neurons that the task does not need were removed. LoRA and gates "
+        "are merged into the weights."
+    )
+
+
+_WHY = {
+    "compact": "Layers differ in their numbers of heads and neurons, which the stock configuration cannot say, so the folder "
+    "carries its own small modelling file, which needs transformers only. Read it before you trust it. Servers and converters that "
+    "have code of their own for this architecture do not know such layers.",
+    "whole": "Nothing was cut, so the stock class loads it.",
+    "uniform": "All layers keep the same numbers of heads and neurons, so the stock class loads it, and whatever else knows the "
+    "architecture.",
+    "padded": "Cut heads and neurons are zeros in matrices of the stock shape: the stock class loads it, and it is neither smaller "
+    "nor faster than the model it was made of.",
+}
+_SHELL = """
+A file of texts, with prunadapt_ds installed: `prunadapt predict --model_name_or_path PATH --input_file new.csv --output_file
+answers.csv`.
+"""
+
+
+def _length(report: dict[str, Any]) -> str:
+    longest = report["macs"]["seq_length"]
+    return "" if longest is None else f"- It was trained on at most {longest} tokens of each input.\n"
+
+
+def _licence(base: dict[str, Any]) -> str:
+    if "license" not in base:
+        return (
+            "No licence is stated, because no card of the base model was at hand: look it up before you pass this on."
+        )
+    words = base["license"] if isinstance(base["license"], str) else ", ".join(base["license"])
+    return f"The licence ({base.get('license_name', words)}) is the base model's; that of the training data is not part of it."

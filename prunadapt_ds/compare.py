@@ -203,12 +203,12 @@ def page(found: Sequence[Line], rows: Sequence[report.Row]) -> str:
     return pages.document("Runs compared", body)
 
 
-_EXAMPLE = "example: compare outputs/sweep --output_dir outputs"
+_EXAMPLE = "example: prunadapt compare outputs/sweep --output_dir outputs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; with --output_dir also write compare.md, compare.csv and compare.html. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="compare", description=__doc__, epilog=_EXAMPLE)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLE)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, or a folder of such folders")
     parser.add_argument("--output_dir", metavar="DIR", help="also write compare.md, compare.csv and compare.html there")
     arguments = parser.parse_args(argv)

@@ -217,9 +217,9 @@ class _Option:
     limits: Mapping[str, Any]
 
 
-def _options() -> dict[str, _Option]:
+def _options(sections: Mapping[str, type]) -> dict[str, _Option]:
     found = {}
-    for section, cls in SECTIONS.items():
+    for section, cls in sections.items():
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             hint, optional = hints[f.name], False
@@ -232,32 +232,63 @@ def _options() -> dict[str, _Option]:
     return found
 
 
-OPTIONS = _options()
+OPTIONS = _options(SECTIONS)
 
 
-def parse(argv: Sequence[str] | None = None) -> Config:
+@dataclass(frozen=True)
+class Usage:
+    """What `--help` of a command says: what it does, one example, and which options it lists (None: all)."""
+
+    description: str
+    example: str
+    takes: frozenset[str] | None = None
+
+
+TRAIN = Usage(
+    "Adapt a frozen backbone to a task while pruning what the task does not need. Every option has a default: alone, it runs "
+    "the built-in sample.",
+    "deepspeed launcher/train.py --ds_config ds_configs/zero3.json --task_name mrpc",
+)
+
+
+def parse(argv: Sequence[str] | None = None, usage: Usage = TRAIN) -> Config:
     """Options from `argv` (default: the process's), over those of `--config`, over the defaults.
 
     Raises UserError with every problem: unknown options and types, ranges, contradictions. Exits on --help.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    problems: list[Problem] = []
-    raw = _command_line(argv, problems)
-    config_file = raw.pop("config", None)
-    if config_file is not None:
-        raw = {**_read_yaml(str(config_file), problems), **raw}
-    values = {name: _convert(OPTIONS[name], value, problems) for name, value in raw.items()}
-    given = frozenset(values)
-    sections = {
-        section: cls(**{n: v for n, v in values.items() if OPTIONS[n].section == section and v is not _BAD})
-        for section, cls in SECTIONS.items()
-    }
-    config = Config(**sections, given=given)  # type: ignore[arg-type]
-    problems += _problems(config, {n for n, v in values.items() if v is _BAD})
+    sections, given, problems = read(argv, SECTIONS, usage)
+    config = Config(**sections, given=given)
+    problems += _contradictions(config)
     if problems:
         raise UserError(problems)
     _resolve(config)
     return config
+
+
+def read(
+    argv: Sequence[str] | None, sections: Mapping[str, type], usage: Usage
+) -> tuple[dict[str, Any], frozenset[str], list[Problem]]:
+    """The dataclasses of `sections` filled in, the names of the options that were given, and all that is wrong with them.
+
+    Every field of a section is an `option`. Exits on --help.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    problems: list[Problem] = []
+    options = _options(sections)
+    raw = _command_line(argv, problems, sections, usage)
+    config_file = raw.pop("config", None)
+    if config_file is not None:
+        raw = {**_read_yaml(str(config_file), problems, options), **raw}
+    values = {name: _convert(options[name], value, problems) for name, value in raw.items()}
+    filled = {
+        section: cls(**{n: v for n, v in values.items() if options[n].section == section and v is not _BAD})
+        for section, cls in sections.items()
+    }
+    for o in options.values():
+        value = getattr(filled[o.section], o.name)
+        if values.get(o.name) is not _BAD and value is not None and (remedy := _out_of_limits(o, value)):
+            problems.append(Problem(o.name, value, remedy))
+    return filled, frozenset(values), problems
 
 
 _BAD = object()  # a value that could not be read; its problem is already noted
@@ -273,18 +304,19 @@ class _Silent(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(sections: Mapping[str, type], usage: Usage) -> argparse.ArgumentParser:
     parser = _Silent(
-        prog="train.py",
-        description="Adapt a frozen backbone to a task while pruning what the task does not need.",
-        epilog="example: deepspeed launcher/train.py --ds_config ds_configs/zero3.json --task_name mrpc",
+        usage="%(prog)s [option ...]",
+        description=usage.description,
+        epilog=f"example: {usage.example}",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="yaml file with any of these options; the command line wins")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    for section, cls in SECTIONS.items():
+    options = _options(sections)
+    for section, cls in sections.items():
         group = parser.add_argument_group((cls.__doc__ or section).rstrip("."))
-        for o in (o for o in OPTIONS.values() if o.section == section):
+        for o in (o for o in options.values() if o.section == section):
             text = o.limits["help"].replace("%", "%%")
             if o.limits["choices"]:
                 text += f": {', '.join(o.limits['choices'])}"
@@ -295,22 +327,27 @@ def _parser() -> argparse.ArgumentParser:
                 shape |= {"nargs": "?", "const": True}
             elif o.is_list:
                 shape |= {"nargs": "+"}
+            if usage.takes is not None and o.name not in usage.takes:
+                shape["help"] = argparse.SUPPRESS  # read all the same, so that it can be refused with a reason
             group.add_argument(f"--{o.name}", **shape)
     return parser
 
 
-def _command_line(argv: list[str], problems: list[Problem]) -> dict[str, Any]:
+def _command_line(
+    argv: list[str], problems: list[Problem], sections: Mapping[str, type], usage: Usage
+) -> dict[str, Any]:
     try:
-        values, unknown = _parser().parse_known_args(argv)
+        values, unknown = _parser(sections, usage).parse_known_args(argv)
     except ValueError as error:
         problems.append(Problem("command line", " ".join(argv), str(error)))
         return {}
-    names = ["config", *OPTIONS]
+    options = _options(sections)
+    names = ["config", *options]
     for word in unknown:
         name = word.lstrip("-").split("=")[0]
         if word.startswith("--"):
             problems.append(Problem(name, word, f"there is no such option; {_did_you_mean(name, names)}"))
-        elif not any(p.field in OPTIONS for p in problems) and not any(u.startswith("--") for u in unknown):
+        elif not any(p.field in options for p in problems) and not any(u.startswith("--") for u in unknown):
             problems.append(Problem("command line", word, "stands alone; options are written --name value"))
     found = vars(values)
     found.pop("local_rank", None)
@@ -322,7 +359,7 @@ def _did_you_mean(name: str, names: Sequence[str]) -> str:
     return f"did you mean --{close[0]}?" if close else "see --help"
 
 
-def _read_yaml(path: str, problems: list[Problem]) -> dict[str, Any]:
+def _read_yaml(path: str, problems: list[Problem], options: Mapping[str, _Option]) -> dict[str, Any]:
     import yaml
 
     try:
@@ -353,9 +390,9 @@ def _read_yaml(path: str, problems: list[Problem]) -> dict[str, Any]:
         problems.append(Problem("config", path, f"states {name} twice; leave one"))
     known = {}
     for name, value in values.items():
-        if name not in OPTIONS:
+        if name not in options:
             problems.append(
-                Problem(str(name), value, f"{path} has no such option; {_did_you_mean(str(name), [*OPTIONS])}")
+                Problem(str(name), value, f"{path} has no such option; {_did_you_mean(str(name), [*options])}")
             )
         elif value is not None:
             known[str(name)] = value
@@ -388,17 +425,6 @@ def _convert(o: _Option, value: Any, problems: list[Problem]) -> Any:
     except (KeyError, ValueError, TypeError, OverflowError):
         problems.append(Problem(o.name, value, f"must be {wanted}"))
         return _BAD
-
-
-def _problems(config: Config, unread: set[str]) -> list[Problem]:
-    found = []
-    for o in OPTIONS.values():
-        if o.name in unread:
-            continue
-        value = getattr(getattr(config, o.section), o.name)
-        if value is not None and (remedy := _out_of_limits(o, value)):
-            found.append(Problem(o.name, value, remedy))
-    return found + _contradictions(config)
 
 
 def _out_of_limits(o: _Option, value: Any) -> str:

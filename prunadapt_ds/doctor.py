@@ -21,11 +21,17 @@ from pathlib import Path
 import torch
 
 from prunadapt_ds import distributed, launchers
-from prunadapt_ds.config import Config, parse
+from prunadapt_ds.config import Config, Usage, parse
 from prunadapt_ds.ds_config import fast_bf16, resolve_ds_config
 from prunadapt_ds.errors import PrunadaptError, UserError, message
 
 PACKAGES = ("prunadapt_ds", "torch", "deepspeed", "transformers", "peft")
+USAGE = Usage(
+    "Say what this installation and these ranks are, and what is wrong with them. All options of a run are taken; those that "
+    "can be wrong on a machine are listed.",
+    "prunadapt doctor --ds_config ds_configs/zero3.json --output_dir outputs",
+    frozenset({"ds_config", "output_dir"}),
+)
 ALL_REDUCE_BYTES = (1024, 16 * 2**20)
 
 
@@ -46,7 +52,7 @@ class Rank:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what was found on rank 0; 0 where nothing is wrong, 2 where something is, on every rank."""
     try:
-        config = parse(argv)
+        config = parse(argv, USAGE)
         distributed.init()
         ranks = [Rank(**values) for values in distributed.all_gather_objects(vars(examine(config)))]
         times = {size: all_reduce_seconds(size) for size in ALL_REDUCE_BYTES}

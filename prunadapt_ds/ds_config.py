@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prunadapt_ds import resources
 from prunadapt_ds.config import Config
 from prunadapt_ds.errors import Problem, UserError
 
@@ -169,7 +170,7 @@ def _read(path: str) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        values = json.loads(resources.find(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError as error:
         raise refuse("there is no such file; ds_configs/ has one for each ZeRO stage") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from prunadapt_ds.errors import Problem, UserError
 
@@ -58,10 +58,20 @@ def sync(path: Path) -> None:
 
 def replace(path: Path, text: str) -> None:
     """Write `path` under another name and give it its own at once. Raises OSError and leaves what was there before."""
+    with whole_file(path) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to fill, of another name ("w": UTF-8 text with line ends as written, "wb": bytes); once the block is done it takes
+    the place of `path`. On an error it goes again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        with unfinished.open(mode, **text) as file:  # type: ignore[call-overload]
+            yield file
         sync(unfinished)
         os.replace(unfinished, path)
     finally:

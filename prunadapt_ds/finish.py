@@ -160,7 +160,11 @@ def prove(
     result["metric"]["exported"] = measures(session, exported.logits)
     result["status"] = "complete"  # the card says so
     model = config.model.model_name_or_path
-    files.replace(folder / "README.md", card.render(result, model, session.data.label_names, "compact"))
+    base = card.stated(model)
+    for kind in formats_of(session):
+        if kind != "adapter":
+            text = card.render(result, model, session.data.task, kind, base)
+            files.replace(folder.parent / kind / "README.md", text)
 
 
 def parity(reference: dict[str, Tensor], exported: export.Reloaded) -> dict[str, float]:

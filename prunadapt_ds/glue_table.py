@@ -187,12 +187,15 @@ def gather(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, 
     return found
 
 
+_EXAMPLE = "example: prunadapt glue-table outputs/glue --tasks rte mrpc --seeds 0 1 2"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when every cell is complete, 1 when some are not (the table says which), 2 for a mistake."""
-    parser = argparse.ArgumentParser(prog="glue_table.py", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLE)
     parser.add_argument("root", type=Path, help="folder that holds <task>/seed<n>/report.json")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="[all nine]")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="[0]")
     options = parser.parse_args(argv)
     try:
         found = gather(options.root, options.tasks, options.seeds)

@@ -10,8 +10,8 @@ from prunadapt_ds.config import OPTIONS, Config
 
 def command(config: Config, world_size: int) -> str:
     """The options that were given, wherever they came from, as one line for a shell."""
-    words = ["deepspeed", "--num_accelerators", str(world_size)] if world_size > 1 else ["python"]
-    words.append("launcher/train.py")
+    words = ["deepspeed", "--num_accelerators", str(world_size), "--module"] if world_size > 1 else ["python", "-m"]
+    words += ["prunadapt_ds", "train"]  # works in a checkout and with an installed package alike
     for name, option in OPTIONS.items():
         if name in config.given:
             value: Any = getattr(getattr(config, option.section), name)
@@ -29,10 +29,15 @@ def footer(config: Config, task: str) -> str:
     names = ("task_name", "data_dir", "train_file", "validation_file")
     words = [word for n in names if getattr(config.data, n) for word in (f"--{n}", str(getattr(config.data, n)))]
     data = shlex.join(words or ["--task_name", task])
+    answer = "" if config.data.task_type == "causal_lm" else _ANSWER.format(folder=folder)
     return f"""Next:
   read it      open {folder}/report.html
   watch it     tensorboard --logdir {folder} --host 127.0.0.1
-  score it     python launcher/evaluate.py --model_name_or_path {folder}/exports/compact {data}"""
+  score it     python -m prunadapt_ds evaluate --model_name_or_path {folder}/exports/compact {data}{answer}"""
+
+
+_ANSWER = """
+  use it       python -m prunadapt_ds predict --model_name_or_path {folder}/exports/compact --input_file - --output_file -"""
 
 
 DEFAULTS = ("method", "target_sparsity", "criterion", "r", "learning_rate", "num_train_epochs", "seed")

@@ -19,6 +19,7 @@ from prunadapt_ds.errors import ParityError, Problem, UserError
 from prunadapt_ds.models import modeling_prunadapt
 
 KINDS = ("padded", "uniform")
+_EXAMPLE = "example: prunadapt export --run_dir outputs --export_formats padded uniform"
 EXAMPLES, TOKENS = 64, 24  # random rows on which a new folder must compute what the compact one does
 
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="export.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLE, allow_abbrev=False)
     parser.add_argument("--run_dir", required=True, help="output_dir of a finished run")
     parser.add_argument(
         "--export_formats", nargs="+", required=True, choices=KINDS, help="folders to write in exports/"

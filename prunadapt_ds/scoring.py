@@ -16,9 +16,8 @@ from torch import Tensor
 
 from prunadapt_ds import backbone, distributed, files
 from prunadapt_ds.batches import Rows
-from prunadapt_ds.config import Config, parse
+from prunadapt_ds.config import Config, Usage, parse
 from prunadapt_ds.data import (
-    TaskData,
     compute_metrics,
     compute_perplexity,
     load_language,
@@ -32,15 +31,22 @@ from prunadapt_ds.evaluate import predict
 from prunadapt_ds.models import modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES, most_tokens
 
-OPTIONS = {
-    *("model_name_or_path", "trust_remote_code", "task_type", "task_name", "data_dir", "train_file", "validation_file"),
-    *("max_seq_length", "max_eval_samples", "per_device_eval_batch_size", "output_dir"),
-}
+OPTIONS = frozenset(
+    {
+        *("model_name_or_path", "trust_remote_code", "task_type", "task_name", "data_dir", "train_file"),
+        *("validation_file", "max_seq_length", "max_eval_samples", "per_device_eval_batch_size", "output_dir"),
+    }
+)
+USAGE = Usage(
+    "Score a folder on a task's development set: one that a run has exported, or any stock model. One line of JSON.",
+    "prunadapt evaluate --model_name_or_path outputs/exports/compact --task_name mrpc --data_dir glue_data",
+    OPTIONS,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Score what `argv` names; rank 0 prints the measures as one line of JSON. Returns the exit code."""
-    return guarded(lambda: run(parse(argv)))
+    return guarded(lambda: run(parse(argv, USAGE)))
 
 
 def run(config: Config) -> dict[str, float]:
@@ -54,7 +60,15 @@ def run(config: Config) -> dict[str, float]:
     distributed.init()
     is_language = config.data.task_type == "causal_lm"
     data = distributed.together(lambda: load_language(config.data) if is_language else load_task(config.data, 0))
-    model, tokenizer = distributed.together(lambda: load_folder(config.model.model_name_or_path, config, data))
+    model, tokenizer = distributed.together(
+        lambda: load_folder(
+            config.model.model_name_or_path,
+            config.model.trust_remote_code,
+            num_labels=None if is_language else data.num_labels,
+            is_language=is_language,
+            task_name=data.task.name,
+        )
+    )
     model.to(distributed.device()).eval()
     measures: dict[str, float] = {}
     for name, split in data.validation.items():
@@ -69,7 +83,9 @@ def run(config: Config) -> dict[str, float]:
         if is_language:
             found = compute_perplexity(logits.numpy())
         else:
-            found = compute_metrics(data, in_order(logits, model.config.id2label, data).numpy(), rows.labels.numpy())
+            found = compute_metrics(
+                data, in_order(logits, model.config.id2label, data.label_names).numpy(), rows.labels.numpy()
+            )
         prefix = f"{name}/" if len(data.validation) > 1 else ""
         measures |= {prefix + key: value for key, value in found.items() if key != "score"}
     measures["score"] = sum(measures.values()) / len(measures)
@@ -82,18 +98,23 @@ def run(config: Config) -> dict[str, float]:
     return measures
 
 
-def load_folder(name: str, config: Config, data: TaskData) -> tuple[Any, Any]:
-    """The model and its tokenizer; a folder of ours needs no `--trust_remote_code`, its class is the package's own."""
+def load_folder(
+    name: str, trust: bool, *, num_labels: int | None = None, is_language: bool = False, task_name: str = "this"
+) -> tuple[Any, Any]:
+    """The model and its tokenizer; a folder of ours needs no `--trust_remote_code`, its class is the package's own.
+
+    num_labels: how many numbers the model must answer with; None: however many it does. Raises UserError for what is no model
+    of that kind.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    auto_class: Any = AutoModelForCausalLM if data.is_language else AutoModelForSequenceClassification
+    auto_class: Any = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
     source = backbone.locate(name)
 
     def refuse(remedy: str) -> UserError:
         return UserError(Problem("model_name_or_path", name, remedy))
 
     adapter = Path(source) / "adapter_config.json"
-    trust = config.model.trust_remote_code
     is_adapter = os.path.isfile(adapter)
     if not is_adapter:
         backbone.check(name, to_train=False)
@@ -107,7 +128,8 @@ def load_folder(name: str, config: Config, data: TaskData) -> tuple[Any, Any]:
         if is_adapter:
             base = files.read_object(adapter, refuse)["base_model_name_or_path"]
             backbone.check(base, to_train=False)
-            model = _with_adapter(auto_class, base, source, {} if data.is_language else {"num_labels": data.num_labels})
+            count = num_labels if is_language or num_labels is not None else adapter_outputs(adapter.parent)
+            model = _with_adapter(auto_class, base, source, {} if count is None else {"num_labels": count})
         else:
             pruned = _pruned_class(source)
             if pruned is None:
@@ -141,13 +163,25 @@ def load_folder(name: str, config: Config, data: TaskData) -> tuple[Any, Any]:
         raise refuse(f"cannot be loaded: {reason or type(error).__name__}") from error
     if (most := most_tokens(model)) is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
-    if not data.is_language and model.config.num_labels != data.num_labels:
-        remedy = f"answers with {model.config.num_labels} numbers, the task {data.task.name} has {data.num_labels}"
-        raise refuse(remedy)
+    if num_labels is not None and model.config.num_labels != num_labels:
+        raise refuse(f"answers with {model.config.num_labels} numbers, the task {task_name} has {num_labels}")
     family = FAMILIES.get(model.config.model_type)
     if family is not None and family.is_decoder:
         backbone.agree_on_padding(name, model.config, tokenizer)
     return model, tokenizer
+
+
+def adapter_outputs(folder: Path) -> int | None:
+    """How many numbers the head that an adapter's folder holds answers with: PEFT's configuration does not say."""
+    from safetensors import SafetensorError, safe_open
+
+    heads = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            head = next((name for name in file.keys() if name.endswith(heads)), None)  # noqa: SIM118
+            return None if head is None else int(file.get_slice(head).get_shape()[0])
+    except SafetensorError as error:
+        raise ValueError(f"adapter_model.safetensors is damaged or cut short: {error}") from error
 
 
 def _pruned_class(folder: str) -> Any:
@@ -169,9 +203,9 @@ def _with_adapter(auto_class: Any, base: str, folder: str, numbers: dict[str, in
     return PeftModel.from_pretrained(model, folder)
 
 
-def in_order(logits: Tensor, id2label: dict[int, str], data: TaskData) -> Tensor:
-    """Columns in the order of the task's labels, where the model names the same labels in another: [N, C] -> [N, C]."""
+def in_order(logits: Tensor, id2label: dict[int, str], label_names: Sequence[str]) -> Tensor:
+    """Columns in the order of `label_names`, where the model names the same labels in another: [N, C] -> [N, C]."""
     theirs = {label: int(i) for i, label in id2label.items()}
-    if data.is_regression or set(theirs) != set(data.label_names):
+    if not label_names or set(theirs) != set(label_names):
         return logits
-    return logits[:, [theirs[label] for label in data.label_names]]
+    return logits[:, [theirs[label] for label in label_names]]

@@ -66,7 +66,7 @@ train() {
     printf 'running\n' >"$output/exit_code"
     srun --nodes="$SLURM_NNODES" --ntasks-per-node="$ranks_per_node" --ntasks="$((SLURM_NNODES * ranks_per_node))" \
         --cpus-per-task="$cpus_per_rank" --kill-on-bad-exit=0 "${srun_options[@]}" \
-        python launcher/train.py "$@" --output_dir "$output" > >(tee -a -- "$output/log.txt") 2>&1 &
+        python -m prunadapt_ds train "$@" --output_dir "$output" > >(tee -a -- "$output/log.txt") 2>&1 &
     local step=$!
     # A signal that the script itself gets ends `wait`, not the step.
     while true; do

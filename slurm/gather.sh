@@ -13,4 +13,4 @@ site_setup
 split_words "${TASKS:-cola sst2 mrpc stsb qqp mnli qnli rte wnli}"
 tasks=("${words[@]}")
 split_words "${SEEDS:-0}"
-exec python launcher/glue_table.py "${OUTPUT_ROOT:-outputs/glue}" --tasks "${tasks[@]}" --seeds "${words[@]}"
+exec python -m prunadapt_ds glue-table "${OUTPUT_ROOT:-outputs/glue}" --tasks "${tasks[@]}" --seeds "${words[@]}"

@@ -1,13 +1,16 @@
 """Tasks and their data: GLUE from the hub or from files, the user's own files, and a built-in sample."""
 
+from prunadapt_ds.data.glue import stream_blind
 from prunadapt_ds.data.language import load_language, tokenize_language
 from prunadapt_ds.data.loading import load_task, tokenize
 from prunadapt_ds.data.metrics import MEASURES, compute_metrics, compute_perplexity, load_metric
+from prunadapt_ds.data.readers import Columns, read_columns
 from prunadapt_ds.data.sample import generate
 from prunadapt_ds.data.tasks import (
     HUB_DATASET,
     OWN_METRICS,
     TASKS,
+    BlindSet,
     Split,
     Task,
     TaskData,
@@ -20,6 +23,8 @@ __all__ = [
     "MEASURES",
     "OWN_METRICS",
     "TASKS",
+    "BlindSet",
+    "Columns",
     "Split",
     "Task",
     "TaskData",
@@ -30,6 +35,8 @@ __all__ = [
     "load_language",
     "load_metric",
     "load_task",
+    "read_columns",
+    "stream_blind",
     "tokenize",
     "tokenize_language",
     "unknown_task",

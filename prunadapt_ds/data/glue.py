@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from prunadapt_ds import hub
-from prunadapt_ds.data.readers import Columns, read_official_tsv
-from prunadapt_ds.data.tasks import HUB_DATASET, Task
+from prunadapt_ds.data.readers import Columns, read_official_tsv, stream_official_tsv
+from prunadapt_ds.data.tasks import HUB_DATASET, BlindSet, Task
 from prunadapt_ds.errors import Problem, UserError
 
 MAX_CORRUPT_FRACTION = 0.01
@@ -73,6 +73,36 @@ def _tsv_label(task: Task, text: str, path: Path, line: int) -> int | float:
     except ValueError:
         expected = "not a finite number" if task.is_regression else f"none of {', '.join(task.label_names)}"
     raise _file_problem(path, f"line {line}: label {text!r} is {expected}; is it the official {task.name} file?")
+
+
+def stream_blind(task: Task, blind: BlindSet, data_dir: str) -> Iterator[dict[str, str]]:
+    """Every row of a test set as sentence1[, sentence2], in order; the file's index must count 0, 1, 2, ...
+
+    A row that is cut short is answered as well, for the part that is there. Raises UserError, at whatever row, where the file
+    is not the official one.
+    """
+    path = Path(data_dir) / blind.path
+    rows = stream_official_tsv("data_dir", path)
+    _, header = next(rows, (0, []))
+    missing = [name for name in blind.columns if name not in header]
+    if missing:
+        raise _file_problem(
+            path, f"columns {missing} are missing; found {header}; is it the official {task.name} test set?"
+        )
+    index, *texts = (header.index(name) for name in blind.columns)
+    count = short = 0
+    for line, row in rows:
+        if index >= len(row) or row[index] != str(count):
+            found = row[index] if index < len(row) else None
+            raise _file_problem(path, f"line {line}: index {found!r} where {count} was expected; is the file whole?")
+        count += 1
+        if len(row) <= max(texts):
+            short += 1
+            if short > MAX_CORRUPT_FRACTION * blind.rows:
+                raise _file_problem(path, f"line {line} and {short - 1} before it have too few columns; is it a TSV?")
+        yield {f"sentence{i}": row[place] if place < len(row) else "" for i, place in enumerate(texts, start=1)}
+    if not count:
+        raise _file_problem(path, "has no rows; give the official file")
 
 
 def _file_problem(path: Path, remedy: str) -> UserError:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,22 @@ def read_official_tsv(field: str, path: Path) -> list[tuple[int, list[str]]]:
     """(line number, cells) of each row of one of GLUE's own files, header included where it has one."""
     check_exists(field, path)
     return _plain_rows(read_text(field, path))
+
+
+def stream_official_tsv(field: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The same, row by row: test sets are large."""
+    check_exists(field, path)
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if cells := line.removesuffix("\n").removesuffix("\r"):
+                    yield number, cells.split("\t")
+    except UnicodeDecodeError:
+        raise UserError(
+            Problem(field, str(path), "is not UTF-8; convert the file, e.g. iconv -f latin1 -t utf-8")
+        ) from None
+    except OSError as error:
+        raise UserError(Problem(field, str(path), f"cannot be read ({error.strerror}); check its mode")) from None
 
 
 def _csv(field: str, path: Path) -> Columns:

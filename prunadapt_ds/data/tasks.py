@@ -24,6 +24,20 @@ class Split:
 
 
 @dataclass(frozen=True)
+class BlindSet:
+    """One set without labels, whose answers the leaderboard knows."""
+
+    submission: str
+    """Its file in a submission."""
+    path: str
+    """Its official file under `--data_dir`."""
+    columns: tuple[str, ...]
+    """In that file: index, sentence1[, sentence2]. These files always have a header, and not the columns of train and dev."""
+    rows: int
+    """Of the official file."""
+
+
+@dataclass(frozen=True)
 class Task:
     """What loading, labelling and scoring need to know about a task."""
 
@@ -41,6 +55,12 @@ class Task:
     tsv_columns: tuple[str, ...] = ()
     """In the official files: sentence1[, sentence2], label. Digits are places in a file without header."""
     validation_splits: tuple[Split, ...] = (Split("validation", "validation", "dev.tsv"),)
+    blind_sets: tuple[BlindSet, ...] = ()
+    """What a model of this task answers in a submission to the leaderboard."""
+    submitted: tuple[str, ...] = ()
+    """How the leaderboard spells the labels, in the order of `label_names`; () where it spells them so too."""
+    submitted_range: tuple[float, float] | None = None
+    """Of regression: numbers beyond are cut to it."""
 
     @property
     def is_regression(self) -> bool:
@@ -63,20 +83,41 @@ _MATTHEWS = ("matthews_correlation",)
 _ACCURACY_F1 = ("accuracy", "f1")
 _CORRELATIONS = ("pearson", "spearmanr")
 
+_BINARY = ("0", "1")  # how the leaderboard spells the labels of most tasks
+
+
+def _blind(folder: str, rows: int, *columns: str) -> tuple[BlindSet, ...]:
+    return (BlindSet(f"{folder}.tsv", f"{folder}/test.tsv", columns, rows),)
+
+
+_BLIND_PAIR = ("index", *_PAIR)
+_MNLI_BLIND = (
+    BlindSet("MNLI-m.tsv", "MNLI/test_matched.tsv", _BLIND_PAIR, 9796),
+    BlindSet("MNLI-mm.tsv", "MNLI/test_mismatched.tsv", _BLIND_PAIR, 9847),
+    BlindSet("AX.tsv", "diagnostic/diagnostic.tsv", _BLIND_PAIR, 1104),
+)
+
 # fmt: off
 _ROWS = (
-    Task("cola", "CoLA", "sentence", None, ("unacceptable", "acceptable"), _MATTHEWS, ("3", "1")),
-    Task("sst2", "SST-2", "sentence", None, ("negative", "positive"), _ACCURACY, ("sentence", "label")),
+    Task("cola", "CoLA", "sentence", None, ("unacceptable", "acceptable"), _MATTHEWS, ("3", "1"),
+         blind_sets=_blind("CoLA", 1063, "index", "sentence"), submitted=_BINARY),
+    Task("sst2", "SST-2", "sentence", None, ("negative", "positive"), _ACCURACY, ("sentence", "label"),
+         blind_sets=_blind("SST-2", 1821, "index", "sentence"), submitted=_BINARY),
     Task("mrpc", "MRPC", *_PAIR, ("not_equivalent", "equivalent"), _ACCURACY_F1,
-         ("#1 String", "#2 String", "Quality")),
-    Task("stsb", "STS-B", *_PAIR, (), _CORRELATIONS, (*_PAIR, "score")),
+         ("#1 String", "#2 String", "Quality"),
+         blind_sets=_blind("MRPC", 1725, "index", "#1 String", "#2 String"), submitted=_BINARY),
+    Task("stsb", "STS-B", *_PAIR, (), _CORRELATIONS, (*_PAIR, "score"),
+         blind_sets=_blind("STS-B", 1379, *_BLIND_PAIR), submitted_range=(0.0, 5.0)),
     Task("qqp", "QQP", "question1", "question2", ("not_duplicate", "duplicate"), _ACCURACY_F1,
-         ("question1", "question2", "is_duplicate")),
+         ("question1", "question2", "is_duplicate"),
+         blind_sets=_blind("QQP", 390965, "id", "question1", "question2"), submitted=_BINARY),
     Task("mnli", "MNLI", "premise", "hypothesis", ("entailment", "neutral", "contradiction"), _ACCURACY,
-         (*_PAIR, "gold_label"), _MNLI_SPLITS),
-    Task("qnli", "QNLI", "question", "sentence", _ENTAILMENT, _ACCURACY, ("question", "sentence", "label")),
-    Task("rte", "RTE", *_PAIR, _ENTAILMENT, _ACCURACY, _PAIR_TSV),
-    Task("wnli", "WNLI", *_PAIR, ("not_entailment", "entailment"), _ACCURACY, _PAIR_TSV),
+         (*_PAIR, "gold_label"), _MNLI_SPLITS, blind_sets=_MNLI_BLIND),
+    Task("qnli", "QNLI", "question", "sentence", _ENTAILMENT, _ACCURACY, ("question", "sentence", "label"),
+         blind_sets=_blind("QNLI", 5463, "index", "question", "sentence")),
+    Task("rte", "RTE", *_PAIR, _ENTAILMENT, _ACCURACY, _PAIR_TSV, blind_sets=_blind("RTE", 3000, *_BLIND_PAIR)),
+    Task("wnli", "WNLI", *_PAIR, ("not_entailment", "entailment"), _ACCURACY, _PAIR_TSV,
+         blind_sets=_blind("WNLI", 146, *_BLIND_PAIR), submitted=_BINARY),
     Task("sample", None, *_PAIR, ("negative", "positive"), _ACCURACY),
 )
 # fmt: on

@@ -135,6 +135,38 @@ def scored(argv):
     return scoring.run(parse(argv))
 
 
+def predicted(argv, said=None):
+    """The real predictions: exit code. `said`: rank 0's standard input."""
+    import io
+    import sys
+
+    from prunadapt_ds import answers, distributed
+    from prunadapt_ds.predict import main
+
+    answers.CHUNK = 50
+    if said is not None:
+        sys.stdin = io.StringIO(said if distributed.rank() == 0 else "not for you")
+    return main(argv)
+
+
+def example(path, *arguments):
+    """A file of examples/ as a program: exit code, and what it printed."""
+    import contextlib
+    import io
+    import runpy
+    import sys
+
+    sys.argv = [path, *arguments]
+    printed = io.StringIO()
+    code = None
+    with contextlib.redirect_stdout(printed):
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    return code, printed.getvalue()
+
+
 def whole_run_said(argv):
     """The real main: exit code and what it wrote to standard error."""
     import contextlib

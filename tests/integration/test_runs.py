@@ -127,6 +127,45 @@ def peft_loads_the_adapter(base, tmp_path, model_type):
     assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
     names = {p.name for p in (tmp_path / "out" / "exports" / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    if model_type == "bert":
+        check_predictions(base, tmp_path)
+
+
+def check_predictions(base, tmp_path):
+    """Folders answer a file as the run answered its development set, the same on one rank and on two, to the last byte."""
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    labels = json.loads((tmp_path / "out" / "report.json").read_text())["labels"]
+    expected = [labels[line["exported"]["prediction"]] for line in lines]
+    argv = ["--input_file", base / "data" / "validation.csv", "--max_seq_length", 32, "--per_device_eval_batch_size", 8]
+    for kind, more, worlds in (("compact", [], (1, 2)), ("adapter", ["--label_names", *labels], (2,))):
+        texts = []
+        for world_size in worlds:
+            out = tmp_path / f"{kind}{world_size}.jsonl"
+            words = ["--model_name_or_path", tmp_path / "out" / "exports" / kind, "--output_file", out, *argv, *more]
+            assert run_ranks(runs.predicted, world_size, [str(w) for w in words]) == [0] * world_size
+            texts.append(out.read_text())
+        assert len(set(texts)) == 1
+        found = [json.loads(line) for line in texts[0].splitlines()]
+        assert [line["index"] for line in found] == list(range(300))
+        assert [line["prediction"] for line in found] == expected
+        shares = torch.tensor([[line["probabilities"][label] for label in labels] for line in found])
+        logits = torch.tensor([line["exported"]["logits"] for line in lines])
+        torch.testing.assert_close(shares, logits.softmax(1), atol=2e-6, rtol=0)
+        assert shares[:, 0].std() > 1e-5  # rows in another order would show
+    words = [
+        "--model_name_or_path",
+        tmp_path / "out/exports/compact",
+        "--input_file",
+        "-",
+        "--output_file",
+        tmp_path / "std.csv",
+    ]
+    words = [*map(str, words), "--max_seq_length", "32"]
+    assert run_ranks(runs.predicted, 2, words, "sun joy\n" * 70) == [0, 0]
+    assert len((tmp_path / "std.csv").read_text().splitlines()) == 71
+    (tmp_path / "std.csv").unlink()
+    assert run_ranks(runs.predicted, 2, words, '{"sentence1": "sun"}\n' * 60 + "rain\n") == [2, 2]  # late, on one rank
+    assert not list(tmp_path.glob("*std.csv*")) and not list(tmp_path.glob(".*"))
 
 
 def test_what_a_run_leaves_behind(base, tmp_path):
@@ -262,11 +301,13 @@ def test_own_loop(base, tmp_path):
     assert (tmp_path / "exported" / "model.safetensors").is_file()
 
 
-def test_pipeline_loads_an_export(base, tmp_path):
-    run(base, tmp_path / "out", world_size=1, max_steps=3, prune_end=0.9)
+def test_own_data_and_a_pipeline_that_loads_its_export(base, tmp_path):
+    """The example from a csv to answers, on two ranks; then its export in a process without this package."""
+    (code, said), other = run_ranks(runs.example, 2, "examples/own_data.py", str(base / "bert"), str(tmp_path))
+    assert (code, other) == (0, (0, "")) and "the concert was lovely: " in said and "of the encoder; accuracy" in said
     code = (
         "import sys; from transformers import pipeline;"
-        f"p = pipeline('text-classification', model={str(tmp_path / 'out/exports/compact')!r}, trust_remote_code=True);"
+        f"p = pipeline('text-classification', model={str(tmp_path / 'run/exports/compact')!r}, trust_remote_code=True);"
         "print(p({'text': 'sun joy', 'text_pair': 'the day'})); assert 'prunadapt_ds' not in sys.modules"
     )
     done = launch([sys.executable, "-c", code])

@@ -175,6 +175,18 @@ MUTANTS = (
            "return 1.0", "tests/unit/test_schedule.py::test_the_teacher_counts_from_the_first_decision_and_no_more_at_the_end"),
     Mutant("TMP does not normalise layers", "tmp.py", "scores.double().norm(dim=1, keepdim=True).clamp(min=1e-20)", "1",
            "tests/unit/test_tmp.py::test_layers_are_normalised_before_heads_are_compared"),
+    Mutant("answers in another order of labels", "scoring.py", "return logits[:, [theirs[label] for label in label_names]]",
+           "return logits", "tests/unit/test_submission.py::test_labels_in_another_order_are_told_by_their_names"),
+    Mutant("index restarts in every chunk", "predict.py", "count += len(logits)", "count = 0",
+           "tests/unit/test_predict.py::test_every_row_in_order_with_names_and_probabilities"),
+    Mutant("batches differ by ranks", "batches.py", "mine = start + rank * batch_size", "mine = start + rank",
+           "tests/unit/test_predict.py::test_ranks_together_compute_the_batches_of_one"),
+    Mutant("half a file left behind", "predict.py", "with files.whole_file(Path(path)) as file:", 'with open(path, "w") as file:',
+           "tests/unit/test_predict.py::test_a_late_mistake_leaves_nothing"),
+    Mutant("a test file with a hole is answered", "data/glue.py", "if index >= len(row) or row[index] != str(count):", "if False:",
+           "tests/unit/test_submission.py::test_damaged_test_files"),
+    Mutant("the base model's licence is lost", "card.py", "if key in base}", "if key not in base}",
+           "tests/unit/test_card.py::test_what_a_folder_s_card_states"),
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.fast
 PACKAGE = ROOT / "prunadapt_ds"
 # A module may import modules of lower floors, or of its own subpackage.
 FLOORS = (
-    {"errors", "cli", "hub"},
+    {"errors", "cli", "hub", "resources"},
     {"launchers"},
     {"files", "watchdog", "pulse", "config", "distributed", "schedule", "reload", "memory", "attention"},
     {"ds_config", "data", "models", "entry", "objective", "outline", "figures", "streaming"},
@@ -25,9 +25,11 @@ FLOORS = (
     {"teacher", "export", "shrink", "board", "report", "checkpoint"},
     {"tracking"},
     {"card", "session", "reexport", "scoring", "adapter_folder", "pages"},
-    {"finish", "resume", "compare", "planner"},
-    {"keeper"},
-    {"train", "doctor", "glue_table"},
+    {"finish", "resume", "compare", "answers", "planner"},
+    {"keeper", "submission"},
+    {"train", "doctor", "glue_table", "predict", "init_slurm"},
+    {"console"},
+    {"__main__"},
 )
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 

@@ -116,8 +116,8 @@ def test_the_command_makes_the_same_run_again():
     import shlex
 
     words = shlex.split(text)
-    assert words[:4] == ["deepspeed", "--num_accelerators", "2", "launcher/train.py"]
-    assert parse(words[4:]) == parse(argv)
+    assert words[:6] == ["deepspeed", "--num_accelerators", "2", "--module", "prunadapt_ds", "train"]
+    assert parse(words[6:]) == parse(argv)
 
 
 def test_the_header_names_phases_trainables_sharding_and_what_nobody_chose():
@@ -136,3 +136,6 @@ def test_the_footer_can_be_pasted():
     config = parse(["--train_file", "a b.csv", "--validation_file", "v.csv", "--output_dir", "out dir"])
     text = outline.footer(config, "own_classification")
     assert "--train_file 'a b.csv' --validation_file v.csv" in text and "'out dir'/report.html" in text
+    assert "predict --model_name_or_path 'out dir'/exports/compact --input_file -" in text
+    language = parse(["--task_type", "causal_lm", "--train_file", "a.txt", "--validation_file", "b.txt"])
+    assert "predict" not in outline.footer(language, "causal_lm")

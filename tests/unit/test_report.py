@@ -1,4 +1,4 @@
-"""Tracker, report and model card."""
+"""Tracker and report."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prunadapt_ds import card, report
+from prunadapt_ds import report
 from prunadapt_ds.tracking import Tracker
 
 pytestmark = pytest.mark.fast
@@ -82,28 +82,6 @@ def test_table_says_what_the_report_says():
         assert figure in text, figure
     assert "40.0%" in report.markdown(filled())
     assert "teacher / dense" not in text + report.markdown(filled())
-
-
-def test_card_is_valid_for_the_hub():
-    from huggingface_hub import ModelCard
-
-    text = card.render(filled(), "some/encoder", ("no", "yes"), "compact")
-    data = ModelCard(text).data
-    assert data.base_model == "some/encoder" and data.pipeline_tag == "text-classification"
-    assert {r.metric_type: r.metric_value for r in data.eval_results} == {"accuracy": 0.8123, "f1": 0.87}
-    assert "trust_remote_code=True" in text and "no, yes" in text
-
-
-def test_card_without_a_hub_model_names_none(tmp_path):
-    from huggingface_hub import ModelCard
-
-    r = filled()
-    r["task"], r["exports"]["compact"]["needs_remote_code"] = "own_classification", False
-    r["model"] = str(tmp_path)
-    text = card.render(r, str(tmp_path), (), "compact")
-    assert (
-        ModelCard(text).data.base_model is None and str(tmp_path) not in text and "trust_remote_code=True" not in text
-    )
 
 
 def test_tracker_writes_all_three(tmp_path, capsys):

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from prunadapt_ds import init_slurm
 from prunadapt_ds.glue_table import TASKS
 from tests.conftest import ROOT
 
@@ -24,7 +25,7 @@ def shell(tmp_path):
     tools, calls, project = (tmp_path / name for name in ("tools", "calls", "project"))
     for folder in (tools, calls, project):
         folder.mkdir()
-    shutil.copytree(ROOT / "slurm", project / "slurm")
+    init_slurm.copy(project)
     for name in ("srun", "scontrol", "sbatch"):
         (tools / name).write_text(RECORD)
         (tools / name).chmod(0o755)
@@ -99,7 +100,7 @@ def test_the_scripts_know_the_tasks():
 def test_bad_task_names_are_refused(shell, task):
     done, calls = shell("glue_all.sh", TASKS=task, **array(0, 9))
     assert done.returncode == 2 and "TASKS: there is no task" in done.stderr and not calls
-    assert {p.name for p in shell.project.iterdir()} == {"slurm"}
+    assert {p.name for p in shell.project.iterdir()} == {"slurm", "ds_configs"}
 
 
 @pytest.mark.parametrize("seed", ["-1", "1.5", "a", "$(touch pwned)", "0; touch pwned", "1e3", "9999999999"])

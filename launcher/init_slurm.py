@@ -1,0 +1,8 @@
+"""SLURM templates and DeepSpeed configurations in a folder: `python launcher/init_slurm.py my-project`. Needs no torch."""
+
+import sys
+
+from prunadapt_ds.init_slurm import main
+
+if __name__ == "__main__":
+    sys.exit(main())

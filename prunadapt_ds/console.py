@@ -1,0 +1,88 @@
+"""One command for all programs: `prunadapt train ...`, or `python -m prunadapt_ds train ...` under any launcher.
+
+A program is imported when it is asked for, so that `prunadapt --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prunadapt_ds.cli import prepare_environment
+from prunadapt_ds.errors import Problem, UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line: the module whose `main(argv)` returns the exit code, and what it is for."""
+
+    name: str
+    module: str
+    text: str
+
+
+# fmt: off
+COMMANDS = (
+    Command("train", "train", "prune while fine-tuning, export a smaller model, report"),
+    Command("plan", "planner", "bytes, communication and seconds of a run, from the model's configuration alone"),
+    Command("evaluate", "scoring", "score a folder on a task"),
+    Command("predict", "predict", "answers of a folder for a file or standard input; GLUE's submission"),
+    Command("export", "reexport", "other formats from a finished run"),
+    Command("compare", "compare", "any number of runs as one table and one page"),
+    Command("glue-table", "glue_table", "the runs of all GLUE tasks as one table"),
+    Command("doctor", "doctor", "what this installation and these ranks are, and what is wrong"),
+    Command("init-slurm", "init_slurm", "SLURM templates and DeepSpeed configurations in a folder of yours"),
+)
+# fmt: on
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program that the first word names with the rest; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # `deepspeed --module` puts the rank, which the environment says as well, before everything else.
+    while words and words[0].startswith(("--local_rank=", "--local-rank=")):
+        del words[0]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else UserError.exit_code
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"prunadapt {version('prunadapt_ds')}")
+        return 0
+    command = next((c for c in COMMANDS if c.name == words[0].replace("_", "-")), None)
+    if command is None:
+        print(f"error: {_unknown(words[0])}", file=sys.stderr)
+        return UserError.exit_code
+    prepare_environment()  # before torch and deepspeed are imported
+    sys.argv = [f"prunadapt {command.name}", *words[1:]]  # what `--help` calls the program
+    return int(importlib.import_module(f"prunadapt_ds.{command.module}").main(words[1:]))
+
+
+def usage() -> str:
+    """What there is."""
+    width = max(len(c.name) for c in COMMANDS)
+    lines = [
+        "usage: prunadapt COMMAND [option ...]",
+        "",
+        "Fine-tuning that is cheap to train and leaves a model that is cheap to serve.",
+        "",
+        "commands:",
+        *(f"  {c.name:<{width}}  {c.text}" for c in COMMANDS),
+        "",
+        "`prunadapt COMMAND --help` lists its options. On several ranks: deepspeed --module prunadapt_ds COMMAND ..., or",
+        "torchrun --nproc-per-node N -m prunadapt_ds COMMAND ...",
+        "",
+        "example: prunadapt train --model_name_or_path bert-base-uncased --task_name mrpc --target_sparsity 0.6",
+    ]
+    return "\n".join(lines)
+
+
+def _unknown(word: str) -> Problem:
+    import difflib
+
+    names = [c.name for c in COMMANDS]
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return Problem("command", word, f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}")

@@ -1,0 +1,44 @@
+"""SLURM templates and DeepSpeed configurations, copied to a folder from which jobs are then submitted."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from prunadapt_ds import resources
+from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.files import whole_folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Copy; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog="example: prunadapt init-slurm my-project")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="is made where there is none")
+    options = parser.parse_args(argv)
+    try:
+        copy(options.folder)
+    except UserError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def copy(target: Path) -> None:
+    """`slurm/` and `ds_configs/` in `target`. Raises UserError, before anything is copied, where one of them is there."""
+    there = [name for name in resources.FOLDERS if (target / name).exists()]
+    if there:
+        remedy = "exists already and may hold your changes; name another folder, or move it away"
+        raise UserError([Problem("folder", str(target / name), remedy) for name in there])
+    try:
+        for name in resources.FOLDERS:
+            with whole_folder(target / name) as unfinished:
+                for file in sorted(resources.folder(name).iterdir()):
+                    if file.suffix in (".sh", ".json", ".md"):
+                        shutil.copyfile(file, unfinished / file.name)
+    except OSError as error:
+        raise UserError(Problem("folder", str(target), f"cannot be written ({error.strerror})")) from error
+    print(f"wrote {target}/slurm and {target}/ds_configs. Next: cd {target}, put your site's lines into site_setup of")
+    print("slurm/common.sh, then for example: sbatch slurm/train.sh --task_name mrpc")

@@ -1,0 +1,128 @@
+"""One command for all programs, what comes with the package, and SLURM templates in a folder of one's own."""
+
+import fnmatch
+import subprocess
+import sys
+import tomllib
+from pathlib import PurePosixPath
+
+import pytest
+
+from prunadapt_ds import console, init_slurm, resources
+from prunadapt_ds.config import parse
+from prunadapt_ds.ds_config import resolve_ds_config
+from prunadapt_ds.errors import UserError
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.fast
+NAMES = [command.name for command in console.COMMANDS]
+
+
+@pytest.fixture
+def prunadapt(monkeypatch, capsys):
+    """Runs the command in process: (exit code, standard output, standard error)."""
+    monkeypatch.setattr(console, "prepare_environment", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["prunadapt"])
+
+    def run(*argv):
+        try:
+            code = console.main([str(a) for a in argv])
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_help_lists_every_command_and_needs_no_torch():
+    code = (
+        "import sys; from prunadapt_ds.console import main; code = main(['--help'])\n"
+        "assert code == 0 and not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n  {name} " in done.stdout for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_has_help_with_an_example(prunadapt, name):
+    code, out, _ = prunadapt(name, "--help")
+    assert code == 0 and out.startswith(f"usage: prunadapt {name} ")
+    example = " ".join(out.split("example: ")[1].split())
+    assert name in example or f"launcher/{name}.py" in example
+
+
+@pytest.mark.parametrize("name", ["evaluate", "doctor"])
+def test_help_lists_only_what_has_a_meaning(prunadapt, name):
+    _, out, _ = prunadapt(name, "--help")
+    assert "--output_dir" in out and "--learning_rate" not in out and "Adapters:" not in out
+
+
+def test_options_of_help_have_their_defaults(prunadapt):
+    _, out, _ = prunadapt("predict", "--help")
+    assert "Model and rows:" in out and "GLUE's leaderboard:" in out
+    assert "tokens; longer inputs are truncated [128]" in " ".join(out.split())
+
+
+def test_every_launcher_file_is_a_command_and_the_other_way_round():
+    words = {command.name.replace("-", "_") for command in console.COMMANDS}
+    assert words == {path.stem for path in (ROOT / "launcher").glob("*.py")}
+    for command in console.COMMANDS:
+        text = (ROOT / "launcher" / f"{command.name.replace('-', '_')}.py").read_text()
+        assert f"from prunadapt_ds.{command.module} import main" in text
+
+
+def test_mistakes(prunadapt):
+    code, _, said = prunadapt("trian")
+    assert code == 2 and said == "error: command='trian': did you mean train?\n"
+    assert prunadapt("")[0] == 2 and prunadapt()[0] == 2
+    code, out, said = prunadapt("--local_rank=1", "train", "--r", "0")  # as `deepspeed --module` puts it
+    assert code == 2 and "r=" in said and not out
+
+
+def test_files_of_the_package_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_ds_config(parse([]), 1, probe=lambda: False).stage == 3
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "zero3.json").write_text('{"zero_optimization": {"stage": 1}}')
+    assert resolve_ds_config(parse([]), 1, probe=lambda: False).stage == 1  # one's own comes first
+    with pytest.raises(UserError, match="no such file"):
+        resolve_ds_config(parse(["--ds_config", "ds_configs/zero9.json"]), 1)
+    assert str(resources.find("slurm/nowhere.sh")) == "slurm/nowhere.sh"
+
+
+def test_init_slurm(tmp_path, prunadapt):
+    """Every template and configuration, as it is here; never over what is there."""
+    code, out, _ = prunadapt("init-slurm", tmp_path / "a")
+    assert code == 0 and "sbatch slurm/train.sh" in out
+    for name in resources.FOLDERS:
+        files = {p.name: p.read_text() for p in (ROOT / name).iterdir() if p.is_file()}
+        assert {p.name: p.read_text() for p in (tmp_path / "a" / name).iterdir()} == files
+    (tmp_path / "b" / "ds_configs").mkdir(parents=True)
+    code, _, said = prunadapt("init-slurm", tmp_path / "b")
+    assert code == 2 and "exists already" in said and [p.name for p in (tmp_path / "b").iterdir()] == ["ds_configs"]
+    (tmp_path / "file").write_text("")
+    code, _, said = prunadapt("init-slurm", tmp_path / "file")
+    assert code == 2 and "cannot be written" in said and len(said.splitlines()) == 1
+    with pytest.raises(UserError):
+        init_slurm.copy(tmp_path / "a")
+
+
+def test_the_package_lists_hold_every_file():
+    """A new folder or a new kind of file must be named in pyproject.toml, or an installed package lacks it."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        setup["package-dir"].get(package, package.replace(".", "/")): setup["package-data"].get(package, [])
+        for package in setup["packages"]
+    }
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "prunadapt_ds", *resources.FOLDERS],
+        cwd=ROOT, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    if not files:
+        pytest.skip("not a git checkout")
+    for name in files:
+        path = PurePosixPath(name)
+        assert str(path.parent) in folders, f"{name}: its folder is no package of pyproject.toml"
+        patterns = ["*.py", *folders[str(path.parent)]]
+        assert any(fnmatch.fnmatch(path.name, p) for p in patterns), f"{name} is in no package-data list"

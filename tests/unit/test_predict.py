@@ -1,0 +1,175 @@
+"""Answers for files and standard input, in process: order, names, numbers, and what is refused."""
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+
+from prunadapt_ds import answers, distributed, predict
+from prunadapt_ds.batches import evaluation_batches
+from prunadapt_ds.errors import UserError
+from tests.tiny import tiny_data, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predict")
+    tiny_data(folder, n_train=4, n_dev=23)
+    for name, labels in (("model", 3), ("number", 1)):
+        model = tiny_model("bert", labels, initializer_range=0.5)
+        if labels == 3:
+            model.config.id2label = {0: "no", 1: "perhaps", 2: "yes"}
+            model.config.label2id = {"no": 0, "perhaps": 1, "yes": 2}
+        model.save_pretrained(folder / name)
+        tiny_tokenizer(folder / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """One process without a group, and without DeepSpeed, which this does not need."""
+    monkeypatch.setattr(distributed, "init", lambda: None)
+
+
+def run(base, tmp_path, *argv, model="model", name="out.jsonl"):
+    predict.run(["--model_name_or_path", str(base / model), "--max_seq_length", "32",
+                 "--per_device_eval_batch_size", "4", "--output_file", str(tmp_path / name), *map(str, argv)])  # fmt: skip
+    assert {p.name for p in tmp_path.iterdir() if p.name.startswith(".")} == set()
+    return (tmp_path / name).read_text()
+
+
+def expected(base, model="model"):
+    """Logits one row at a time, by transformers alone."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    net = AutoModelForSequenceClassification.from_pretrained(base / model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base / model)
+    rows = list(csv.DictReader((base / "validation.csv").open()))
+    with torch.no_grad():
+        found = [
+            net(**tokenizer(r["sentence1"], r["sentence2"], truncation=True, max_length=32, return_tensors="pt")).logits
+            for r in rows
+        ]
+    return torch.cat(found)
+
+
+def test_every_row_in_order_with_names_and_probabilities(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "CHUNK", 10)
+    lines = [json.loads(x) for x in run(base, tmp_path, "--input_file", base / "validation.csv").splitlines()]
+    logits = expected(base)
+    assert [x["index"] for x in lines] == list(range(23))
+    names = ["no", "perhaps", "yes"]
+    assert [x["prediction"] for x in lines] == [names[i] for i in logits.argmax(1)]
+    assert len({x["prediction"] for x in lines}) > 1
+    shares = torch.tensor([[x["probabilities"][name] for name in names] for x in lines])
+    torch.testing.assert_close(shares, logits.softmax(1), atol=2e-6, rtol=0)
+
+
+def test_csv_and_other_names(base, tmp_path):
+    text = run(
+        base, tmp_path, "--input_file", base / "validation.csv", "--label_names", "a", "b,c", "d", name="x/out.csv"
+    )
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert list(rows[0]) == ["index", "prediction", "probability_a", "probability_b,c", "probability_d"]
+    assert len(rows) == 23 and {r["prediction"] for r in rows} <= {"a", "b,c", "d"}
+
+
+def test_regression_gives_the_number(base, tmp_path):
+    text = run(base, tmp_path, "--input_file", base / "validation.csv", model="number")
+    found = torch.tensor([json.loads(line)["prediction"] for line in text.splitlines()])
+    torch.testing.assert_close(found, expected(base, "number")[:, 0], atol=1e-5, rtol=1e-5)
+    text = run(base, tmp_path, "--input_file", base / "validation.csv", model="number", name="out.csv")
+    assert text.splitlines()[0] == "index,prediction"
+
+
+def test_standard_input_and_output(base, tmp_path, monkeypatch, capfd):
+    """Nothing but rows on standard output, whatever libraries print; an empty line is a row too."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("sun joy\n\nrain pain\n"))
+    noisy = answers.load
+    monkeypatch.setattr(answers, "load", lambda *a, **k: (print("noise"), noisy(*a, **k))[1])
+    argv = ["--model_name_or_path", str(base / "model"), "--input_file", "-", "--max_seq_length", "32"]
+    predict.run(argv)
+    said = capfd.readouterr()
+    assert [json.loads(line)["index"] for line in said.out.splitlines()] == [0, 1, 2]
+    assert "noise" in said.err and "answered 3 rows" in said.err
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"sentence1": "sun", "sentence2": "joy", "label": 1}\n'))
+    predict.run(argv)
+    assert len(capfd.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("", "has no rows"),
+        ('{"sentence1": "a"}\nsun\n', "line 2 is no JSON object"),
+        ('{"sentence1": "a"}\n{"sentence1": "a", "sentence2": "b"}\n', "row 2: has sentence1 and sentence2"),
+        ('{"sentence1": "a"}\n{"sentence1": null}\n', "row 2: sentence1 is None"),
+        ('{"sentence2": "a"}\n', "row 1: has no sentence1"),
+        ('{"sentence1": "\\ud800"}\n', "row 1: sentence1 holds half a character"),
+    ],
+)
+def test_bad_standard_input(base, tmp_path, monkeypatch, text, what):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    with pytest.raises(UserError, match=what):
+        run(base, tmp_path, "--input_file", "-")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_late_mistake_leaves_nothing(base, tmp_path, monkeypatch):
+    """The third chunk is bad, after two were written; what stood there before still does."""
+    monkeypatch.setattr(answers, "CHUNK", 2)
+    (tmp_path / "out.jsonl").write_text("before\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"sentence1": "a"}\n' * 4 + '{"sentence1": 3}\n'))
+    with pytest.raises(UserError, match="row 5"):
+        run(base, tmp_path, "--input_file", "-")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["before\n"]
+
+
+@pytest.mark.parametrize(
+    "argv, fields",
+    [
+        ([], {"model_name_or_path", "input_file"}),
+        (["--run_root", "a", "--data_dir", "b"], {"model_name_or_path", "input_file", "run_root", "data_dir"}),
+        (["--model_name_or_path", "a", "--input_file", "b", "--output_file", "c.txt"], {"output_file"}),
+        (["--model_name_or_path", "a", "--input_file", "b", "--label_names", "c", "c"], {"label_names"}),
+        (["--model_name_or_path", "a", "--input_file", "b", "--r", "8"], {"r"}),
+        (["--glue_submission", "--input_file", "b"], {"input_file", "data_dir", "run_root"}),
+        (["--glue_submission", "--data_dir", "b", "--run_root", "a", "--output_file", "x.csv"], {"output_file"}),
+    ],
+)
+def test_options_that_do_not_go_together(argv, fields):
+    with pytest.raises(UserError) as caught:
+        predict.run(argv)
+    assert {p.field for p in caught.value.problems} == fields
+
+
+def test_files_and_models_that_do_not_fit(base, tmp_path):
+    def refused(*argv, **options):
+        with pytest.raises(UserError) as caught:
+            run(base, tmp_path / "out", *argv, **options)
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+        return str(caught.value)
+
+    (tmp_path / "text.csv").write_text("text,label\na,1\n")
+    assert "column sentence1 is missing" in refused("--input_file", tmp_path / "text.csv")
+    assert "no such file" in refused("--input_file", tmp_path / "nowhere.csv")
+    assert "name as many" in refused("--input_file", base / "validation.csv", "--label_names", "a", "b")
+    assert "one number" in refused("--input_file", base / "validation.csv", "--label_names", "a", "b", model="number")
+    assert "at least 5" in refused("--input_file", base / "validation.csv", "--max_seq_length", "4")
+    tiny_model("bert").base_model.save_pretrained(tmp_path / "headless")
+    tiny_tokenizer(tmp_path / "headless")
+    assert "is not trained for this" in refused("--input_file", base / "validation.csv", model=tmp_path / "headless")
+
+
+@pytest.mark.parametrize("count, batch_size, world_size", [(23, 4, 2), (5, 4, 3), (8, 4, 2), (1, 4, 2)])
+def test_ranks_together_compute_the_batches_of_one(count, batch_size, world_size):
+    lengths = [(7 * i) % 11 for i in range(count)]
+    one = list(evaluation_batches(lengths, batch_size, 0, 1))
+    ranks = [list(evaluation_batches(lengths, batch_size, r, world_size)) for r in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert [b for round_ in zip(*ranks, strict=True) for b in round_ if b] == one
+    assert sorted(i for b in one for i in b) == list(range(count))
