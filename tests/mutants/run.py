@@ -35,6 +35,7 @@ LAWS = "tests/distributed/test_laws.py"
 RESUME = "tests/integration/test_resume.py"
 DAMAGED = f"{RESUME}::test_killed_in_a_decision_with_a_damaged_checkpoint"
 CHECKPOINT = "tests/unit/test_checkpoint.py"
+BAD_INPUT = "tests/unit/test_bad_input.py"
 
 MUTANTS = (
     Mutant("coefficient not undone", "importance.py", "d = self._d * inverse[:, None]", "d = self._d",
@@ -171,6 +172,16 @@ MUTANTS = (
            "return 1.0", "tests/unit/test_schedule.py::test_the_teacher_counts_from_the_first_decision_and_no_more_at_the_end"),
     Mutant("TMP does not normalise layers", "tmp.py", "scores.double().norm(dim=1, keepdim=True).clamp(min=1e-20)", "1",
            "tests/unit/test_tmp.py::test_layers_are_normalised_before_heads_are_compared"),
+    Mutant("others may write", "files.py", "os.umask(before | 0o022)", "os.umask(before)",
+           "tests/unit/test_security.py::test_files_are_the_owners_to_write_whatever_the_umask"),
+    Mutant("any modelling file runs", "reexport.py",
+           "return (folder / formats.MODELING_FILE).read_bytes() == ours.read_bytes() and all(", "return all(",
+           f"{BAD_INPUT}::test_runs_to_export[other code]"),
+    Mutant("made-up tokenizer", "backbone.py",
+           "if not any(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern)):", "if False:",
+           f"{BAD_INPUT}::test_model_folders[no tokenizer]"),
+    Mutant("DeepSpeed's schema not asked", "ds_config.py", "problems += _schema_problems(values, path)", "pass",
+           f"{BAD_INPUT}::test_ds_configs[bucket is a text]"),
 )  # fmt: skip
 
 
