@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds import adapters, backbone, gates, memory, tmp
+from prunadapt_ds import adapters, backbone, gates, memory, resources, tmp
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.config import TASK_TYPES, Config, parse
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
@@ -628,7 +628,7 @@ def run(argv: list[str]) -> str:
     if values.task_type == "causal_lm":
         config.data.task_type, config.prune.distill_weight = values.task_type, 0.0
     named = "ds_config" in config.given
-    files = [Path(config.train.ds_config)] if named else sorted(Path("ds_configs").glob("*.json"))
+    files = [Path(config.train.ds_config)] if named else sorted(resources.folder("ds_configs").glob("*.json"))
     if not files:
         files = [Path(config.train.ds_config)]  # says that it is not there
     model_config = read_config(
@@ -652,10 +652,12 @@ def run(argv: list[str]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="plan.py",
+        usage="%(prog)s [option ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Bytes, communication and seconds of a run for every file in ds_configs/, from the configuration alone.",
-        epilog="Any option of launcher/train.py is taken as well: --model_name_or_path, --method, --target_sparsity, --r, "
-        "--per_device_train_batch_size, --max_seq_length, --gradient_checkpointing, --ds_config (that file only), ...",
+        epilog="Any option of launcher/train.py is taken as well: --model_name_or_path, --method, --target_sparsity, --r,\n"
+        "--per_device_train_batch_size, --max_seq_length, --gradient_checkpointing, --ds_config (that file only), ...\n\n"
+        "example: python launcher/plan.py --model_name_or_path meta-llama/Llama-2-70b-hf --world_size 16 --target_sparsity 0.5",
         allow_abbrev=False,
     )
     for name, (_, default, text) in OWN.items():

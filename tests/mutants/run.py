@@ -35,6 +35,7 @@ LAWS = "tests/distributed/test_laws.py"
 RESUME = "tests/integration/test_resume.py"
 DAMAGED = f"{RESUME}::test_killed_in_a_decision_with_a_damaged_checkpoint"
 CHECKPOINT = "tests/unit/test_checkpoint.py"
+BAD_INPUT = "tests/unit/test_bad_input.py"
 
 MUTANTS = (
     Mutant("coefficient not undone", "importance.py", "d = self._d * inverse[:, None]", "d = self._d",
@@ -187,6 +188,16 @@ MUTANTS = (
            "tests/unit/test_submission.py::test_damaged_test_files"),
     Mutant("the base model's licence is lost", "card.py", "if key in base}", "if key not in base}",
            "tests/unit/test_card.py::test_what_a_folder_s_card_states"),
+    Mutant("others may write", "files.py", "os.umask(before | 0o022)", "os.umask(before)",
+           "tests/unit/test_security.py::test_files_are_the_owners_to_write_whatever_the_umask"),
+    Mutant("any modelling file runs", "reexport.py",
+           "return (folder / formats.MODELING_FILE).read_bytes() == ours.read_bytes() and all(", "return all(",
+           f"{BAD_INPUT}::test_runs_to_export[other code]"),
+    Mutant("made-up tokenizer", "backbone.py",
+           "if not any(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern)):", "if False:",
+           f"{BAD_INPUT}::test_model_folders[no tokenizer]"),
+    Mutant("DeepSpeed's schema not asked", "ds_config.py", "problems += _schema_problems(values, path)", "pass",
+           f"{BAD_INPUT}::test_ds_configs[bucket is a text]"),
 )  # fmt: skip
 
 

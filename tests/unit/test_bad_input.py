@@ -485,6 +485,7 @@ def remove(folder, *patterns):
 MODEL_CASES = {
     "no config": (lambda f: remove(f, "config.json"), "has no config.json"),
     "an adapter": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "is the folder of an adapter"),
+    "an adapter beside a model": (lambda f: cut(f / "adapter_config.json", "{}"), "is the folder of an adapter"),
     "config is not JSON": (lambda f: cut(f / "config.json", "{"), "config.json cannot be read"),
     "config is a list": (lambda f: cut(f / "config.json", "[]"), "config.json is not a JSON object"),
     "config without a type": (lambda f: cut(f / "config.json", "{}"), "model_type"),

@@ -19,7 +19,7 @@ from tests.tiny import layout_and_structure, tiny_model
 from tests.unit.test_report import filled
 
 pytestmark = pytest.mark.fast
-fuzz = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 CHARACTERS = st.sampled_from(
     [*"abc019,;|\t\n\r\"' .-+eE_{}[]:#&*!%@\\", "\0", "\ufeff", "é", "日", "\u2028", "\U0001f600"]
