@@ -143,7 +143,9 @@ def test_gathering_takes_words_as_words(shell, name, value):
     done, calls = shell("gather.sh", PATH=f"{shell.project}:{os.environ['PATH']}", VENV="none", **{name: value})
     assert done.returncode == 0, done.stderr
     words = calls["python"][1:]
-    assert words[:3] == ["-m", "prunadapt_ds", "glue-table"] and (value in words if name == "OUTPUT_ROOT" else "$(touch" in words)
+    assert words[:3] == ["-m", "prunadapt_ds", "glue-table"] and (
+        value in words if name == "OUTPUT_ROOT" else "$(touch" in words
+    )
 
 
 def test_llm_needs_a_model(shell):
