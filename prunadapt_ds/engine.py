@@ -146,6 +146,7 @@ def build(model: nn.Module, groups: list[Group], ds_config: dict[str, Any], adam
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=nothing_persists(ds_config))
     if zero.get("stage", 0) == 3:
         keep_whole([p for p in model.parameters() if p.requires_grad], engine.optimizer, threshold)
+        keep_recomputed(engine.optimizer)
     return engine
 
 
@@ -163,6 +164,26 @@ def keep_whole(parameters: list[nn.Parameter], zero_optimizer: Any, threshold: i
         if parameter.ds_numel <= threshold and not parameter.ds_persist:  # type: ignore[attr-defined]
             parameter.ds_persist = True  # type: ignore[attr-defined]
             zero_optimizer.persistent_parameters.append(parameter)
+
+
+def keep_recomputed(zero_optimizer: Any) -> None:
+    """Let a block that is computed again not release the module whose backward pass has asked for it (DeepSpeed 0.19).
+
+    That module's forward pass runs within its own backward pass then, and would drop the weights that are about to be used. It
+    happens where something still follows it in the block that no gradient comes from, as the norm of a feed-forward that was
+    cut away.
+    """
+    coordinator = zero_optimizer.parameter_offload.get_param_coordinator()
+    release, in_backward = (
+        coordinator.release_sub_module,
+        "_PartitionedParameterCoordinator__active_backward_submodules",
+    )
+
+    def release_unless_wanted(submodule: nn.Module, forward: bool = False) -> None:
+        if not (forward and submodule.ds_id in getattr(coordinator, in_backward)):
+            release(submodule, forward=forward)
+
+    coordinator.release_sub_module = release_unless_wanted
 
 
 def adapters_as_leaves(model: nn.Module) -> None:

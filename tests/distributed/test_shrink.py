@@ -148,6 +148,19 @@ def test_masters_are_carried_in_fp32_under_bf16(folder, tmp_path, stage):
         assert any(not np.array_equal(v, rounded[n]) for n, v in masters.items()), "more digits than bf16 has"
 
 
+def test_a_block_without_feed_forward_is_computed_again(folder, tmp_path):
+    """Its norm still follows the attention, and no gradient comes from there: recomputing it must drop no weight too early."""
+    tiny_folder(tmp_path / "llama", "llama")
+    found = []
+    for recomputes in (False, True):
+        options = {"model_name_or_path": tmp_path / "llama", "target_sparsity": 0.7, "shrink": "always"}
+        argv = arguments(folder, tmp_path / str(recomputes), gradient_checkpointing=recomputes, batch=8, **options)
+        found.append(run_ranks(runs.fit, 1, argv)[0])
+    assert any(row["neurons"] == 0 for row in found[0]["counts"])
+    assert found[0]["plan_hash"] == found[1]["plan_hash"]
+    assert found[0]["losses"] == pytest.approx(found[1]["losses"], rel=1e-4)
+
+
 @pytest.mark.parametrize("model_type", ["phi3", "opt"])  # the others in the full matrix
 def test_every_family_shrinks(folder, tmp_path, model_type):
     tiny_folder(tmp_path / model_type, model_type)

@@ -117,6 +117,8 @@ MUTANTS = (
            "tests/unit/test_backbone.py::test_adapters_are_fetched_as_one_piece_behind_the_first_block"),
     Mutant("backward pass left to the destroyed engine", "engine.py", '("pre_bwd_fn", "post_bwd_fn")', "()",
            f"{LAWS}::test_loss_curve_does_not_depend_on_the_split[checkpointing]"),
+    Mutant("a recomputed module drops its own weights", "engine.py", "        keep_recomputed(engine.optimizer)\n", "",
+           "tests/distributed/test_shrink.py::test_a_block_without_feed_forward_is_computed_again"),
     Mutant("gate not folded", "export.py", "weight = fold_gate(weight, gate, cut)", "pass",
            f"{RESIZE}::test_folded_and_narrowed_equals_masked[bert-unequal]"),
     Mutant("LoRA not merged", "export.py", "update = module.scaling[ADAPTER] * (b @ a)", "update = 0 * (b @ a)",
