@@ -16,7 +16,7 @@ quickstart: $(INSTALLED)
 test: test-fast test-ci
 
 test-fast: $(INSTALLED)
-	$(RUN) python -m pytest -m fast -q
+	$(RUN) python -m pytest -m fast -q -n auto --maxprocesses 4
 
 test-ci: $(INSTALLED)
 	$(RUN) python -m pytest -m ci -q
