@@ -6,7 +6,7 @@ from prunadapt_ds.cli import prepare_environment
 
 prepare_environment()  # before torch and deepspeed are imported
 
-from prunadapt_ds.planner import main  # noqa: E402
+from prunadapt_ds.plan_command import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,7 +26,7 @@ class Command:
 # fmt: off
 COMMANDS = (
     Command("train", "train", "prune while fine-tuning, export a smaller model, report"),
-    Command("plan", "planner", "bytes, communication and seconds of a run, from the model's configuration alone"),
+    Command("plan", "plan_command", "bytes, communication and seconds of a run, from the model's configuration alone"),
     Command("evaluate", "scoring", "score a folder on a task"),
     Command("predict", "predict", "answers of a folder for a file or standard input; GLUE's submission"),
     Command("export", "reexport", "other formats from a finished run"),

@@ -201,3 +201,26 @@ def test_a_master_out_of_reach():
     far = {"MASTER_ADDR": "10.255.255.1", "MASTER_PORT": free_port()}
     first, second = two_ranks(place(0, **far), place(1, LOCAL_RANK="0", **far))
     assert first[0] == second[0] == 2 and len(second[1]) == 1 and "had no answer" in second[1][0]
+
+
+# -------------------------------------------------------------------------------------------------------- exit codes
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher, code", [("deepspeed", 75), ("torchrun", 1), ("mpirun", 75)])
+def test_exit_code_of_a_run_that_was_asked_to_stop(base, tmp_path, launcher, code):
+    """One rank is asked, all leave with 75. torchrun ends with 1 whatever its ranks end with."""
+    if launcher == "mpirun":
+        need("mpirun")
+    commands = {
+        "deepspeed": lambda: deepspeed("--num_accelerators", "2"),
+        "torchrun": lambda: torchrun(2),
+        "mpirun": lambda: [*MPIRUN, "-np", "2", sys.executable],
+    }
+    argv = arguments(base, tmp_path / "out", batch=4)
+    done = launch([*commands[launcher](), TRAIN, *argv], PRUNADAPT_FAULT="SIGUSR1@step-3@1")
+    said = done.stdout + done.stderr
+    assert done.returncode == code, said[-2000:]
+    assert "stopped by SIGUSR1 after step 4 of 8" in said
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["status"] == "interrupted" and (tmp_path / "out" / "checkpoints" / "step-4").is_dir()

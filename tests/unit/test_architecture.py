@@ -26,7 +26,7 @@ FLOORS = (
     {"tracking"},
     {"card", "session", "reexport", "scoring", "adapter_folder", "pages"},
     {"finish", "resume", "compare", "answers", "planner"},
-    {"keeper", "submission"},
+    {"keeper", "submission", "plan_command"},
     {"train", "doctor", "glue_table", "predict", "init_slurm"},
     {"console"},
     {"__main__"},

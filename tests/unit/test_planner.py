@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from prunadapt_ds import adapters, gates, planner
+from prunadapt_ds import adapters, gates, plan_command, planner
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.config import parse
 from prunadapt_ds.ds_config import resolve_ds_config
@@ -93,7 +93,7 @@ def test_which_fits_and_which_is_fastest():
     seconds = {name: c["phases"][0]["seconds"]["total"] for name, c in by_file(slow).items()}
     assert seconds["zero3.json"] > 3 * seconds["zero2.json"]
     assert planned(config, *words, gpu_memory=2**30)["fastest"] is None
-    text = planner.table(several)
+    text = plan_command.table(several)
     assert "zero0.json: does not fit" in text and "zero3.json: fits" in text and "fastest that fits: zero3" in text
 
 
@@ -171,7 +171,7 @@ def test_even_plans_meet_the_target():
 
 
 def run(capsys, *words):
-    code = planner.main(list(words))
+    code = plan_command.main(list(words))
     said = capsys.readouterr()
     return code, said.out, said.err
 
@@ -208,13 +208,13 @@ def test_mistakes_are_said_together(tmp_path, capsys, monkeypatch):
     ("text", "value"), [("80GiB", 80 * 2**30), ("400GB/s", 4e11), ("4e14", 4e14), ("1.5T", 1.5e12)]
 )
 def test_quantities(text, value):
-    assert planner.quantity(text) == value
+    assert plan_command.quantity(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-3", "80 apples", "1e"])
 def test_no_quantities(text):
     with pytest.raises(ValueError):
-        planner.quantity(text)
+        plan_command.quantity(text)
 
 
 def test_the_checked_points_are_within_the_stated_bound():
