@@ -32,13 +32,13 @@ def measure(result: Path, rounds: int, options: list[str]) -> None:
     """On every rank; rank 0 writes seconds [round][variant]."""
     import torch
 
-    from prunadapt_ds import distributed, engine, finish, train
+    from prunadapt_ds import distributed, finish, train, zero3
     from prunadapt_ds.config import parse
 
-    leaves, sessions = engine.adapters_as_leaves, {}
+    leaves, sessions = zero3.adapters_as_leaves, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (method, _, is_leaf) in VARIANTS.items():
-            engine.adapters_as_leaves = leaves if is_leaf else lambda model: None
+            zero3.adapters_as_leaves = leaves if is_leaf else lambda model: None
             argv = ["--output_dir", str(Path(folder, name)), "--method", method, "--train_norms", "True", *options]
             sessions[name] = train.setup(parse(argv))
             train.add_trainables(sessions[name])

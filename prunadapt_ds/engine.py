@@ -7,7 +7,6 @@ of the global step, so that a rebuilt engine goes on exactly where the old one s
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds.adapters import is_lora
+from prunadapt_ds import zero3
 from prunadapt_ds.gates import GATE_NAME, gates_of
 from prunadapt_ds.models.structure import full_numel
 
@@ -142,11 +141,11 @@ def build(model: nn.Module, groups: list[Group], ds_config: dict[str, Any], adam
     optimizer = make_optimizer(groups, adam, offloaded=offload != "none")
     threshold = zero.get("stage3_param_persistence_threshold", 0)
     if zero.get("stage", 0) == 3:
-        adapters_as_leaves(model)
+        zero3.adapters_as_leaves(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=nothing_persists(ds_config))
     if zero.get("stage", 0) == 3:
         keep_whole([p for p in model.parameters() if p.requires_grad], engine.optimizer, threshold)
-        keep_recomputed(engine.optimizer)
+        zero3.keep_recomputed(engine.optimizer)
     return engine
 
 
@@ -166,45 +165,6 @@ def keep_whole(parameters: list[nn.Parameter], zero_optimizer: Any, threshold: i
             zero_optimizer.persistent_parameters.append(parameter)
 
 
-def keep_recomputed(zero_optimizer: Any) -> None:
-    """Let a block that is computed again not release the module whose backward pass has asked for it (DeepSpeed 0.19).
-
-    That module's forward pass runs within its own backward pass then, and would drop the weights that are about to be used. It
-    happens where something still follows it in the block that no gradient comes from, as the norm of a feed-forward that was
-    cut away.
-    """
-    coordinator = zero_optimizer.parameter_offload.get_param_coordinator()
-    release, in_backward = (
-        coordinator.release_sub_module,
-        "_PartitionedParameterCoordinator__active_backward_submodules",
-    )
-
-    def release_unless_wanted(submodule: nn.Module, forward: bool = False) -> None:
-        if not (forward and submodule.ds_id in getattr(coordinator, in_backward)):
-            release(submodule, forward=forward)
-
-    coordinator.release_sub_module = release_unless_wanted
-
-
-def adapters_as_leaves(model: nn.Module) -> None:
-    """Let ZeRO-3 fetch a projection and its LoRA as one piece, rather than each of the five modules that PEFT makes of them.
-
-    A leaf's gradients are reduced when the gradient of its input is there, so its input must have one: the projections of
-    the first block with an adapter are left as they are.
-    """
-    from deepspeed.utils import set_z3_leaf_module
-
-    adapted = [(_block(name), module) for name, module in model.named_modules() if is_lora(module)]
-    for block, module in adapted:
-        set_z3_leaf_module(module, block != adapted[0][0])
-
-
-def _block(name: str) -> str:
-    """Which block of a stack a module is in: its name up to the first number."""
-    found = re.match(r"(?:[^.]*\.)*?\d+(?=\.)", name)
-    return found.group() if found else name
-
-
 def set_learning_rates(engine: Any, factor: float) -> dict[str, float]:
     """Give every group `base_lr * factor`; returns the rates by group name."""
     for group in engine.optimizer.param_groups:
@@ -216,7 +176,7 @@ def destroy(engine: Any) -> None:
     """Let go of an engine, its optimizer and its hooks; the module and its (sharded) parameters stay usable."""
     module = engine.module
     engine.destroy()
-    forget(module)
+    zero3.forget_engine(module)
     for parameter in module.parameters():
         parameter.grad = None
         vars(parameter).pop("_z3_optimizer", None)
@@ -226,27 +186,6 @@ def destroy(engine: Any) -> None:
             parameter.partition()
     del engine
     gc.collect()
-
-
-def forget(model: nn.Module) -> None:
-    """Take off a model what a destroyed engine has left on it (DeepSpeed 0.19).
-
-    Hooks on the model go on calling the engine, and keep it with all its buffers in memory. And every module keeps the
-    functions that fetch and release its parameters in the backward pass: the next engine would leave them in place, so
-    that the old one's records, of what is used when, decide for it.
-    """
-
-    def is_engine_s(function: Any) -> bool:
-        return getattr(function, "__qualname__", "").startswith("DeepSpeedEngine.")
-
-    for hooks in (model._forward_pre_hooks, model._forward_hooks, model._backward_pre_hooks, model._backward_hooks):
-        for key in [key for key, hook in hooks.items() if is_engine_s(hook)]:
-            del hooks[key]
-    for name in [name for name, value in vars(model).items() if is_engine_s(value)]:
-        delattr(model, name)
-    for module in model.modules():
-        for name in ("pre_bwd_fn", "post_bwd_fn"):
-            vars(module).pop(name, None)
 
 
 def frozen_shard_bytes(model: nn.Module) -> int:

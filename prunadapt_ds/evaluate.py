@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prunadapt_ds import watchdog
+from prunadapt_ds import watchdog, zero3
 from prunadapt_ds.batches import Rows, evaluation_batches
 from prunadapt_ds.distributed import all_gather_rows, rank, world_size
 from prunadapt_ds.reload import summary
@@ -26,6 +26,7 @@ def predict(engine: Any, rows: Rows, batch_size: int, device: torch.device) -> T
     language. `engine`: a DeepSpeed engine or a module."""
     was_training = engine.module.training if hasattr(engine, "module") else engine.training
     engine.eval()
+    zero3.forget_trace(engine)
     positions, logits = [], []
     per_rank = batch_size
     for batch in evaluation_batches(rows.lengths, batch_size, rank(), world_size()):
@@ -41,29 +42,12 @@ def predict(engine: Any, rows: Rows, batch_size: int, device: torch.device) -> T
         positions.append(index)
         logits.append(F.pad(output[: len(batch)], (0, 0, 0, padding)))
     engine.train(was_training)
-    forget_forward(engine)
+    zero3.forget_trace(engine)
     index, values = all_gather_rows(torch.cat(positions)).cpu(), all_gather_rows(torch.cat(logits)).cpu()
     result = torch.full((len(rows), values.shape[1]), torch.nan)
     real = index >= 0
     result[index[real]] = values[real]
     return result
-
-
-def forget_forward(engine: Any) -> None:
-    """Undo what ZeRO-3 keeps of passes without a backward: gathered parameters, and a trace of fetches that lacks one.
-
-    On the trace of an evaluation as first pass DeepSpeed 0.19 stops in the next training step ("tracing error").
-    """
-    if not hasattr(engine, "empty_partition_cache"):
-        return
-    engine.empty_partition_cache()
-    coordinator = (
-        engine.optimizer.parameter_offload.get_param_coordinator() if engine.zero_optimization_stage() == 3 else None
-    )
-    if coordinator is not None:
-        if not coordinator.is_invalid_trace():
-            coordinator._invalidate_trace()
-        coordinator.reset_step()
 
 
 _UPCAST = {F.linear, F.embedding, F.layer_norm, torch.matmul, torch.Tensor.matmul, torch.addmm, torch.Tensor.addmm}

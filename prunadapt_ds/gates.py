@@ -139,7 +139,7 @@ def attach(model: nn.Module, layout: Layout, structure: Structure, recorder: Sam
     """Put a gate in front of every output projection (after LoRA was put around it, if it is). In place.
 
     The gate is the projection's neighbour, not its child: what ZeRO-3 fetches for the projection is then the projection's
-    alone, and may be fetched as one piece (`engine.adapters_as_leaves`).
+    alone, and may be fetched as one piece (`zero3.adapters_as_leaves`).
     """
     dtype, device = next((p.dtype, p.device) for p in model.parameters())
     widths = {s.kind: (s.output.path, s.width) for s in layout.sublayers}

@@ -1,4 +1,4 @@
-"""Run every tier and write what came out to tests/results/: commit, counts, duration."""
+"""Run every tier, or those named ("full"), and write what came out to tests/results/: commit, counts, duration."""
 
 import datetime
 import re
@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> int:
     start = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "fast or ci or full", "-p", "no:cacheprovider"]
+    tiers = " or ".join(sys.argv[1:] or ["fast", "ci", "slurm", "full"])
+    command = [sys.executable, "-m", "pytest", "-q", "-m", tiers, "-p", "no:cacheprovider"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     lines = []
@@ -27,6 +28,7 @@ def main() -> int:
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
     text = [
         f"# Full tier, {today}",
+        f"- tiers: {tiers}",
         f"- commit {commit}{' with uncommitted changes' if dirty else ''}",
         f"- {counts.strip('= ')}",
         f"- {time.monotonic() - start:.0f} s, exit code {code}",

@@ -29,12 +29,22 @@ def fit(argv, *, threshold_zero=False):
         train.prune_once(session)
     train.add_trainables(session)
     trained = {n.replace(".base_layer", "") for n, p in session.model.named_parameters() if p.requires_grad}
+    strangers, shrink = [], train.shrink_model
+
+    def watched(session):
+        shrink(session)
+        strangers.append(_strangers(session.model))
+
+    train.shrink_model = watched
     train.fit(session)
     share_after_training = _frozen_share(session.model)
     after = _frozen(session.model, trained)
     with gathered(p for g in gates_of(session.model) for p in g.parameters()):
         deltas = torch.cat([g.delta.detach().float() for g in gates_of(session.model)] or [torch.zeros(0)])
+    shares_in_evaluation = []
+    hook = session.model.register_forward_hook(lambda *_: shares_in_evaluation.append(_frozen_share(session.model)))
     metrics, logits = train.evaluate(session)
+    hook.remove()
     session.tracker.close()
     return {
         "losses": [line["train/loss"] for line in _lines(session) if "train/loss" in line],
@@ -50,6 +60,8 @@ def fit(argv, *, threshold_zero=False):
         "frozen_same": all(is_slice(after[n], before[n]) for n in after),
         "num_frozen": len(after),
         "frozen_shares": [share_after_training, _frozen_share(session.model)],
+        "shares_in_evaluation": shares_in_evaluation,
+        "strangers": strangers,
         "deltas": deltas.tolist(),
         "metrics": metrics,
         "logits": {k: v.tolist() for k, v in logits.items()},
@@ -63,6 +75,16 @@ def _engines():
 
     gc.collect()
     return sum(type(o).__name__ == "DeepSpeedEngine" for o in gc.get_objects())
+
+
+def _strangers(model):
+    """Frozen, sharded parameters in memory that are not the model's."""
+    import gc
+
+    gc.collect()
+    own = {id(p) for p in model.parameters()}
+    others = [o for o in gc.get_objects() if isinstance(o, torch.nn.Parameter) and id(o) not in own]
+    return sum(hasattr(p, "ds_id") and not p.requires_grad for p in others)
 
 
 def is_slice(values, whole):

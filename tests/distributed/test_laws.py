@@ -77,6 +77,15 @@ def test_layers_beyond_the_persistence_threshold_are_sharded(folder, tmp_path):
         assert result["frozen_same"] and max(result["frozen_shares"]) <= 1 / 2 + 0.02
 
 
+def test_an_evaluation_keeps_no_weights_for_a_backward_pass(folder, tmp_path):
+    argv = arguments(folder, tmp_path / "out", max_steps=6, per_device_eval_batch_size=4)
+    zero = {"stage": 3, "stage3_prefetch_bucket_size": 0}
+    ds_config(tmp_path / "out" / "ds.json", zero_optimization=zero)
+    for result in run_ranks(runs.fit, 2, argv):
+        assert len(result["shares_in_evaluation"]) == 3
+        assert max(result["shares_in_evaluation"]) <= 1 / 2 + 0.02
+
+
 def test_the_whole_head_trains(folder, tmp_path):
     trained = run_ranks(runs.fit, 2, arguments(folder, tmp_path / "out", method="lora"))[0]["trained"]
     heads = {name for name in trained if "lora_" not in name}

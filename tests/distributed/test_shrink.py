@@ -95,6 +95,14 @@ def test_an_old_engine_leaves_nothing_behind(shrunk):
         assert [s["engines"] for s in result["seen"]] == [1] * len(result["seen"])
 
 
+def test_the_dense_parameters_are_gone(folder, tmp_path):
+    """Enough steps between decisions for ZeRO-3 to have gone by a trace, whose answers it keeps."""
+    found = run_ranks(runs.fit, 1, arguments(folder, tmp_path / "out", max_steps=24, shrink="always", num_decisions=3))[
+        0
+    ]
+    assert len(found["strangers"]) == 3 and not any(found["strangers"])
+
+
 def test_wide_matrices_stay_sharded_when_they_fall_below_the_threshold(folder, tmp_path):
     tiny_folder(tmp_path / "wide", "bert", hidden_size=256, intermediate_size=1024, num_hidden_layers=2)
     argv = arguments(

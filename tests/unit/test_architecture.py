@@ -18,6 +18,7 @@ FLOORS = (
     {"ds_config", "data", "models", "entry", "objective", "outline", "figures", "streaming"},
     {"formats"},
     {"batches", "backbone", "adapters", "gates"},
+    {"zero3"},
     {"importance", "evaluate"},
     {"budget", "tmp"},
     {"resize"},

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from prunadapt_ds import adapters, backbone, engine, gates
+from prunadapt_ds import adapters, backbone, gates, zero3
 from prunadapt_ds.models.families import FAMILIES
 from tests.tiny import tiny_folder
 
@@ -44,7 +44,7 @@ def test_adapters_are_fetched_as_one_piece_behind_the_first_block(tmp_path):
     loaded = backbone.load(str(tiny_folder(tmp_path, "bert")), num_labels=2)
     adapters.add_lora(loaded.model, loaded.layout, adapters.target_modules(loaded.layout), r=2, lora_alpha=4)
     gates.attach(loaded.model, loaded.layout, loaded.structure)
-    engine.adapters_as_leaves(loaded.model)
+    zero3.adapters_as_leaves(loaded.model)
     leaves = [name for name, module in loaded.model.named_modules() if z3_leaf_module(module)]
     assert {name.split(".layer.")[1].split(".")[0] for name in leaves} == {"1", "2"} and len(leaves) == 2 * 6
     assert not any("prune_gate" in n for name in leaves for n, _ in loaded.model.get_submodule(name).named_modules())

@@ -1,0 +1,105 @@
+"""What DeepSpeed 0.19 has to be told, or cured of, where ZeRO-3 meets adapters, passes without a backward, and engines that are
+built again. Everything that knows of its insides is here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from torch import nn
+
+from prunadapt_ds.adapters import is_lora
+
+
+def adapters_as_leaves(model: nn.Module) -> None:
+    """Let ZeRO-3 fetch a projection and its LoRA as one piece, rather than each of the five modules that PEFT makes of them.
+
+    A leaf's gradients are reduced when the gradient of its input is there, so its input must have one: the projections of
+    the first block with an adapter are left as they are.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    adapted = [(_block(name), module) for name, module in model.named_modules() if is_lora(module)]
+    for block, module in adapted:
+        set_z3_leaf_module(module, block != adapted[0][0])
+
+
+def _block(name: str) -> str:
+    """Which block of a stack a module is in: its name up to the first number."""
+    found = re.match(r"(?:[^.]*\.)*?\d+(?=\.)", name)
+    return found.group() if found else name
+
+
+def keep_recomputed(zero_optimizer: Any) -> None:
+    """Let a block that is computed again not release the module whose backward pass has asked for it (DeepSpeed 0.19).
+
+    That module's forward pass runs within its own backward pass then, and would drop the weights that are about to be used. It
+    happens where something still follows it in the block that no gradient comes from, as the norm of a feed-forward that was
+    cut away.
+    """
+    coordinator = zero_optimizer.parameter_offload.get_param_coordinator()
+    release, in_backward = (
+        coordinator.release_sub_module,
+        "_PartitionedParameterCoordinator__active_backward_submodules",
+    )
+
+    def release_unless_wanted(submodule: nn.Module, forward: bool = False) -> None:
+        if not (forward and submodule.ds_id in getattr(coordinator, in_backward)):
+            release(submodule, forward=forward)
+
+    coordinator.release_sub_module = release_unless_wanted
+
+
+def forget_trace(engine: Any) -> None:
+    """Between training and passes without a backward, and back: let ZeRO-3 begin a new trace of what is fetched when.
+
+    By the trace of a training step it would keep every parameter of a forward pass for the backward one, the whole model. On
+    the trace of an evaluation DeepSpeed 0.19 stops in the next training step ("tracing error").
+    """
+    if not hasattr(engine, "empty_partition_cache"):
+        return
+    engine.empty_partition_cache()
+    coordinator = (
+        engine.optimizer.parameter_offload.get_param_coordinator() if engine.zero_optimization_stage() == 3 else None
+    )
+    if coordinator is not None:
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+        coordinator.reset_step()
+        _forget_releases()
+
+
+def forget_engine(model: nn.Module) -> None:
+    """Take off a model what a destroyed engine has left on it (DeepSpeed 0.19).
+
+    Hooks on the model go on calling the engine, and keep it with all its buffers in memory. And every module keeps the
+    functions that fetch and release its parameters in the backward pass: the next engine would leave them in place, so
+    that the old one's records, of what is used when, decide for it.
+    """
+
+    def is_engine_s(function: Any) -> bool:
+        return getattr(function, "__qualname__", "").startswith("DeepSpeedEngine.")
+
+    for hooks in (model._forward_pre_hooks, model._forward_hooks, model._backward_pre_hooks, model._backward_hooks):
+        for key in [key for key, hook in hooks.items() if is_engine_s(hook)]:
+            del hooks[key]
+    for name in [name for name, value in vars(model).items() if is_engine_s(value)]:
+        delattr(model, name)
+    for module in model.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            vars(module).pop(name, None)
+    _forget_releases()
+
+
+def _forget_releases() -> None:
+    """Empty the cache of which parameters to release after which module.
+
+    Its answers are those of the trace at the time they were first asked for. And being one cache for the whole class, it keeps
+    every engine's parameters in memory for good, those of the dense model too.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    asked = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(asked).nonlocals["func"].cache_clear()
