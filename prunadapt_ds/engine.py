@@ -128,11 +128,19 @@ def shard_while_loading(ds_config: dict[str, Any]) -> Any:
     return HfDeepSpeedConfig(nothing_persists(ds_config))
 
 
-def build(model: nn.Module, groups: list[Group], ds_config: dict[str, Any], adam: dict[str, Any]) -> Any:
+def build(
+    model: nn.Module,
+    groups: list[Group],
+    ds_config: dict[str, Any],
+    adam: dict[str, Any],
+    *,
+    adapters_in_one_piece: bool = False,
+) -> Any:
     """A DeepSpeed engine around `model` that trains `groups`.
 
     `ds_config` has no "auto" left. Under ZeRO-3 it is given to DeepSpeed with a persistence threshold of 0, so that no
     frozen tensor stays whole; trainables below the threshold that was asked for are kept whole afterwards.
+    `adapters_in_one_piece`: see `zero3.adapters_as_leaves`; only for models whose projections run once in a pass.
     """
     import deepspeed
 
@@ -140,7 +148,7 @@ def build(model: nn.Module, groups: list[Group], ds_config: dict[str, Any], adam
     offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     optimizer = make_optimizer(groups, adam, offloaded=offload != "none")
     threshold = zero.get("stage3_param_persistence_threshold", 0)
-    if zero.get("stage", 0) == 3:
+    if zero.get("stage", 0) == 3 and adapters_in_one_piece:
         zero3.adapters_as_leaves(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=nothing_persists(ds_config))
     if zero.get("stage", 0) == 3:

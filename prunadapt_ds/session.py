@@ -385,7 +385,8 @@ def build_engine(session: Session) -> Any:
         weight_decay=defaults.get("weight_decay", config.train.weight_decay),
     )
     start = time.perf_counter()
-    engine = engines.build(session.model, groups, ds.values, ds.adam)
+    one_piece = session.backbone.family.runs_once(session.model.config)
+    engine = engines.build(session.model, groups, ds.values, ds.adam, adapters_in_one_piece=one_piece)
     engine.train()
     session.build_seconds = distributed.dist_max(time.perf_counter() - start)
     return engine

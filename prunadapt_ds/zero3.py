@@ -17,7 +17,7 @@ def adapters_as_leaves(model: nn.Module) -> None:
     """Let ZeRO-3 fetch a projection and its LoRA as one piece, rather than each of the five modules that PEFT makes of them.
 
     A leaf's gradients are reduced when the gradient of its input is there, so its input must have one: the projections of
-    the first block with an adapter are left as they are.
+    the first block with an adapter are left as they are. And they are reduced once, so each must run once in a pass.
     """
     from deepspeed.utils import set_z3_leaf_module
 
