@@ -1,4 +1,8 @@
-"""Run every tier, or those named ("full"), and write what came out to tests/results/: commit, counts, duration."""
+"""Run every tier, or what is named, and write what came out to tests/results/: commit, counts, duration.
+
+python tests/summary.py                                     everything
+python tests/summary.py full tests/slurm                    a tier, below some paths
+"""
 
 import datetime
 import re
@@ -12,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> int:
     start = time.monotonic()
-    tiers = " or ".join(sys.argv[1:] or ["fast", "ci", "slurm", "full"])
-    command = [sys.executable, "-m", "pytest", "-q", "-m", tiers, "-p", "no:cacheprovider"]
+    paths = [word for word in sys.argv[1:] if "/" in word]
+    tiers = " or ".join([word for word in sys.argv[1:] if "/" not in word] or ["fast", "ci", "slurm", "full"])
+    command = [sys.executable, "-m", "pytest", "-q", "-m", tiers, "-p", "no:cacheprovider", *paths]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     lines = []
@@ -28,7 +33,7 @@ def main() -> int:
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
     text = [
         f"# Full tier, {today}",
-        f"- tiers: {tiers}",
+        f"- {tiers}, in {', '.join(paths) or 'all tests'}",
         f"- commit {commit}{' with uncommitted changes' if dirty else ''}",
         f"- {counts.strip('= ')}",
         f"- {time.monotonic() - start:.0f} s, exit code {code}",
