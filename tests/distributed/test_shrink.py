@@ -137,14 +137,14 @@ def test_shrinking_equals_masking_to_the_end(folder, tmp_path):
     )
 
 
-@pytest.mark.parametrize("stage, ranks", [(0, 1), (0, 2), (1, 2), (2, 2), (3, 1)])
+@pytest.mark.parametrize("stage, ranks", [(0, 2), (1, 2), (2, 2), (3, 1)])
 def test_every_stage_shrinks(folder, tmp_path, stage, ranks):
     argv = arguments(folder, tmp_path / "out", batch=8 // ranks, stage=stage, target_sparsity=0.6)
     for result in run_ranks(runs.shrink_in_training, ranks, argv):
         check(result)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_masters_are_carried_in_fp32_under_bf16(folder, tmp_path, stage):
     argv = arguments(folder, tmp_path / "out", batch=4, stage=stage, target_sparsity=0.6)
     path = tmp_path / "out" / "ds.json"

@@ -10,7 +10,7 @@ from tests.distributed import runs
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_laws import arguments
 from tests.distributed.test_shrink import check
-from tests.integration.test_runs import TRAINABLE, base, launch, peft_loads_the_adapter, run  # noqa: F401
+from tests.integration.test_runs import TRAINABLE, another_criterion, base, launch, peft_loads_the_adapter, run  # noqa: F401
 from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.full
@@ -28,6 +28,11 @@ def test_every_family_with_every_method(base, tmp_path, model_type, method):  # 
 def test_every_family_shrinks(base, tmp_path, model_type):  # noqa: F811
     argv = arguments(base, tmp_path / "out", model_name_or_path=base / model_type, target_sparsity=0.7, batch=4)
     check(run_ranks(runs.shrink_in_training, 2, argv)[0])
+
+
+@pytest.mark.parametrize("criterion", ["outlier", "magnitude", "random", "taylor"])
+def test_other_criteria(base, tmp_path, criterion):  # noqa: F811
+    another_criterion(base, tmp_path, criterion)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "distilbert"])
