@@ -275,16 +275,13 @@ def launch(command, timeout=300):
     )
 
 
-def test_deepspeed_launcher_and_plain_python_agree(base, tmp_path):
-    cut = {"shrink": "always"}  # "auto" asks the clock
+def test_deepspeed_launcher(base, tmp_path):
+    """That all launchers agree is in test_launchers.py."""
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29611"]
-    two = launch([*deepspeed, "launcher/train.py", *arguments(base, tmp_path / "two", batch=4, **cut)])
-    one = launch([sys.executable, "launcher/train.py", *arguments(base, tmp_path / "one", batch=8, **cut)])
-    assert two.returncode == 0 and one.returncode == 0, two.stderr[-2000:] + one.stderr[-2000:]
-    first, second = (json.loads((tmp_path / n / "report.json").read_text()) for n in ("one", "two"))
-    assert first["plan_hash"] == second["plan_hash"]
-    assert first["metric"]["exported"]["score"] == pytest.approx(second["metric"]["exported"]["score"], abs=0.01)
-    assert (first["world_size"], second["world_size"]) == (1, 2)
+    done = launch([*deepspeed, "launcher/train.py", *arguments(base, tmp_path / "out", batch=4)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["status"] == "complete" and report["world_size"] == 2
 
 
 def test_two_ranks_one_message_and_exit_code_2(base, tmp_path):
