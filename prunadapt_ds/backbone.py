@@ -102,9 +102,8 @@ def check(model_name_or_path: str, *, to_train: bool = True, field: str = "model
         if len(name) > MOST_CHARACTERS:
             raise refuse("is too long for the name of a folder or of a model")
         return  # a hub id
-    if (
-        folder / "adapter_config.json"
-    ).is_file():  # transformers would load that, pickled or not, whatever lies beside it
+    # Transformers would load an adapter, pickled or not, whatever lies beside it.
+    if (folder / "adapter_config.json").is_file():
         raise refuse("is the folder of an adapter; name the model that it was made for")
     if not (folder / "config.json").is_file():
         raise refuse("the folder has no config.json; is it a model's folder?")

@@ -374,9 +374,8 @@ def _read_yaml(path: str, problems: list[Problem], options: Mapping[str, _Option
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         values = None if node is None else loader.construct_document(node)
-    except (
-        Exception
-    ) as error:  # a dozen types: a date without a 13th month, a nest of brackets, a tag on the wrong value
+    # A dozen types of errors: a date in a 13th month, a nest of brackets, a tag on the wrong value.
+    except Exception as error:
         problems.append(Problem("config", path, f"is not yaml: {error or type(error).__name__}"))
         return {}
     if values is None:

@@ -8,6 +8,7 @@ import inspect
 import re
 from typing import Any
 
+import torch
 from torch import nn
 
 from prunadapt_ds.adapters import is_lora
@@ -33,20 +34,19 @@ def _block(name: str) -> str:
 
 
 def keep_recomputed(zero_optimizer: Any) -> None:
-    """Let a block that is computed again not release the module whose backward pass has asked for it (DeepSpeed 0.19).
+    """Let a block that is computed again not release the module whose backward pass has asked for it.
 
     That module's forward pass runs within its own backward pass then, and would drop the weights that are about to be used. It
     happens where something still follows it in the block that no gradient comes from, as the norm of a feed-forward that was
     cut away.
     """
     coordinator = zero_optimizer.parameter_offload.get_param_coordinator()
-    release, in_backward = (
-        coordinator.release_sub_module,
-        "_PartitionedParameterCoordinator__active_backward_submodules",
-    )
+    release = coordinator.release_sub_module
 
     def release_unless_wanted(submodule: nn.Module, forward: bool = False) -> None:
-        if not (forward and submodule.ds_id in getattr(coordinator, in_backward)):
+        is_recomputed = forward and torch._C._current_graph_task_id() != -1  # a forward pass within a backward one
+        wanted = coordinator._PartitionedParameterCoordinator__active_backward_submodules
+        if not (is_recomputed and submodule.ds_id in wanted):
             release(submodule, forward=forward)
 
     coordinator.release_sub_module = release_unless_wanted
@@ -72,7 +72,7 @@ def forget_trace(engine: Any) -> None:
 
 
 def forget_engine(model: nn.Module) -> None:
-    """Take off a model what a destroyed engine has left on it (DeepSpeed 0.19).
+    """Take off a model what a destroyed engine has left on it.
 
     Hooks on the model go on calling the engine, and keep it with all its buffers in memory. And every module keeps the
     functions that fetch and release its parameters in the backward pass: the next engine would leave them in place, so
