@@ -14,13 +14,12 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 
 import compare_table
+from ranks import ROOT, deepspeed
 
-ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("peft", "fisher@0.6", "ours@0.6", "fisher@0.8", "ours@0.8", "ours@0.5", "ours@0.9", "ours@0.95")
 METHODS += ("lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
 BASE_LEARNING_RATE = 1e-3  # best of the trials in results/tuning, as many as ours had
@@ -57,7 +56,6 @@ def options_of(method: str) -> list[str]:
 
 def command(method: str, task: str, seed: int, args: argparse.Namespace, output: Path) -> list[str]:
     script = "benchmarks/peft_trainer.py" if method in ("peft", "trainer-full") else "launcher/train.py"
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(args.ranks)]
     options = ["--ds_config", str(ROOT / "ds_configs/zero3.json"), "--model_name_or_path", args.model]
     options += ["--task_name", task, "--data_dir", args.data_dir, "--num_train_epochs", str(args.epochs)]
     options += ["--seed", str(seed), "--output_dir", str(output), *options_of(method)]
@@ -67,7 +65,7 @@ def command(method: str, task: str, seed: int, args: argparse.Namespace, output:
     if args.evaluations:
         steps = args.epochs * min(ROWS[task], args.max_train_samples or ROWS[task]) / (args.batch_size * args.ranks)
         options += ["--eval_steps", str(max(1, int(steps / args.evaluations)))]
-    return [*launcher, "--master_port", str(args.master_port), str(ROOT / script), *options]
+    return [*deepspeed(args.ranks, "--master_port", str(args.master_port)), str(ROOT / script), *options]
 
 
 def collect(method: str, output: Path) -> dict:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
+from ranks import ENVIRONMENT, ROOT, measured, words_of_a_rank
+
 RESULTS = ROOT / "benchmarks/results/loading"
 LAYERS, HIDDEN, NEURONS, WORDS, FILES = 18, 2560, 6912, 32000, 4
 
@@ -137,12 +136,10 @@ def main() -> None:
     args.work_dir.mkdir(parents=True)
     try:
         write(args.work_dir)
-        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(args.ranks)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         for way in ("before", "after"):
             result = RESULTS / f"{way}.json"
-            command = [*launcher, __file__, "--measure", str(args.work_dir), way, str(result)]
-            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+            command = measured(args.ranks, __file__, args.work_dir, way, result)
+            subprocess.run(command, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     finally:
         shutil.rmtree(args.work_dir)
     (RESULTS / "table.md").write_text(table())  # copied into README.md, with what it rests on
@@ -150,12 +147,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    from prunadapt_ds.cli import prepare_environment
-
-    prepare_environment()
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    if words[:1] == ["--measure"]:
-        measure(words[1], words[2], Path(words[3]))
+    if words := words_of_a_rank():
+        measure(words[0], words[1], Path(words[2]))
     else:
         main()

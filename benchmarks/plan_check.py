@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from ranks import ENVIRONMENT, ROOT, measured, words_of_a_rank
+
 RESULTS = ROOT / "benchmarks/results/plan_check"
 SPARSITY, BATCH, LENGTH = 0.5, 8, 64
 
@@ -134,15 +133,13 @@ def predict(point: Point, work: Path) -> dict:
 
 def run(point: Point, work: Path) -> None:
     argv = prepare(point, work)
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(point.ranks)]
-    measured = work / "measured.json"
-    command = [*launcher, __file__, "--measure", str(measured), *argv]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = work / "measured.json"
+    command = measured(point.ranks, __file__, result, *argv)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
         print(f"{point.name}: failed with exit code {done.returncode}\n{(done.stdout + done.stderr)[-1500:]}")
         return
-    found, planned = json.loads(measured.read_text()), predict(point, work)
+    found, planned = json.loads(result.read_text()), predict(point, work)
     for phase, row in found.items():
         row["predicted"] = planned[phase]["accounted_bytes"]
         row["ratio"] = row["predicted"] / row["live"]
@@ -182,12 +179,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    from prunadapt_ds.cli import prepare_environment
-
-    prepare_environment()
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    if words[:1] == ["--measure"]:
-        measure(words[2:], Path(words[1]))
+    if words := words_of_a_rank():
+        measure(words[1:], Path(words[0]))
     else:
         main()

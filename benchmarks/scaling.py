@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
+from ranks import ENVIRONMENT, ROOT, measured, words_of_a_rank
+
 SHAPES = {"base": (12, 768), "large": (24, 1024)}  # layers, hidden size; heads of 64, 4 * hidden neurons
 STEPS = 6
 
@@ -167,10 +166,8 @@ def main() -> None:
         ]
         options += ["--ds_config", str(ROOT / "ds_configs/zero3.json"), "--target_sparsity", str(args.sparsity)]
         options += ["--per_device_train_batch_size", str(args.batch_size // n)]
-        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(n)]
-        command = [*launcher, __file__, "--measure", str(args.results / f"{size}-{n}.json"), *options]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
+        command = measured(n, __file__, args.results / f"{size}-{n}.json", *options)
+        code = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL).returncode
         print(f"{size} on {n} ranks: {'done' if code == 0 else f'failed with exit code {code}'}", flush=True)
     text = draw(args.results)
     (args.results / "table.md").write_text(text)
@@ -178,11 +175,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    if words[:1] == ["--measure"]:
-        from prunadapt_ds.cli import prepare_environment
-
-        prepare_environment()
-        measure(words[2:], Path(words[1]))
+    if words := words_of_a_rank():
+        measure(words[1:], Path(words[0]))
     else:
         main()

@@ -10,14 +10,12 @@ are steps in which ZeRO-3 fetches each of the modules that PEFT makes of a proje
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from ranks import ENVIRONMENT, ROOT, measured, words_of_a_rank
 
 VARIANTS = {  # name: (method, records, adapters are leaves)
     "lora": ("lora", False, True),
@@ -61,16 +59,18 @@ def measure(result: Path, rounds: int, options: list[str]) -> None:
 
 def table(found: dict) -> str:
     rows = [
-        f"{found['device']}, {found['ranks']} ranks, torch {found['torch']}, {' '.join(found['options'])}",
+        f"{found['device']}, {found['ranks']} ranks, torch {found['torch']}, {len(found['seconds'])} rounds;",
+        " ".join(found["options"]),
         "",
-        "| step | CPU s, median | of `lora`, CPU | of `lora`, wall |",
+        "| step | CPU s, median | of `lora`, CPU (quartiles) | of `lora`, wall (quartiles) |",
         "|---|--:|--:|--:|",
     ]
     for name in VARIANTS:
-        cpu, wall = (
-            median(row[name][kind] / row["lora"][kind] for row in found["seconds"]) for kind in ("cpu", "wall")
-        )
-        rows.append(f"| {name} | {median(row[name]['cpu'] for row in found['seconds']):.3f} | {cpu:.3f} | {wall:.3f} |")
+        cells = [f"{median(row[name]['cpu'] for row in found['seconds']):.3f}"]
+        for kind in ("cpu", "wall"):
+            low, middle, high = quantiles((row[name][kind] / row["lora"][kind] for row in found["seconds"]), n=4)
+            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
@@ -86,20 +86,15 @@ def main() -> None:
     result = args.results / f"batch{args.batch_size}-ranks{args.ranks}.json"
     options = ["--ds_config", "ds_configs/zero3.json", "--max_seq_length", str(args.seq_length)]
     options += ["--per_device_train_batch_size", str(args.batch_size)]
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(args.ranks)]
-    command = [*launcher, __file__, "--measure", str(result), str(args.rounds), *options]
-    subprocess.run(command, check=True, cwd=ROOT)
+    command = measured(args.ranks, __file__, result, args.rounds, *options)
+    subprocess.run(command, check=True, cwd=ROOT, env=ENVIRONMENT)
     tables = [table(json.loads(path.read_text())) for path in sorted(args.results.glob("*.json"))]
     (args.results / "table.md").write_text("\n".join(tables))
     print("\n".join(tables))
 
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    if words[:1] == ["--measure"]:
-        from prunadapt_ds.cli import prepare_environment
-
-        prepare_environment()
-        measure(Path(words[1]), int(words[2]), words[3:])
+    if words := words_of_a_rank():
+        measure(Path(words[0]), int(words[1]), words[2:])
     else:
         main()
