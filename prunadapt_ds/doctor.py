@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 
 from prunadapt_ds import distributed, launchers
-from prunadapt_ds.config import Config, Usage, parse
+from prunadapt_ds.config import Config, parse
 from prunadapt_ds.ds_config import fast_bf16, resolve_ds_config
 from prunadapt_ds.errors import PrunadaptError, UserError, message
+from prunadapt_ds.options import Usage
 
 PACKAGES = ("prunadapt_ds", "torch", "deepspeed", "transformers", "peft")
 USAGE = Usage(

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from prunadapt_ds import answers, distributed, files, submission
 from prunadapt_ds.answers import Answerer
-from prunadapt_ds.config import Usage, option, read
 from prunadapt_ds.data import Columns, read_columns
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.options import Usage, option, read
 
 STANDARD = "-"  # standard input, standard output
 USAGE = Usage(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunadapt_ds import backbone, distributed, files
 from prunadapt_ds.batches import Rows
-from prunadapt_ds.config import Config, Usage, parse
+from prunadapt_ds.config import Config, parse
 from prunadapt_ds.data import (
     compute_metrics,
     compute_perplexity,
@@ -30,6 +30,7 @@ from prunadapt_ds.errors import Problem, PrunadaptError, UserError
 from prunadapt_ds.evaluate import predict
 from prunadapt_ds.models import modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES, most_tokens
+from prunadapt_ds.options import Usage
 
 OPTIONS = frozenset(
     {

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "prunadapt_ds"
 # A module may import modules of lower floors, or of its own subpackage.
 FLOORS = (
     {"errors", "cli", "hub", "resources"},
-    {"launchers"},
+    {"launchers", "options"},
     {"files", "watchdog", "pulse", "config", "distributed", "schedule", "reload", "memory", "attention"},
     {"ds_config", "data", "models", "entry", "objective", "outline", "figures", "streaming"},
     {"formats"},

@@ -16,7 +16,8 @@ import pytest
 
 from prunadapt_ds import compare, export, gates, glue_table, reexport, scoring
 from prunadapt_ds import report as reports
-from prunadapt_ds.config import MOST, OPTIONS
+from prunadapt_ds.config import OPTIONS
+from prunadapt_ds.options import MOST
 from prunadapt_ds.train import main
 from tests.tiny import tiny_data, tiny_folder, tiny_glue, tiny_language_folder, tiny_model, tiny_tokenizer
 from tests.unit.test_resize import adapted, plan_of

@@ -1,0 +1,257 @@
+"""Options from dataclasses: the command line, a yaml file, `--help`, ranges; every problem reported at once.
+
+What the options of a run are stands in config.py; any command can have sections of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prunadapt_ds.errors import Problem
+
+MOST = 2**31 - 1  # of whole numbers without a limit of their own: torch and DeepSpeed count in fixed widths
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
+    """A dataclass field with its help text and the values it takes: [least, most], (above, below), or `choices`."""
+    limits = {"least": least, "most": most, "above": above, "below": below, "choices": tuple(choices)}
+    return field(default=default, metadata={"help": text, **limits})
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What `--help` of a command says: what it does, one example, and which options it lists (None: all)."""
+
+    description: str
+    example: str
+    takes: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field of a section takes, read off its annotation and its `option`."""
+
+    section: str
+    name: str
+    kind: type  # of one value: str, int, float or bool
+    is_list: bool
+    optional: bool
+    default: Any
+    limits: Mapping[str, Any]
+
+
+def options_of(sections: Mapping[str, type]) -> dict[str, Option]:
+    """Every option of dataclasses by section, by name."""
+    found = {}
+    for section, cls in sections.items():
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            hint, optional = hints[f.name], False
+            if isinstance(hint, types.UnionType):
+                optional = True
+                hint = next(h for h in typing.get_args(hint) if h is not type(None))
+            is_list = typing.get_origin(hint) is list
+            kind = typing.get_args(hint)[0] if is_list else hint
+            found[f.name] = Option(section, f.name, kind, is_list, optional, f.default, f.metadata)
+    return found
+
+
+def read(
+    argv: Sequence[str] | None, sections: Mapping[str, type], usage: Usage
+) -> tuple[dict[str, Any], frozenset[str], list[Problem]]:
+    """The dataclasses of `sections` filled in, the names of the options that were given, and all that is wrong with them.
+
+    Every field of a section is an `option`. Exits on --help.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    problems: list[Problem] = []
+    options = options_of(sections)
+    raw = _command_line(argv, problems, sections, usage)
+    config_file = raw.pop("config", None)
+    if config_file is not None:
+        raw = {**_read_yaml(str(config_file), problems, options), **raw}
+    values = {name: _convert(options[name], value, problems) for name, value in raw.items()}
+    filled = {
+        section: cls(**{n: v for n, v in values.items() if options[n].section == section and v is not _BAD})
+        for section, cls in sections.items()
+    }
+    for o in options.values():
+        value = getattr(filled[o.section], o.name)
+        if values.get(o.name) is not _BAD and value is not None and (remedy := _out_of_limits(o, value)):
+            problems.append(Problem(o.name, value, remedy))
+    return filled, frozenset(values), problems
+
+
+_BAD = object()  # a value that could not be read; its problem is already noted
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+
+
+class _Silent(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(message)
+
+
+def _parser(sections: Mapping[str, type], usage: Usage) -> argparse.ArgumentParser:
+    parser = _Silent(
+        usage="%(prog)s [option ...]",
+        description=usage.description,
+        epilog=f"example: {usage.example}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="yaml file with any of these options; the command line wins")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    options = options_of(sections)
+    for section, cls in sections.items():
+        group = parser.add_argument_group((cls.__doc__ or section).rstrip("."))
+        for o in (o for o in options.values() if o.section == section):
+            text = o.limits["help"].replace("%", "%%")
+            if o.limits["choices"]:
+                text += f": {', '.join(o.limits['choices'])}"
+            if o.default not in (None, False):
+                text += f" [{o.default}]"
+            shape: dict[str, Any] = {"metavar": o.kind.__name__.upper(), "default": argparse.SUPPRESS, "help": text}
+            if o.kind is bool:
+                shape |= {"nargs": "?", "const": True}
+            elif o.is_list:
+                shape |= {"nargs": "+"}
+            if usage.takes is not None and o.name not in usage.takes:
+                shape["help"] = argparse.SUPPRESS  # read all the same, so that it can be refused with a reason
+            group.add_argument(f"--{o.name}", **shape)
+    return parser
+
+
+def _command_line(
+    argv: list[str], problems: list[Problem], sections: Mapping[str, type], usage: Usage
+) -> dict[str, Any]:
+    try:
+        values, unknown = _parser(sections, usage).parse_known_args(argv)
+    except ValueError as error:
+        problems.append(Problem("command line", " ".join(argv), str(error)))
+        return {}
+    options = options_of(sections)
+    names = ["config", *options]
+    for word in unknown:
+        name = word.lstrip("-").split("=")[0]
+        if word.startswith("--"):
+            problems.append(Problem(name, word, f"there is no such option; {_did_you_mean(name, names)}"))
+        elif not any(p.field in options for p in problems) and not any(u.startswith("--") for u in unknown):
+            problems.append(Problem("command line", word, "stands alone; options are written --name value"))
+    found = vars(values)
+    found.pop("local_rank", None)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _did_you_mean(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean --{close[0]}?" if close else "see --help"
+
+
+def _read_yaml(path: str, problems: list[Problem], options: Mapping[str, Option]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        problems.append(Problem("config", path, "there is no such file"))
+        return {}
+    except (OSError, ValueError) as error:
+        problems.append(Problem("config", path, f"cannot be read: {error}"))
+        return {}
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        values = None if node is None else loader.construct_document(node)
+    # A dozen types of errors: a date in a 13th month, a nest of brackets, a tag on the wrong value.
+    except Exception as error:
+        problems.append(Problem("config", path, f"is not yaml: {error or type(error).__name__}"))
+        return {}
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        problems.append(Problem("config", path, "must be a mapping of option: value"))
+        return {}
+    assert node is not None
+    stated = [key.value for key, _ in node.value]
+    for name in sorted({str(name) for name in stated if stated.count(name) > 1}):
+        problems.append(Problem("config", path, f"states {name} twice; leave one"))
+    known = {}
+    for name, value in values.items():
+        if name not in options:
+            problems.append(
+                Problem(str(name), value, f"{path} has no such option; {_did_you_mean(str(name), [*options])}")
+            )
+        elif value is not None:
+            known[str(name)] = value
+    return known
+
+
+def _convert(o: Option, value: Any, problems: list[Problem]) -> Any:
+    """One raw value (text, or what yaml made of it) as the option's type; `_BAD` and a problem where it is none."""
+    if o.is_list:
+        items = value if isinstance(value, list) else [value]
+        if items and not any(isinstance(item, (list, dict)) or item is None or "\0" in str(item) for item in items):
+            return [str(item) for item in items]
+        problems.append(Problem(o.name, value, "must be one text or a list of texts"))
+        return _BAD
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[o.kind]
+    try:
+        if o.kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if o.kind is str:
+            if isinstance(value, (list, dict)) or not str(value) or "\0" in str(value):
+                raise ValueError
+            return str(value)
+        if isinstance(value, bool):
+            raise ValueError
+        if o.kind is int:
+            if isinstance(value, float) and not value.is_integer():
+                raise ValueError
+            return int(value)
+        return float(value)
+    except (KeyError, ValueError, TypeError, OverflowError):
+        problems.append(Problem(o.name, value, f"must be {wanted}"))
+        return _BAD
+
+
+def _out_of_limits(o: Option, value: Any) -> str:
+    wrong = [v for v in (value if o.is_list else [value]) if o.limits["choices"] and v not in o.limits["choices"]]
+    if wrong:
+        return suggestion(str(wrong[0]), o.limits["choices"])
+    if o.kind not in (int, float) or o.is_list:
+        return ""
+    words = {"least": "at least", "most": "at most", "above": "more than", "below": "less than"}
+    holds = {
+        "least": lambda v, b: v >= b,
+        "most": lambda v, b: v <= b,
+        "above": lambda v, b: v > b,
+        "below": lambda v, b: v < b,
+    }
+    bounds = {k: o.limits[k] for k in words if o.limits[k] is not None}
+    if o.kind is int:
+        bounds.setdefault("most", MOST)
+    if math.isfinite(value) and all(holds[k](value, b) for k, b in bounds.items()):
+        return ""
+    return "must be a finite number, " + " and ".join(f"{words[k]} {b}" for k, b in bounds.items())
