@@ -3,8 +3,8 @@
     python benchmarks/step.py [--ranks 2] [--rounds 12] [--batch_size 16] [--seq_length 128]
 
 All variants live in the same processes and take their steps in turns on the same samples, so that whatever else the
-machine does falls on all of them alike. CPU seconds of rank 0, medians over rounds of the ratio to `lora`. "as hooks"
-are steps in which ZeRO-3 fetches each of the modules that PEFT makes of a projection by itself, as it does by default.
+machine does falls on all of them alike. CPU seconds of rank 0, medians over rounds of the ratio to `lora`. In "module by
+module" ZeRO-3 fetches each module of a block by itself and keeps small trained tensors whole, as it does by default.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from statistics import median, quantiles
 
 from ranks import ENVIRONMENT, ROOT, measured, words_of_a_rank
 
-VARIANTS = {  # name: (method, records, adapters are leaves)
+VARIANTS = {  # name: (method, records, blocks are pieces)
     "lora": ("lora", False, True),
-    "lora as hooks": ("lora", False, False),
+    "lora, module by module": ("lora", False, False),
     "gates": ("prunadapt", False, True),
     "gates, recording": ("prunadapt", True, True),
-    "gates, recording, as hooks": ("prunadapt", True, False),
+    "gates, recording, module by module": ("prunadapt", True, False),
 }
 
 
@@ -33,10 +33,10 @@ def measure(result: Path, rounds: int, options: list[str]) -> None:
     from prunadapt_ds import distributed, finish, train, zero3
     from prunadapt_ds.config import parse
 
-    leaves, sessions = zero3.adapters_as_leaves, {}
+    pieces, sessions = zero3.PIECE_ELEMENTS, {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (method, _, is_leaf) in VARIANTS.items():
-            zero3.adapters_as_leaves = leaves if is_leaf else lambda model: None
+        for name, (method, _, in_pieces) in VARIANTS.items():
+            zero3.PIECE_ELEMENTS = pieces if in_pieces else 0
             argv = ["--output_dir", str(Path(folder, name)), "--method", method, "--train_norms", "True", *options]
             sessions[name] = train.setup(parse(argv))
             train.add_trainables(sessions[name])

@@ -134,13 +134,13 @@ def build(
     ds_config: dict[str, Any],
     adam: dict[str, Any],
     *,
-    adapters_in_one_piece: bool = False,
+    blocks: Iterable[nn.Module] = (),
 ) -> Any:
     """A DeepSpeed engine around `model` that trains `groups`.
 
     `ds_config` has no "auto" left. Under ZeRO-3 it is given to DeepSpeed with a persistence threshold of 0, so that no
     frozen tensor stays whole; trainables below the threshold that was asked for are kept whole afterwards.
-    `adapters_in_one_piece`: see `zero3.adapters_as_leaves`; only for models whose projections run once in a pass.
+    `blocks`: the model's blocks, each of which runs once in a pass (`zero3.blocks_as_leaves`).
     """
     import deepspeed
 
@@ -148,8 +148,8 @@ def build(
     offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     optimizer = make_optimizer(groups, adam, offloaded=offload != "none")
     threshold = zero.get("stage3_param_persistence_threshold", 0)
-    if zero.get("stage", 0) == 3 and adapters_in_one_piece:
-        zero3.adapters_as_leaves(model)
+    if zero.get("stage", 0) == 3:
+        zero3.blocks_as_leaves(blocks, zero)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=nothing_persists(ds_config))
     if zero.get("stage", 0) == 3:
         keep_whole([p for p in model.parameters() if p.requires_grad], engine.optimizer, threshold)
@@ -166,8 +166,15 @@ def nothing_persists(ds_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep_whole(parameters: list[nn.Parameter], zero_optimizer: Any, threshold: int) -> None:
-    """Let ZeRO-3 keep these parameters whole between steps if they have at most `threshold` elements."""
+    """Let ZeRO-3 keep these parameters whole between steps if they have at most `threshold` elements.
+
+    Not those that come with a block in one piece: what stays whole is gathered anew after each step, tensor by tensor.
+    """
+    from deepspeed.utils import z3_leaf_parameter
+
     for parameter in parameters:
+        if z3_leaf_parameter(parameter):
+            continue
         if parameter.ds_numel <= threshold and not parameter.ds_persist:  # type: ignore[attr-defined]
             parameter.ds_persist = True  # type: ignore[attr-defined]
             zero_optimizer.persistent_parameters.append(parameter)

@@ -138,8 +138,7 @@ class Gate(nn.Module):
 def attach(model: nn.Module, layout: Layout, structure: Structure, recorder: SampleStatistics | None = None) -> None:
     """Put a gate in front of every output projection (after LoRA was put around it, if it is). In place.
 
-    The gate is the projection's neighbour, not its child: what ZeRO-3 fetches for the projection is then the projection's
-    alone, and may be fetched as one piece (`zero3.adapters_as_leaves`).
+    The gate is the projection's neighbour, not its child: the projection stays what PEFT made of it.
     """
     dtype, device = next((p.dtype, p.device) for p in model.parameters())
     widths = {s.kind: (s.output.path, s.width) for s in layout.sublayers}

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds import adapters, backbone, gates, memory, tmp
+from prunadapt_ds import adapters, backbone, gates, memory, tmp, zero3
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.config import Config
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
@@ -58,17 +58,25 @@ class Machine:
         return self.bandwidth if self.world_size <= self.gpus_per_node else self.network_bandwidth
 
 
+class Size(NamedTuple):
+    """Elements of a parameter, whether it trains, and elements of the block it is in (0: of none, or of a shared one)."""
+
+    elements: int
+    trains: bool
+    block: int
+
+
 @dataclass(frozen=True)
 class Inventory:
     """What a model of one shape holds, keeps and computes.
 
-    tensors: elements of each parameter, by name, and whether it trains.  largest_module: most elements that ZeRO-3 fetches as
-    one piece: one module's own parameters, or a projection with its adapter.  activations: bytes kept for the backward pass
-    of a micro-batch; accounted: those of them that memory.SavedActivations counts (it does not see what a block saves
-    while it is computed again).  macs: of a micro-batch's forward pass.  exported: elements of the exported model.
+    tensors: each parameter's size, by name.  largest_module: most elements of one module's own parameters.  activations:
+    bytes kept for the backward pass of a micro-batch; accounted: those of them that memory.SavedActivations counts (it does
+    not see what a block saves while it is computed again).  macs: of a micro-batch's forward pass.  exported: elements of
+    the exported model.
     """
 
-    tensors: dict[str, tuple[int, bool]]
+    tensors: dict[str, Size]
     largest_module: int
     activations: int
     accounted: int
@@ -77,11 +85,17 @@ class Inventory:
 
     @property
     def trainable(self) -> int:
-        return sum(n for n, trains in self.tensors.values() if trains)
+        return sum(size.elements for size in self.tensors.values() if size.trains)
 
     @property
     def frozen(self) -> int:
-        return sum(n for n, trains in self.tensors.values() if not trains)
+        return sum(size.elements for size in self.tensors.values() if not size.trains)
+
+    def whole(self, zero: dict[str, Any]) -> int:
+        """Elements of what trains and stays whole between steps under ZeRO-3: see `engine.keep_whole`."""
+        threshold = zero.get("stage3_param_persistence_threshold", 0)
+        small = [size for size in self.tensors.values() if size.trains and size.elements <= threshold]
+        return sum(size.elements for size in small if not zero3.is_piece(size.block, zero))
 
 
 @dataclass
@@ -255,18 +269,22 @@ def take_stock(
     model, structure, length = built.model, built.structure, config.data.max_seq_length
     outside, blocks, largest, inputs = kept_bytes(built, batch, length, num_labels)
     recomputes = config.train.gradient_checkpointing
-    tensors = {name: (p.numel(), p.requires_grad) for name, p in model.named_parameters()}
+    tensors = {name: Size(p.numel(), p.requires_grad, 0) for name, p in model.named_parameters()}
+    for index, block in [] if built.family.shares_layers else layers_of(model, built.layout):
+        total = sum(p.numel() for p in block.parameters())
+        for name, _ in block.named_parameters(prefix=f"{built.layout.layers}.{index}"):
+            tensors[name] = tensors[name]._replace(block=total)
     extra = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n or f".{gates.GATE_NAME}." in n)
     lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     head = model.get_output_embeddings().weight.numel() if built.is_language else 0
     block_macs = present.cost("macs") if present else structure.dense_cost("macs")
     return Inventory(
         tensors=tensors,
-        largest_module=max(sum(p.numel() for p in m.parameters(recurse=adapters.is_lora(m))) for m in model.modules()),
+        largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
         activations=outside + inputs + largest if recomputes else outside + blocks,
         accounted=outside + (inputs if recomputes else blocks),
         macs=batch * (block_macs + length * (lora * built.layout.passes + head)),
-        exported=sum(n for n, _ in tensors.values()) - extra,
+        exported=sum(size.elements for size in tensors.values()) - extra,
     )
 
 
@@ -297,13 +315,11 @@ def rank_bytes(stock: Inventory, ds: DsConfig, machine: Machine, *, recomputes: 
     world, stage, e = machine.world_size, ds.stage, _element_bytes(ds)
     zero = ds.values["zero_optimization"]
     n, share = stock.trainable, 1 / world if stage else 1.0
-    threshold = zero.get("stage3_param_persistence_threshold", 0)
     if stage == 3:
-        parts = [(ceil(size / world), size, trains) for size, trains in stock.tensors.values()]
+        parts = [(ceil(size.elements / world), size.trains) for size in stock.tensors.values()]
         frozen_e = 1 if zero.get("zero_quantized_nontrainable_weights") else e
-        frozen = sum(part for part, _, trains in parts if not trains) * frozen_e
-        whole = sum(size for _, size, trains in parts if trains and size <= threshold)
-        trainable = (sum(part for part, _, trains in parts if trains) + whole) * e
+        frozen = sum(part for part, trains in parts if not trains) * frozen_e
+        trainable = (sum(part for part, trains in parts if trains) + stock.whole(zero)) * e
     else:
         frozen, trainable = stock.frozen * e, n * e
     gradients = round(n * e * (share if stage >= 2 else 1)) + (n * 4 if stage == 0 and e == 2 else 0)
@@ -365,8 +381,7 @@ def traffic(stock: Inventory, ds: DsConfig, machine: Machine, config: Config) ->
     if stage in (1, 2):
         gather = n * e * others
     if stage == 3:
-        threshold = zero.get("stage3_param_persistence_threshold", 0)
-        whole = sum(size for size, trains in stock.tensors.values() if trains and size <= threshold)
+        whole = stock.whole(zero)
         quantised = zero.get("zero_quantized_nontrainable_weights") or zero.get("zero_quantized_weights")
         total = stock.frozen * (1 if quantised else e) + (n - whole) * e
         held = _held_elements(stock, zero, train.gradient_checkpointing) / max(1, stock.frozen + n)
@@ -522,11 +537,13 @@ def _between(dense: Inventory, small: Inventory, way: float) -> Inventory:
     def mix(a: int, b: int) -> int:
         return round(a + way * (b - a))
 
-    gone = (0, False)  # a sub-layer without units has no weights, and its output bias another name
-    tensors = {
-        name: (mix(dense.tensors.get(name, gone)[0], small.tensors.get(name, gone)[0]), trains)
-        for name, (_, trains) in {**small.tensors, **dense.tensors}.items()
-    }
+    gone = Size(0, False, 0)  # a sub-layer without units has no weights, and its output bias another name
+
+    def mixed(name: str, trains: bool) -> Size:
+        a, b = dense.tensors.get(name, gone), small.tensors.get(name, gone)
+        return Size(mix(a.elements, b.elements), trains, mix(a.block, b.block or a.block))
+
+    tensors = {name: mixed(name, size.trains) for name, size in {**small.tensors, **dense.tensors}.items()}
     names = ("largest_module", "activations", "accounted", "macs", "exported")
     return Inventory(tensors, *(mix(getattr(dense, name), getattr(small, name)) for name in names))
 

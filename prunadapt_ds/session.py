@@ -37,7 +37,7 @@ from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate import predict
 from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
 from prunadapt_ds.models.families import uniform_floors
-from prunadapt_ds.models.structure import Structure, with_outer_floor
+from prunadapt_ds.models.structure import Structure, layers_of, with_outer_floor
 from prunadapt_ds.resize import resize
 from prunadapt_ds.schedule import default_learning_rate
 from prunadapt_ds.shrink import StepTimes
@@ -385,8 +385,9 @@ def build_engine(session: Session) -> Any:
         weight_decay=defaults.get("weight_decay", config.train.weight_decay),
     )
     start = time.perf_counter()
-    one_piece = session.backbone.family.runs_once(session.model.config)
-    engine = engines.build(session.model, groups, ds.values, ds.adam, adapters_in_one_piece=one_piece)
+    loaded = session.backbone
+    blocks = [] if loaded.family.shares_layers else [block for _, block in layers_of(loaded.model, loaded.layout)]
+    engine = engines.build(session.model, groups, ds.values, ds.adam, blocks=blocks)
     engine.train()
     session.build_seconds = distributed.dist_max(time.perf_counter() - start)
     return engine

@@ -5,32 +5,56 @@ built again. Everything that knows of its insides is here.
 from __future__ import annotations
 
 import inspect
-import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from prunadapt_ds.adapters import is_lora
+from prunadapt_ds.models.structure import full_numel
+
+PIECE_ELEMENTS = 2**24
+"""The largest block that is fetched as one piece: 32 MiB in bf16. Beyond it a fetch should run beside the computation."""
 
 
-def adapters_as_leaves(model: nn.Module) -> None:
-    """Let ZeRO-3 fetch a projection and its LoRA as one piece, rather than each of the five modules that PEFT makes of them.
+def is_piece(elements: int, zero: Mapping[str, Any]) -> bool:
+    """Whether a block of so many parameters is fetched as one piece. `zero`: the configuration's ZeRO block.
 
-    A leaf's gradients are reduced when the gradient of its input is there, so its input must have one: the projections of
-    the first block with an adapter are left as they are. And they are reduced once, so each must run once in a pass.
+    Only where it costs no memory: where the last blocks, as long as half of `stage3_max_reuse_distance`, stay gathered
+    between forward and backward pass in any case.
+    """
+    return 0 < elements <= min(PIECE_ELEMENTS, zero.get("stage3_max_reuse_distance", 2 * PIECE_ELEMENTS) // 2)
+
+
+def blocks_as_leaves(blocks: Iterable[nn.Module], zero: Mapping[str, Any]) -> None:
+    """Let ZeRO-3 fetch each of these blocks as one piece, if it is small, rather than each of the modules in it.
+
+    With LoRA, norms and gates a block has about 80 modules. Hooks before and after each, forward and backward, and a gather
+    for each that has parameters, take as long as the arithmetic of a small one.
+
+    A leaf's gradients are reduced when the gradient of its input is there, so the input is made to have one.
     """
     from deepspeed.utils import set_z3_leaf_module
 
-    adapted = [(_block(name), module) for name, module in model.named_modules() if is_lora(module)]
-    for block, module in adapted:
-        set_z3_leaf_module(module, block != adapted[0][0])
+    for block in blocks:
+        old = vars(block).pop(_INPUT_HOOK, None)
+        if old is not None:
+            old.remove()
+        in_one_piece = is_piece(sum(full_numel(p) for p in block.parameters()), zero)
+        set_z3_leaf_module(block, in_one_piece)
+        if in_one_piece:
+            vars(block)[_INPUT_HOOK] = block.register_forward_pre_hook(_with_gradient)
 
 
-def _block(name: str) -> str:
-    """Which block of a stack a module is in: its name up to the first number."""
-    found = re.match(r"(?:[^.]*\.)*?\d+(?=\.)", name)
-    return found.group() if found else name
+_INPUT_HOOK = "_prunadapt_input_hook"
+
+
+def _with_gradient(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The hidden states that enter a block, as something that has a gradient: behind a frozen embedding they have none."""
+    hidden = args[0]
+    if not torch.is_grad_enabled() or hidden.requires_grad:
+        return None
+    return hidden.detach().requires_grad_(), *args[1:]
 
 
 def keep_recomputed(zero_optimizer: Any) -> None:

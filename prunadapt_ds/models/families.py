@@ -78,10 +78,6 @@ class Family:
     shares_layers: bool = False
     relative_positions: Callable[[Any], int] = lambda config: 0
 
-    def runs_once(self, config: Any) -> bool:
-        """Whether each projection runs once in a forward pass: not for shared layers, nor on tokens and on positions."""
-        return not self.shares_layers and self.relative_positions(config) == 0
-
 
 def _feed_forward(inputs: Projection | tuple[Projection, ...], output: Projection, field: str) -> SubLayer:
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)

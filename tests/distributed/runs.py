@@ -141,6 +141,36 @@ def score(argv):
     return {name: tensor.tolist() for name, tensor in tensors.items()}
 
 
+def gradients(argvs):
+    """The gradient of everything that trains, after the first batch: one dict of whole tensors for each command line."""
+    from deepspeed.utils import safe_get_full_grad, z3_leaf_module
+
+    from prunadapt_ds import train
+
+    found = []
+    for argv in argvs:
+        session = _session(argv)
+        train.add_trainables(session)
+        torch.manual_seed(0)
+        for parameter in session.model.parameters():  # LoRA's B begins at zero, where A has no gradient
+            if parameter.requires_grad:
+                with train.engines.gathered([parameter], write_from=0):
+                    parameter.data.copy_(torch.randn(parameter.shape) * 0.1)
+        ((positions, weight),) = session.sampler.micro_batches(0)
+        train.forward_backward(session, session.train_rows.batch(positions, weight), None, 0.0)
+        trained = [(n, p) for n, p in session.model.named_parameters() if p.requires_grad]
+        whole = safe_get_full_grad if session.ds.stage else lambda p: p.grad
+        found.append(
+            {
+                "gradients": {name: whole(p).tolist() for name, p in trained},
+                "pieces": sum(z3_leaf_module(m) for m in session.model.modules()),
+            }
+        )
+        session.tracker.close()
+        session.release_engine()
+    return found
+
+
 def whole_run(argv):
     """The real main on every rank, under the most permissive umask: exit code."""
     from prunadapt_ds.train import main

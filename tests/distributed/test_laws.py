@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from prunadapt_ds.models.families import FAMILIES
 from tests.distributed import runs
 from tests.distributed.harness import run_ranks
-from tests.tiny import tiny_data, tiny_folder
+from tests.tiny import tiny_data, tiny_folder, tiny_model
 
 pytestmark = pytest.mark.ci
 
@@ -157,6 +158,47 @@ def test_loss_curve_does_not_depend_on_the_split(folder, tmp_path, one_rank, wor
     logits = [torch.tensor(r["logits"]["validation"]) for r in (*found, one_rank)]
     for other in logits[:-1]:
         torch.testing.assert_close(other, logits[-1], rtol=1e-2, atol=5e-3)
+
+
+# ------------------------------------------------------------------------------------- blocks fetched as one piece
+
+
+def check_gradients(tmp_path, folder, model_types):
+    """ZeRO-3, with each block in one piece, without, and recomputed, finds what plain data parallelism finds."""
+    kinds = {"plain": (0, {}), "pieces": (3, {}), "modules": (3, {"stage3_max_reuse_distance": 0})}
+    names = [(m, *kind) for kind in kinds.items() for m in model_types]  # ZeRO-3 last: what it shards stays so
+    names += [(m, "recomputed", (3, {})) for m in model_types if tiny_model(m).supports_gradient_checkpointing]
+    argvs = []
+    for model_type, kind, (stage, zero) in names:
+        if not (tmp_path / model_type).exists():
+            tiny_folder(tmp_path / model_type, model_type, seed=3)
+        options = {"model_name_or_path": tmp_path / model_type, "gradient_checkpointing": kind == "recomputed"}
+        argv = arguments(folder, tmp_path / f"{model_type}-{kind}", **options)
+        ds_config(tmp_path / f"{model_type}-{kind}" / "ds.json", zero_optimization={"stage": stage, **zero})
+        argvs.append(argv)
+    found = dict(zip([name[:2] for name in names], run_ranks(runs.gradients, 2, argvs)[0], strict=True))
+    for (model_type, kind), result in found.items():
+        is_in_pieces = kind in ("pieces", "recomputed") and not FAMILIES[model_type].shares_layers
+        assert (result["pieces"] > 0) == is_in_pieces, (model_type, kind)
+        plain = found[model_type, "plain"]["gradients"]
+        assert result["gradients"].keys() == plain.keys()
+        for name, gradient in result["gradients"].items():
+            torch.testing.assert_close(
+                torch.tensor(gradient),
+                torch.tensor(plain[name]),
+                rtol=1e-3,
+                atol=1e-6,
+                msg=f"{model_type} {kind} {name}",
+            )
+
+
+def test_gradients_of_blocks_in_one_piece(folder, tmp_path):
+    check_gradients(tmp_path, folder, ["llama", "albert"])
+
+
+@pytest.mark.full
+def test_gradients_of_blocks_in_one_piece_in_every_family(folder, tmp_path):
+    check_gradients(tmp_path, folder, list(FAMILIES))
 
 
 # ------------------------------------------------------------------------------------------------------ gates

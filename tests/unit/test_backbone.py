@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from prunadapt_ds import adapters, backbone, gates, zero3
+from prunadapt_ds import adapters, backbone, zero3
 from prunadapt_ds.models.families import FAMILIES
 from tests.tiny import tiny_folder
 
@@ -37,17 +37,30 @@ def test_bert_pooler_trains_although_it_is_pretrained(tmp_path):
     assert loaded.model.bert.pooler.dense.weight.requires_grad
 
 
-def test_adapters_are_fetched_as_one_piece_behind_the_first_block(tmp_path):
-    """A leaf's gradients are reduced when its input's gradient is there; the first block's input may have none."""
+@pytest.mark.parametrize("zero, pieces", [({}, 3), ({"stage3_max_reuse_distance": 0}, 0)])
+def test_small_blocks_are_fetched_as_one_piece(tmp_path, monkeypatch, zero, pieces):
     from deepspeed.utils import z3_leaf_module
 
-    loaded = backbone.load(str(tiny_folder(tmp_path, "bert")), num_labels=2)
-    adapters.add_lora(loaded.model, loaded.layout, adapters.target_modules(loaded.layout), r=2, lora_alpha=4)
-    gates.attach(loaded.model, loaded.layout, loaded.structure)
-    zero3.adapters_as_leaves(loaded.model)
-    leaves = [name for name, module in loaded.model.named_modules() if z3_leaf_module(module)]
-    assert {name.split(".layer.")[1].split(".")[0] for name in leaves} == {"1", "2"} and len(leaves) == 2 * 6
-    assert not any("prune_gate" in n for name in leaves for n, _ in loaded.model.get_submodule(name).named_modules())
+    model = backbone.load(str(tiny_folder(tmp_path, "bert")), num_labels=2).model
+    blocks = model.bert.encoder.layer
+    for limit in (zero3.PIECE_ELEMENTS, 10):  # an engine that is built again decides again
+        monkeypatch.setattr(zero3, "PIECE_ELEMENTS", limit)
+        zero3.blocks_as_leaves(blocks, zero)
+        assert sum(z3_leaf_module(m) for m in model.modules()) == (pieces if limit > 10 else 0)
+        assert all(len(b._forward_pre_hooks) == z3_leaf_module(b) for b in blocks)
+
+
+def test_the_input_of_a_block_in_one_piece_has_a_gradient():
+    """A leaf's gradients are reduced when its input's gradient is there."""
+    block, seen = torch.nn.Linear(2, 2), []
+    zero3.blocks_as_leaves([block], {})
+    block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hidden = torch.ones(1, 2)
+    block(hidden)
+    with torch.no_grad():
+        block(hidden)
+    block(needs := hidden.clone().requires_grad_())
+    assert [x.requires_grad for x in seen] == [True, False, True] and seen[2] is needs
 
 
 def test_rank_per_layer(tmp_path):

@@ -97,6 +97,10 @@ def test_which_fits_and_which_is_fastest():
     assert "zero0.json: does not fit" in text and "zero3.json: fits" in text and "fastest that fits: zero3" in text
 
 
+def sizes(stock):
+    return {name: (size.elements, size.trains) for name, size in stock.tensors.items()}
+
+
 def really(model_type, words, cut=None):
     """The same model as the trainer makes it, with real tensors: bytes of parameters by (trains), and saved activations."""
     config, model = parse(list(words)), tiny_model(model_type).train()
@@ -132,11 +136,11 @@ def test_a_skeleton_is_the_trainer_s_model(model_type):
     assert cut.sparsity("params") == pytest.approx(0.4, abs=0.15)
     tensors, activations = really(model_type, words)
     dense = planner.take_stock(built, config, 4, 2)
-    assert dense.tensors == tensors and dense.activations == pytest.approx(activations, rel=0.1)
+    assert sizes(dense) == tensors and dense.activations == pytest.approx(activations, rel=0.1)
     planner.cut_down(built, cut)
     small = planner.take_stock(built, config, 4, 2, cut)
     tensors, activations = really(model_type, words, cut)
-    assert small.tensors == tensors and small.activations == pytest.approx(activations, rel=0.1)
+    assert sizes(small) == tensors and small.activations == pytest.approx(activations, rel=0.1)
     assert small.exported == sum(
         n for name, (n, _) in tensors.items() if "lora_" not in name and "prune_gate" not in name
     )
