@@ -6,6 +6,7 @@ memory of the process is reported beside them, anonymous pages only, above the l
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,6 +46,12 @@ class PeakMemory:
         if self.device.type == "cuda":
             return max(self.before, torch.cuda.max_memory_allocated(self.device))
         return max(self.before, _status_bytes("VmHWM") - _status_bytes("RssFile") - self.baseline)
+
+
+def return_freed() -> None:
+    """Give memory that the process has freed back to the system, where the C library can: glibc keeps most of it otherwise."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class SavedActivations:

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from prunadapt_ds import engine as engines
-from prunadapt_ds import state
+from prunadapt_ds import memory, state
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.resize import resize
@@ -32,6 +32,7 @@ def shrink(
     engines.destroy(engine)
     del engine
     gc.collect()
+    memory.return_freed()
     slices = resize(model, layout, plan, present, engines.rewriting)
     smaller = build()
     state.restore(smaller, learnt.sliced(slices, set(state.trainable(model))))
