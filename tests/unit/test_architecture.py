@@ -17,7 +17,7 @@ FLOORS = (
     {"files", "watchdog", "pulse", "config", "distributed", "schedule", "reload", "memory", "attention"},
     {"ds_config", "data", "models", "entry", "objective", "outline", "figures", "streaming"},
     {"formats"},
-    {"batches", "backbone", "adapters", "gates"},
+    {"batches", "backbone", "adapters", "gates", "latency"},
     {"zero3"},
     {"importance", "evaluate"},
     {"budget", "tmp"},

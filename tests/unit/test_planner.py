@@ -208,6 +208,13 @@ def test_mistakes_are_said_together(tmp_path, capsys, monkeypatch):
     assert code == 2 and "at most" in said
 
 
+@pytest.mark.parametrize("name, value", [("budget", "latency"), ("target_speedup", "2")])
+def test_what_only_a_run_can_measure_is_refused(name, value, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert plan_command.main([f"--{name}", value]) == 2
+    assert f"{name}=" in (said := capsys.readouterr().err) and "measured when a run starts" in said
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("80GiB", 80 * 2**30), ("400GB/s", 4e11), ("4e14", 4e14), ("1.5T", 1.5e12)]
 )
