@@ -100,6 +100,10 @@ class PruningOptions:
 class LoraOptions:
     """Adapters."""
 
+    adapter_name_or_path: str | None = option(
+        None,
+        "start from this PEFT LoRA adapter, a folder or hub id; rank, alpha and projections are then the adapter's",
+    )
     r: int = option(8, "LoRA rank", least=1)
     lora_alpha: float = option(16, "LoRA scale; updates are multiplied by lora_alpha / r", above=0)
     lora_dropout: float = option(0.0, "dropout before LoRA; probability", least=0, below=1)
@@ -240,6 +244,10 @@ def _contradictions(config: Config) -> list[Problem]:
         )
     if "adapter" in formats and prune.method != "lora":
         found.append(Problem("export_formats", "adapter", "an adapter fits the unpruned model only: use --method lora"))
+    if config.lora.adapter_name_or_path is not None and prune.method in ("tmp", "full"):
+        why = "has no LoRA" if prune.method == "full" else "cuts before there is LoRA, and ranks differ by layer"
+        remedy = f"--method {prune.method} {why}; use prunadapt or lora"
+        found.append(Problem("adapter_name_or_path", config.lora.adapter_name_or_path, remedy))
     if prune.method != "prunadapt" and prune.save_scores:
         found.append(Problem("save_scores", True, "there are no decisions but those of --method prunadapt"))
     if data.task_type == "causal_lm":

@@ -41,7 +41,7 @@ FREE = {
     "resume",
 }
 # ... because what they name is compared instead of the name ...
-BY_CONTENT = {"model_name_or_path", "data_dir", "train_file", "validation_file"}
+BY_CONTENT = {"model_name_or_path", "adapter_name_or_path", "data_dir", "train_file", "validation_file"}
 # ... or because what becomes of them together with the ds_config is.
 RESOLVED = {
     "ds_config",

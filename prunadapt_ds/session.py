@@ -18,7 +18,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds import adapters, backbone, distributed, gates, latency, memory, report, watchdog
+from prunadapt_ds import adapters, backbone, distributed, gates, given_adapter, latency, memory, report, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan, max_sparsity
@@ -91,6 +91,7 @@ class Session:
     options: dict[str, Any] = field(default_factory=dict)  # by which a run is known again; see resume.py
     identity: dict[str, str] = field(default_factory=dict)  # sha256 of "data", and on rank 0 of "backbone"
     timing: dict[str, int] = field(default_factory=dict)  # how latency is measured: batch_size, seq_length, repeats
+    given: given_adapter.GivenAdapter | None = None  # the adapter it starts from
     latency: dict[str, Any] | None = None  # the table of --budget latency, see LatencyTable
 
     @property
@@ -164,6 +165,8 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
     if not is_language:  # whose examples are blocks of tokens, known later
         refuse_fewer_than_ranks(len(data.train))
     distributed.together(lambda: backbone.check(config.model.model_name_or_path))
+    adapter = config.lora.adapter_name_or_path
+    given = distributed.together(lambda: given_adapter.read(adapter)) if adapter is not None else None
     distributed.start_deepspeed()
     torch.manual_seed(config.train.seed)
     zero3 = engines.shard_while_loading(ds.values)
@@ -187,6 +190,7 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
     loaded.structure = with_outer_floor(loaded.structure, config.prune.keep_in_outer_layers)
     if distributed.rank() == 0:
         identity["backbone"] = backbone.identity(config.model.model_name_or_path)
+        identity |= {"adapter": given.identity()} if given is not None else {}
     distributed.together(lambda: refuse_changed(config, identity, saved))
     timing = timing_of(config, loaded.model)
     table = measured(config, loaded, timing, ds, saved) if config.prune.budget == "latency" else None
@@ -196,6 +200,9 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
     check_target(config, loaded.structure)
     only_head_inputs = config.prune.method == "tmp"
     lora_targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=only_head_inputs)
+    if given is not None:
+        asked = config.given
+        lora_targets = distributed.together(lambda: given_adapter.take_over(given, loaded, config.lora, asked))
 
     def rows(dataset: Any) -> Rows:
         longest = config.data.max_seq_length
@@ -251,6 +258,7 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
         identity=identity,
         timing=timing,
         latency=table,
+        given=given,
     )
     announce(session)
     return session
@@ -335,8 +343,14 @@ def same_data(data: TaskData) -> str:
 
 def refuse_changed(config: Config, identity: dict[str, str], saved: Mapping[str, Any] | None) -> None:
     """A run goes on with the backbone and the data it began with, wherever they lie now."""
-    names = {"backbone": ("model_name_or_path", config.model.model_name_or_path), "data": _data_option(config)}
-    changed = [names[kind] for kind, digest in identity.items() if saved and saved["identity"][kind] != digest]
+    names = {
+        "backbone": ("model_name_or_path", config.model.model_name_or_path),
+        "data": _data_option(config),
+        "adapter": ("adapter_name_or_path", config.lora.adapter_name_or_path),
+    }
+    known = names if distributed.rank() == 0 else {"data"}  # of which this rank has a digest
+    before = saved["identity"] if saved else identity
+    changed = [names[kind] for kind in names if kind in known and before.get(kind) != identity.get(kind)]
     if changed:
         remedy = (
             "its content is not what the checkpoint was made with; bring that back, or start over with --resume never"
@@ -389,6 +403,8 @@ def add_trainables(session: Session, cut_to: PruningPlan | None = None) -> None:
             lora_dropout=config.lora.lora_dropout,
             rank_per_layer=session.rank_per_layer,
         )
+    if session.given is not None:
+        given_adapter.load(session.given, loaded)
     if config.lora.train_norms:
         train_norms(loaded.model)
     if method == "prunadapt":

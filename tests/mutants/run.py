@@ -145,6 +145,8 @@ MUTANTS = (
     Mutant("uniform layers differ", "budget.py", "if not uniform:\n        return torch.arange(sum(counts))",
            "if True:\n        return torch.arange(sum(counts))",
            "tests/integration/test_exports.py::test_uniform_within_one_step"),
+    Mutant("a given adapter's values not read", "given_adapter.py", "parameters[ours].copy_(opened.get_tensor(keys[name]))", "pass",
+           "tests/unit/test_given_adapter.py::test_the_model_answers_as_peft_s"),
     Mutant("times not weighed together", "budget.py", "if bool((chain[there].diff() < 0).any()):", "if False:",
            f"{BUDGET}::test_no_other_choice_loses_less_for_its_saving"),
     Mutant("a block timed at its full width", "latency.py",

@@ -23,7 +23,7 @@ FLOORS = (
     {"budget", "tmp"},
     {"resize"},
     {"engine", "state"},
-    {"teacher", "export", "shrink", "board", "report", "checkpoint"},
+    {"teacher", "export", "shrink", "board", "report", "checkpoint", "given_adapter"},
     {"tracking"},
     {"card", "session", "reexport", "scoring", "adapter_folder", "pages"},
     {"finish", "resume", "compare", "answers", "planner"},

@@ -42,6 +42,8 @@ def test_defaults():
         (["--method", "lora", "--score_only"], "score_only"),
         (["--method", "tmp", "--target_speedup", "2"], "target_speedup"),
         (["--method", "lora", "--budget", "latency"], "budget"),
+        (["--method", "full", "--adapter_name_or_path", "x"], "adapter_name_or_path"),
+        (["--method", "tmp", "--adapter_name_or_path", "x"], "adapter_name_or_path"),
         (["--target_sparsity", "0.5", "--target_speedup", "2"], "target_speedup"),
         (["--budget", "macs", "--target_speedup", "2"], "target_speedup"),
         (["--method", "tmp", "--save_scores"], "save_scores"),
