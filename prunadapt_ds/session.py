@@ -89,7 +89,7 @@ class Session:
     losses: list[Tensor] = field(default_factory=list)  # of this rank's share of the steps since the last log line
     rebuilt: dict[int, bool] = field(default_factory=dict)  # by decision step, whether the clock spoke for a rebuild
     options: dict[str, Any] = field(default_factory=dict)  # by which a run is known again; see resume.py
-    identity: dict[str, str] = field(default_factory=dict)  # sha256 of "data", and on rank 0 of "backbone"
+    identity: dict[str, str] = field(default_factory=dict)  # sha256: "data"; on rank 0 "backbone", "adapter"
     timing: dict[str, int] = field(default_factory=dict)  # how latency is measured: batch_size, seq_length, repeats
     given: given_adapter.GivenAdapter | None = None  # the adapter it starts from
     latency: dict[str, Any] | None = None  # the table of --budget latency, see LatencyTable
@@ -342,7 +342,7 @@ def same_data(data: TaskData) -> str:
 
 
 def refuse_changed(config: Config, identity: dict[str, str], saved: Mapping[str, Any] | None) -> None:
-    """A run goes on with the backbone and the data it began with, wherever they lie now."""
+    """A run goes on with the backbone, the data and the adapter it began with, wherever they lie now."""
     names = {
         "backbone": ("model_name_or_path", config.model.model_name_or_path),
         "data": _data_option(config),
