@@ -68,7 +68,7 @@ def measure(argv: list[str], result: Path) -> None:
     """On every rank: some dense steps, a cut of the whole way, some steps after it; rank 0 writes what was counted."""
     import torch
 
-    from prunadapt_ds import distributed, engine, finish, train
+    from prunadapt_ds import distributed, engine, train
     from prunadapt_ds.budget import decide
     from prunadapt_ds.config import parse
 
@@ -98,7 +98,7 @@ def measure(argv: list[str], result: Path) -> None:
             found["rebuild_s"] = time.perf_counter() - start
     session.tracker.close()
     if distributed.rank() == 0:
-        device = finish.device_name(session.device)
+        device = distributed.device_name(session.device)
         found |= {"ranks": distributed.world_size(), "device": device, "torch": torch.__version__}
         result.write_text(json.dumps(found, indent=1) + "\n")
     distributed.shutdown()

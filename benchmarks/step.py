@@ -30,7 +30,7 @@ def measure(result: Path, rounds: int, options: list[str]) -> None:
     """On every rank; rank 0 writes seconds [round][variant]."""
     import torch
 
-    from prunadapt_ds import distributed, finish, train, zero3
+    from prunadapt_ds import distributed, train, zero3
     from prunadapt_ds.config import parse
 
     pieces, sessions = zero3.PIECE_ELEMENTS, {}
@@ -51,7 +51,7 @@ def measure(result: Path, rounds: int, options: list[str]) -> None:
         for session in sessions.values():
             session.tracker.close()
     if distributed.rank() == 0:
-        found = {"ranks": distributed.world_size(), "device": finish.device_name(session.device)}
+        found = {"ranks": distributed.world_size(), "device": distributed.device_name(session.device)}
         found |= {"torch": torch.__version__, "options": options, "seconds": seconds[2:]}
         result.write_text(json.dumps(found, indent=1) + "\n")
     distributed.shutdown()

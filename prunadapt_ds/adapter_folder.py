@@ -8,14 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from prunadapt_ds.adapters import ADAPTER, is_lora
+from prunadapt_ds.adapters import ADAPTER, PREFIX, is_lora
 from prunadapt_ds.backbone import Backbone
 from prunadapt_ds.distributed import on_rank_0, rank
 from prunadapt_ds.engine import gathered
 from prunadapt_ds.export import auto_class_for
 from prunadapt_ds.files import whole_folder
-
-PREFIX = "base_model.model."  # PEFT's name for the model below its wrapper
 
 
 def write(backbone: Backbone, base: str, targets: list[str], lora: Any, folder: Path) -> None:

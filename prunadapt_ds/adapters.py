@@ -12,6 +12,7 @@ from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.modeling_prunadapt import Layout
 
 ADAPTER = "default"  # PEFT's name of the one adapter
+PREFIX = "base_model.model."  # PEFT's name for the model below its wrapper, in files
 
 
 def target_modules(layout: Layout, wanted: Sequence[str] | None = None, *, only_head_inputs: bool = False) -> list[str]:

@@ -178,7 +178,7 @@ def say_remote_code(name: str, offline: bool = False) -> None:
         print(f"trust_remote_code: runs {found or f'nothing, {name} brings no code'}", flush=True)
 
 
-def _why_offline(name: str) -> str | None:
+def why_offline(name: str) -> str | None:
     """Why the hub does not give a model that lies there; None for a local folder, or when it does."""
     from huggingface_hub import constants
 
@@ -223,7 +223,7 @@ def load(
 
     name = locate(model_name_or_path)
     check(model_name_or_path)
-    offline = _why_offline(name)
+    offline = why_offline(name)
     if trust_remote_code:
         say_remote_code(model_name_or_path, bool(offline))
     labels = list(label_names) or [f"LABEL_{i}" for i in range(num_labels)]

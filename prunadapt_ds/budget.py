@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from prunadapt_ds.errors import Problem, UserError
@@ -43,11 +44,11 @@ class PruningPlan:
         return mask
 
     def cost(self, budget: str) -> int:
-        """Parameters or multiply-accumulates of the blocks that remain."""
-        return self.structure.fixed_cost(budget) + int(self.structure.unit_costs(budget)[self.mask()].sum())
+        """Parameters, multiply-accumulates or nanoseconds of the blocks that remain."""
+        return self.structure.cost(budget, map(len, self.kept))
 
     def sparsity(self, budget: str) -> float:
-        """1 - kept / dense over all parameters (or multiply-accumulates) of the blocks."""
+        """1 - kept / dense over all parameters (or multiply-accumulates, or nanoseconds) of the blocks."""
         return 1 - self.cost(budget) / self.structure.dense_cost(budget)
 
     def counts(self) -> list[dict[str, int]]:
@@ -111,14 +112,14 @@ def decide(
     assert scores.shape == (structure.num_units,) and bool(torch.isfinite(scores).all())
     if gone is not None:
         scores = scores.masked_fill(gone, -torch.inf)  # before all others
-    unit_costs = structure.unit_costs(budget)
     pieces = [
         cut_items(s, scores[s.span], neuron_multiple, max(s.floor, (floors or {}).get((s.layer, s.kind), 0)))
         for s in structure.sublayers
     ]
     flat, sizes = (torch.cat(column) for column in zip(*pieces, strict=True))
-    items = _item_numbers(structure, [len(s) for _, s in pieces], uniform)
-    num_items = int(items.max()) + 1 if len(items) else 0
+    piece_costs = torch.cat([_piece_costs(s, n, budget) for s, (_, n) in zip(structure.sublayers, pieces, strict=True)])
+    items, chains = _item_numbers(structure, [len(s) for _, s in pieces], uniform)
+    num_items = sum(chains)
     keep = torch.ones(structure.num_units, dtype=torch.bool)
     dense = structure.dense_cost(budget)
     excess = sparsity * dense  # cost still to be cut
@@ -127,8 +128,8 @@ def decide(
     if num_items and sparsity > 0:
         owner = items.repeat_interleave(sizes)
         zeros = torch.zeros(num_items, dtype=torch.double)
-        item_costs = zeros.scatter_add(0, owner, unit_costs[flat].double())  # [items]
-        densities = zeros.scatter_add(0, owner, scores[flat]) / item_costs  # [items]
+        item_costs = zeros.scatter_add(0, items, piece_costs.double())  # [items]
+        densities = _densities(zeros.scatter_add(0, owner, scores[flat]), item_costs, chains)  # [items]
         order = torch.argsort(densities, stable=True)
         removed = item_costs[order].cumsum(0)
         if excess > removed[-1] + 0.5:  # costs are whole numbers; less than one is the rounding of `sparsity * dense`
@@ -143,28 +144,53 @@ def decide(
     return PruningPlan.from_mask(structure, keep)
 
 
-def _item_numbers(structure: Structure, counts: list[int], uniform: bool) -> Tensor:
-    """The item that each piece belongs to: int64 [pieces]. `counts`: pieces of each sub-layer.
+def _piece_costs(sublayer: SubLayer, sizes: Tensor, budget: str) -> Tensor:
+    """What each piece of a sub-layer saves when those before it are gone: int64 [pieces]. `sizes`: its units."""
+    left = sublayer.num_units - torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])  # before the first, after each
+    return -sublayer.costs(budget)[left].diff()
 
-    Pieces are items of their own; with `uniform`, the n-th pieces of all sub-layers of a kind are one item.
+
+def _densities(scores: Tensor, costs: Tensor, chains: list[int]) -> Tensor:
+    """Score per cost of the items by which they are ranked: float [items], never falling within a chain.
+
+    scores, costs: float [items]. `chains`: lengths of the runs of items that can only go one after another. Where an item
+    saves more for its score than those before it (a measured time falls in steps), they are weighed together: what is
+    cut is then, at any threshold, the choice that loses the least score for its saving. Costs in proportion to units leave
+    all as it is.
+    """
+    costs = costs.clamp(min=1e-6)  # of whole numbers: what saves nothing goes last
+    densities = scores / costs
+    for chain, cost in zip(densities.split(chains), costs.split(chains), strict=True):  # views
+        there = chain > -torch.inf
+        if bool((chain[there].diff() < 0).any()):
+            chain[there] = torch.from_numpy(isotonic_regression(chain[there].numpy(), weights=cost[there].numpy()).x)
+    return densities
+
+
+def _item_numbers(structure: Structure, counts: list[int], uniform: bool) -> tuple[Tensor, list[int]]:
+    """The item that each piece belongs to, int64 [pieces], and the lengths of the runs of items of one sub-layer.
+
+    `counts`: pieces of each sub-layer. Pieces are items of their own; with `uniform`, the n-th pieces of all sub-layers of
+    a kind are one item.
     """
     if not uniform:
-        return torch.arange(sum(counts))
+        return torch.arange(sum(counts)), counts
+    chains: dict[str, int] = {}
     start: dict[str, int] = {}
-    numbers, used = [], 0
+    numbers = []
     for sublayer, count in zip(structure.sublayers, counts, strict=True):
         if sublayer.kind not in start:
-            start[sublayer.kind], used = used, used + count
+            start[sublayer.kind], chains[sublayer.kind] = sum(chains.values()), count
         numbers.append(start[sublayer.kind] + torch.arange(count))
-    assert used == len(set(torch.cat(numbers).tolist())), "layers differ in what may be cut"
-    return torch.cat(numbers)
+    assert all(n == chains[s.kind] for s, n in zip(structure.sublayers, counts, strict=True)), (
+        "layers differ in what may be cut"
+    )
+    return torch.cat(numbers), list(chains.values())
 
 
 def max_sparsity(structure: Structure, budget: str) -> float:
     """The sparsity at which every unit is gone that may go."""
-    per_unit = {"params": "params_per_unit", "macs": "macs_per_unit"}[budget]
-    stays = structure.fixed_cost(budget) + sum(s.floor * getattr(s, per_unit) for s in structure.sublayers)
-    return 1 - stays / structure.dense_cost(budget)
+    return 1 - structure.cost(budget, (s.floor for s in structure.sublayers)) / structure.dense_cost(budget)
 
 
 def _too_sparse(sparsity: float, maximum: float) -> UserError:

@@ -16,7 +16,7 @@ from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.options import Usage, option, options_of, read
 
 METHODS = ("prunadapt", "tmp", "lora", "full")
-BUDGETS = ("params", "macs")
+BUDGETS = ("params", "macs", "latency")
 CRITERION_NAMES = ("fisher", "taylor", "outlier", "activation_norm", "magnitude", "random")
 TASK_TYPES = ("sequence_classification", "causal_lm")
 TASK_NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "sample")
@@ -60,7 +60,14 @@ class PruningOptions:
 
     method: str = option("prunadapt", "what is trained and cut", choices=METHODS)
     target_sparsity: float | None = option(None, "share of the blocks to cut (0.5)", least=0, below=1)
-    budget: str = option("params", "what sparsity counts", choices=BUDGETS)
+    target_speedup: float | None = option(
+        None, "how many times as fast the blocks get: the sparsity 1 - 1 / X of --budget latency, instead", least=1
+    )
+    budget: str = option(
+        "params",
+        "what sparsity counts; latency is measured when the run starts, on its device and dtype",
+        choices=BUDGETS,
+    )
     criterion: str = option("fisher", "how importance is scored", choices=CRITERION_NAMES)
     prune_start: float = option(0.25, "pruning begins; fraction of all steps", least=0, below=1)
     prune_end: float = option(0.6, "pruning ends; fraction of all steps", above=0, most=1)
@@ -93,6 +100,10 @@ class PruningOptions:
 class LoraOptions:
     """Adapters."""
 
+    adapter_name_or_path: str | None = option(
+        None,
+        "start from this PEFT LoRA adapter, a folder or hub id; rank, alpha and projections are then the adapter's",
+    )
     r: int = option(8, "LoRA rank", least=1)
     lora_alpha: float = option(16, "LoRA scale; updates are multiplied by lora_alpha / r", above=0)
     lora_dropout: float = option(0.0, "dropout before LoRA; probability", least=0, below=1)
@@ -142,6 +153,10 @@ class OutputOptions:
         "a PEFT adapter (with --method lora)",
         choices=EXPORT_FORMATS,
     )
+    latency_batch_size: int | None = option(
+        None, "sequences at a time where latency is measured, for the report and --budget latency (32)", least=1
+    )
+    latency_seq_length: int | None = option(None, "tokens of each of them (128)", least=4)
     export_dtype: str = option("float32", "dtype of the exported weights", choices=EXPORT_DTYPES)
     checkpoint_steps: int | None = option(
         None, "steps between two checkpoints; default: by the clock, at a hundredth of the run's time", least=1
@@ -214,6 +229,7 @@ def _contradictions(config: Config) -> list[Problem]:
     if prune.method in METHODS and prune.method != "prunadapt" and prune.target_sparsity is not None:
         why = "cuts its own share of heads" if prune.method == "tmp" else "cuts nothing"
         found.append(Problem("target_sparsity", prune.target_sparsity, f"--method {prune.method} {why}; leave it out"))
+    found += _speedup_problems(config)
     if prune.method != "prunadapt" and prune.score_only:
         found.append(Problem("score_only", True, "scores come from the gates of --method prunadapt"))
     formats = output.export_formats or []
@@ -228,6 +244,10 @@ def _contradictions(config: Config) -> list[Problem]:
         )
     if "adapter" in formats and prune.method != "lora":
         found.append(Problem("export_formats", "adapter", "an adapter fits the unpruned model only: use --method lora"))
+    if config.lora.adapter_name_or_path is not None and prune.method in ("tmp", "full"):
+        why = "has no LoRA" if prune.method == "full" else "cuts before there is LoRA, and ranks differ by layer"
+        remedy = f"--method {prune.method} {why}; use prunadapt or lora"
+        found.append(Problem("adapter_name_or_path", config.lora.adapter_name_or_path, remedy))
     if prune.method != "prunadapt" and prune.save_scores:
         found.append(Problem("save_scores", True, "there are no decisions but those of --method prunadapt"))
     if data.task_type == "causal_lm":
@@ -259,6 +279,25 @@ def _contradictions(config: Config) -> list[Problem]:
     return found
 
 
+def _speedup_problems(config: Config) -> list[Problem]:
+    """What --target_speedup and --budget latency do not go with."""
+    prune, found = config.prune, []
+    if prune.method in METHODS and prune.method != "prunadapt" and prune.budget == "latency":
+        found.append(Problem("budget", "latency", f"there is no decision to budget with --method {prune.method}"))
+    if prune.target_speedup is None:
+        return found
+    if prune.method in METHODS and prune.method != "prunadapt":
+        remedy = f"--method {prune.method} takes no target; leave it out, and measure with the report"
+        found.append(Problem("target_speedup", prune.target_speedup, remedy))
+    if "target_sparsity" in config.given:
+        remedy = f"--target_sparsity {prune.target_sparsity} is a target already; give one of the two"
+        found.append(Problem("target_speedup", prune.target_speedup, remedy))
+    if "budget" in config.given and prune.budget != "latency":
+        remedy = f"speaks of latency, --budget {prune.budget} of something else; leave --budget out"
+        found.append(Problem("target_speedup", prune.target_speedup, remedy))
+    return found
+
+
 def _language_problems(config: Config) -> list[Problem]:
     """What --task_type causal_lm does not go with."""
     data, prune, found = config.data, config.prune, []
@@ -276,6 +315,8 @@ def _resolve(config: Config) -> None:
     """Fill in the defaults that depend on other options."""
     if config.data.task_type == "causal_lm":
         config.prune.distill_weight = 0.0
+    if config.prune.target_speedup is not None:
+        config.prune.target_sparsity, config.prune.budget = 1 - 1 / config.prune.target_speedup, "latency"
     if config.prune.method == "prunadapt" and config.prune.target_sparsity is None:
         config.prune.target_sparsity = DEFAULT_SPARSITY
     if config.lora.train_norms is None:

@@ -188,6 +188,10 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

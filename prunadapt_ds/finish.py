@@ -34,7 +34,6 @@ from prunadapt_ds.session import PHASES, Session, eval_batch, evaluate, measures
 from prunadapt_ds.watchdog import milestone
 
 PARITY_EXAMPLES = 512  # of each validation set, compared in fp32 where the run itself was not
-LATENCY = {"batch_size": 32, "seq_length": 128, "repeats": 20}
 
 
 def finish(session: Session, stop_if_asked: Callable[[], None] = lambda: None) -> None:
@@ -137,7 +136,7 @@ def prove(
             batch_size=eval_batch(session),
             device=session.device,
             dtype=dtype,
-            latency={**LATENCY, "dtype": low} if latency else None,
+            latency={**session.timing, "dtype": low} if latency else None,
         )
 
     files.replace(session.output_dir / "plan.json", json.dumps(session.plan.to_dict(), sort_keys=True))
@@ -230,7 +229,7 @@ def describe(session: Session) -> None:
         "world_size": distributed.world_size(),
         "zero_stage": session.ds.stage,
         "dtype": session.ds.dtype,
-        "device": device_name(session.device),
+        "device": distributed.device_name(session.device),
         "command": outline.command(config, distributed.world_size()),
         "labels": list(session.data.label_names),
         "versions": versions(),
@@ -253,6 +252,12 @@ def describe(session: Session) -> None:
         "target": config.prune.target_sparsity if is_pruning else None,
         "achieved": plan.sparsity(config.prune.budget),
     }
+    if is_pruning and config.prune.budget == "latency":
+        target = config.prune.target_sparsity or 0.0
+        result["latency"] |= {
+            "target_speedup": 1 / (1 - target),
+            "table_speedup": 1 / (1 - plan.sparsity("latency")),
+        }
     result["time"] |= {
         "train_s": train_s,
         "train_cpu_s": train_cpu_s if on_cpu else None,
@@ -281,10 +286,6 @@ def text_of(session: Session, name: str, index: int) -> str:
         return session.backbone.tokenizer.decode(tokens, skip_special_tokens=True)[:200]
     row = session.data.validation[name][index]
     return " / ".join(str(row[key])[:200] for key in ("sentence1", "sentence2", "text") if row.get(key))
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def versions() -> dict[str, str]:

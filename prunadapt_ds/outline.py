@@ -51,6 +51,7 @@ def header(
     groups = ", ".join(f"{name} {count:,}" for name, count in trainable.items())
     chosen = {o.name: getattr(getattr(config, o.section), o.name) for o in OPTIONS.values() if o.name in DEFAULTS}
     meaningless = {"num_train_epochs"} if config.train.max_steps > 0 else set()
+    meaningless |= {"target_sparsity"} if "target_speedup" in config.given else set()
     defaults = ", ".join(f"{name}={chosen[name]}" for name in DEFAULTS if name not in config.given | meaningless)
     lines = [
         f"steps:     {steps}",

@@ -194,7 +194,7 @@ def page(result: dict[str, Any], drawn: Sequence[Picture], examples: Sequence[re
         html_table(report.SCORE_HEADER, report.scores(result), "Scores"),
         html_table(report.COST_HEADER, report.costs(result), "Costs"),
         "<p>The teacher comes from this run's own dense phase, before the first cut. "
-        f"{html.escape(report.parity(result))}</p>",
+        f"{html.escape(report.parity(result) + ' ' + report.speedup(result))}</p>",
         f"<div class=pictures>{''.join(map(image, drawn))}</div>",
     ]
     if examples:

@@ -75,6 +75,13 @@ def run(argv: list[str]) -> str:
         config = parse(rest)
     except UserError as error:
         raise UserError([*error.problems, *problems]) from error
+    if config.prune.budget == "latency":
+        remedy = "is measured when a run starts, on its device; plan with --budget macs and a target sparsity near it"
+        asked = "budget" if config.prune.target_speedup is None else "target_speedup"
+        problems.append(Problem(asked, getattr(config.prune, asked), remedy))
+    if config.lora.adapter_name_or_path is not None:
+        remedy = "is not read here; say its rank with --r, its projections with --target_modules"
+        problems.append(Problem("adapter_name_or_path", config.lora.adapter_name_or_path, remedy))
     if problems:
         raise UserError(problems)
     if values.task_type == "causal_lm":

@@ -58,7 +58,8 @@ _SCHEMA: dict[str, Any] = {
         "peak_rank_bytes": _nothing("dense_phase", "after_shrink"),
     },
     "latency": _nothing(
-        "dense_ms", "exported_ms", "batch_size", "seq_length", "dtype", "threads", "repeats", "speedup"
+        *("dense_ms", "exported_ms", "batch_size", "seq_length", "dtype", "threads", "repeats", "speedup"),
+        *("target_speedup", "table_speedup"),
     ),
     "parity": _nothing("max_abs_logit_diff", "tolerance", "examples"),
     "exports": {},
@@ -185,6 +186,8 @@ def table(report: dict[str, Any]) -> str:
             drawn.add_row(*row)
         console.print(drawn)
         title = ""
+    if text := speedup(report):
+        console.print(text, highlight=False)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -228,6 +231,18 @@ def parity(report: dict[str, Any]) -> str:
     )
 
 
+def speedup(report: dict[str, Any]) -> str:
+    """What was asked for and what was measured; nothing where no speed was asked for."""
+    found = report["latency"]
+    if found["target_speedup"] is None:
+        return ""
+    target, table, measured = (_number(found[key], "{:.2f}") for key in ("target_speedup", "table_speedup", "speedup"))
+    return (
+        f"Speed-up: {target} asked for, {table} by the times of single sub-layers that the decisions read, {measured} measured on "
+        f"the exported model as a whole (batch {found['batch_size']}, {found['seq_length']} tokens, {found['dtype']})."
+    )
+
+
 def versions(report: dict[str, Any]) -> str:
     return "Versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + "."
 
@@ -243,6 +258,7 @@ def markdown(report: dict[str, Any]) -> str:
         markdown_table(COST_HEADER, costs(report)),
         "The teacher comes from this run's own dense phase, before the first cut.",
         parity(report),
+        *filter(None, [speedup(report)]),
         "## Kept units",
         markdown_table(("layer", "heads", "neurons"), structure, 0),
         "## Time",

@@ -41,7 +41,7 @@ FREE = {
     "resume",
 }
 # ... because what they name is compared instead of the name ...
-BY_CONTENT = {"model_name_or_path", "data_dir", "train_file", "validation_file"}
+BY_CONTENT = {"model_name_or_path", "adapter_name_or_path", "data_dir", "train_file", "validation_file"}
 # ... or because what becomes of them together with the ds_config is.
 RESOLVED = {
     "ds_config",
@@ -51,7 +51,8 @@ RESOLVED = {
     "learning_rate",
     "weight_decay",
 }
-LEFT_BEHIND = ("report.json", "report.md", "plan.json", "predictions.jsonl", "run.json")
+LATENCY = "latency.json"
+LEFT_BEHIND = ("report.json", "report.md", "plan.json", "predictions.jsonl", "run.json", LATENCY)
 REBUILDS = "rebuilds.json"
 STEP_TIMES_KEPT = 1000  # of each size
 
@@ -180,6 +181,14 @@ def begin(session: Session) -> None:
         files.replace(session.output_dir / "run.json", text + "\n")  # by which the run is known again
 
     distributed.on_rank_0("clearing the output folder", clear)
+    write_latency(session)
+
+
+def write_latency(session: Session) -> None:
+    """latency.json: the measured table, for people. A run that goes on reads it from its checkpoint."""
+    if session.latency is not None:
+        text = json.dumps(session.latency, indent=1) + "\n"
+        distributed.on_rank_0("writing latency.json", lambda: files.replace(session.output_dir / LATENCY, text))
 
 
 def note_rebuilds(session: Session) -> None:
@@ -242,6 +251,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {
         "options": session.options or options(session.config),
         "identity": session.identity,
+        "latency": session.latency,
         "world_size": distributed.world_size(),
         "optimizer_steps": learnt.steps,
         "plan": session.plan.kept,
@@ -322,6 +332,7 @@ def restore(session: Session, start: Checkpoint) -> None:
     moments = {key: below(f"{key}/") for key in state.MOMENTS}
     state.restore(session.engine, state.TrainingState(below("master/"), moments, saved["optimizer_steps"]))
     gates.apply_mask(session.model, session.plan.mask()[session.present.mask()])
+    write_latency(session)
     session.step = saved["step"]
     session.teacher_logits = tensors.get("teacher")
     session.average = WeightAverage(below("average/"), saved["average_count"])

@@ -18,7 +18,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds import adapters, backbone, distributed, gates, memory, report, watchdog
+from prunadapt_ds import adapters, backbone, distributed, gates, given_adapter, latency, memory, report, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan, max_sparsity
@@ -36,7 +36,7 @@ from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate import predict
 from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
-from prunadapt_ds.models.families import uniform_floors
+from prunadapt_ds.models.families import most_tokens, uniform_floors
 from prunadapt_ds.models.structure import Structure, layers_of, with_outer_floor
 from prunadapt_ds.resize import resize
 from prunadapt_ds.schedule import default_learning_rate
@@ -89,7 +89,10 @@ class Session:
     losses: list[Tensor] = field(default_factory=list)  # of this rank's share of the steps since the last log line
     rebuilt: dict[int, bool] = field(default_factory=dict)  # by decision step, whether the clock spoke for a rebuild
     options: dict[str, Any] = field(default_factory=dict)  # by which a run is known again; see resume.py
-    identity: dict[str, str] = field(default_factory=dict)  # sha256 of "data", and on rank 0 of "backbone"
+    identity: dict[str, str] = field(default_factory=dict)  # sha256: "data"; on rank 0 "backbone", "adapter"
+    timing: dict[str, int] = field(default_factory=dict)  # how latency is measured: batch_size, seq_length, repeats
+    given: given_adapter.GivenAdapter | None = None  # the adapter it starts from
+    latency: dict[str, Any] | None = None  # the table of --budget latency, see LatencyTable
 
     @property
     def model(self) -> Any:
@@ -162,6 +165,8 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
     if not is_language:  # whose examples are blocks of tokens, known later
         refuse_fewer_than_ranks(len(data.train))
     distributed.together(lambda: backbone.check(config.model.model_name_or_path))
+    adapter = config.lora.adapter_name_or_path
+    given = distributed.together(lambda: given_adapter.read(adapter)) if adapter is not None else None
     distributed.start_deepspeed()
     torch.manual_seed(config.train.seed)
     zero3 = engines.shard_while_loading(ds.values)
@@ -185,10 +190,19 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
     loaded.structure = with_outer_floor(loaded.structure, config.prune.keep_in_outer_layers)
     if distributed.rank() == 0:
         identity["backbone"] = backbone.identity(config.model.model_name_or_path)
+        identity |= {"adapter": given.identity()} if given is not None else {}
     distributed.together(lambda: refuse_changed(config, identity, saved))
+    timing = timing_of(config, loaded.model)
+    table = measured(config, loaded, timing, ds, saved) if config.prune.budget == "latency" else None
+    if table is not None:
+        table_read = latency.LatencyTable.from_dict(table)
+        loaded.structure = latency.with_times(loaded.structure, loaded.layout, table_read)
     check_target(config, loaded.structure)
     only_head_inputs = config.prune.method == "tmp"
     lora_targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=only_head_inputs)
+    if given is not None:
+        asked = config.given
+        lora_targets = distributed.together(lambda: given_adapter.take_over(given, loaded, config.lora, asked))
 
     def rows(dataset: Any) -> Rows:
         longest = config.data.max_seq_length
@@ -242,6 +256,9 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
         report=report.empty(),
         scores=ScoreAverage(config.prune.score_ema),
         identity=identity,
+        timing=timing,
+        latency=table,
+        given=given,
     )
     announce(session)
     return session
@@ -265,9 +282,49 @@ def no_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def timing_of(config: Config, model: nn.Module) -> dict[str, int]:
+    """How latency is measured, for the table and for the report. Raises UserError for more tokens than the model takes."""
+    asked = {"batch_size": config.output.latency_batch_size, "seq_length": config.output.latency_seq_length}
+    timing = {**latency.SETTING, **{name: number for name, number in asked.items() if number is not None}}
+    most = most_tokens(model)
+    if most is not None and timing["seq_length"] > most:
+        if asked["seq_length"] is not None:
+            raise UserError(
+                Problem("latency_seq_length", timing["seq_length"], f"the model takes at most {most} tokens")
+            )
+        timing["seq_length"] = most
+    return timing
+
+
+def measured(
+    config: Config, loaded: backbone.Backbone, timing: dict[str, int], ds: DsConfig, saved: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The table of --budget latency: rank 0 measures it for all; a run that goes on keeps the one it began with."""
+    if saved is not None:
+        return saved["latency"]
+    watchdog.rest()
+    device = distributed.device()
+    return distributed.on_rank_0(
+        "timing blocks of the model",
+        lambda: latency.measure(
+            loaded.model,
+            loaded.layout,
+            batch_size=timing["batch_size"],
+            seq_length=timing["seq_length"],
+            neuron_multiple=config.prune.neuron_multiple,
+            dtype=torch.bfloat16 if ds.dtype == "bf16" else torch.float32,
+            device=device,
+            name=distributed.device_name(device),
+        ).to_dict(),
+    )
+
+
 def check_target(config: Config, structure: Structure) -> None:
     """A sparsity beyond what can be cut is said before training, not at the last decision."""
     target, most = config.prune.target_sparsity or 0.0, max_sparsity(structure, config.prune.budget)
+    if target > most and config.prune.target_speedup is not None:
+        remedy = f"more than can be cut from this model; at most {1 / (1 - most):.2f} by what its blocks take here"
+        raise UserError(Problem("target_speedup", config.prune.target_speedup, remedy))
     if target > most:
         raise UserError(Problem("target_sparsity", target, f"more than can be cut from this model; at most {most:.4f}"))
 
@@ -285,9 +342,15 @@ def same_data(data: TaskData) -> str:
 
 
 def refuse_changed(config: Config, identity: dict[str, str], saved: Mapping[str, Any] | None) -> None:
-    """A run goes on with the backbone and the data it began with, wherever they lie now."""
-    names = {"backbone": ("model_name_or_path", config.model.model_name_or_path), "data": _data_option(config)}
-    changed = [names[kind] for kind, digest in identity.items() if saved and saved["identity"][kind] != digest]
+    """A run goes on with the backbone, the data and the adapter it began with, wherever they lie now."""
+    names = {
+        "backbone": ("model_name_or_path", config.model.model_name_or_path),
+        "data": _data_option(config),
+        "adapter": ("adapter_name_or_path", config.lora.adapter_name_or_path),
+    }
+    known = names if distributed.rank() == 0 else {"data"}  # of which this rank has a digest
+    before = saved["identity"] if saved else identity
+    changed = [names[kind] for kind in names if kind in known and before.get(kind) != identity.get(kind)]
     if changed:
         remedy = (
             "its content is not what the checkpoint was made with; bring that back, or start over with --resume never"
@@ -315,6 +378,8 @@ def announce(session: Session) -> None:
     say(f"peak learning rate {session.learning_rate:.2g}, {session.total_steps} steps")
     if config.prune.uniform and not session.backbone.family.heads.config_fields:
         say(f"--uniform: heads stay; the stock configuration of {session.backbone.family.model_type} cannot say fewer")
+    if session.latency is not None and session.latency["clock"] == "cpu":
+        say("this machine is busy: blocks were timed by processor seconds on one thread, not by the clock")
     session.tracker.text("config", json.dumps(config.to_dict(), indent=2))
     session.tracker.text("ds_config", json.dumps(ds.values, indent=2))
 
@@ -338,6 +403,8 @@ def add_trainables(session: Session, cut_to: PruningPlan | None = None) -> None:
             lora_dropout=config.lora.lora_dropout,
             rank_per_layer=session.rank_per_layer,
         )
+    if session.given is not None:
+        given_adapter.load(session.given, loaded)
     if config.lora.train_norms:
         train_norms(loaded.model)
     if method == "prunadapt":

@@ -1,11 +1,11 @@
-"""What every prunable unit of a model costs, in closed form.
+"""What every prunable unit of a model costs: parameters and multiply-accumulates in closed form, time as it was measured.
 
 Legend: U units of the whole model in one flat order: layer by layer, heads before neurons.  T sequence length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
@@ -27,10 +27,18 @@ class SubLayer:
     params_per_unit: int
     macs_per_unit: int  # multiply-accumulates for one sequence of `Structure.seq_length` tokens
     floor: int = 0  # units that must stay
+    latency: tuple[int, ...] = ()  # ns by the number of units kept, [num_units + 1], never falling; empty: not measured
 
     @property
     def span(self) -> slice:
         return slice(self.start, self.start + self.num_units)
+
+    def costs(self, budget: str) -> Tensor:
+        """What the sub-layer costs by the number of units kept: int64 [num_units + 1]."""
+        if budget == "latency":
+            assert len(self.latency) == self.num_units + 1, "the time of this sub-layer was not measured"
+            return torch.tensor(self.latency)
+        return torch.arange(self.num_units + 1) * {"params": self.params_per_unit, "macs": self.macs_per_unit}[budget]
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Structure:
     """All prunable units of a model, and what the blocks cost beside them.
 
     `fixed_params`: parameters of the blocks that no cut removes (norms, output biases, the key and value of multi-query
-    attention); `fixed_macs` alike.  `other_params`: embeddings and head, not part of sparsity.
+    attention); `fixed_macs` and `fixed_latency` (ns) alike.  `other_params`: embeddings and head, not part of sparsity.
     """
 
     sublayers: tuple[SubLayer, ...]
@@ -46,22 +54,23 @@ class Structure:
     other_params: int
     seq_length: int
     fixed_macs: int = 0
+    fixed_latency: int = 0
 
     @property
     def num_units(self) -> int:
         return sum(s.num_units for s in self.sublayers)
 
-    def unit_costs(self, budget: str) -> Tensor:
-        """Cost of each unit, int64 [U]: parameters ("params") or multiply-accumulates ("macs")."""
-        per_unit = [s.params_per_unit if budget == "params" else s.macs_per_unit for s in self.sublayers]
-        counts = torch.tensor([s.num_units for s in self.sublayers])
-        return torch.tensor(per_unit).repeat_interleave(counts)
-
     def fixed_cost(self, budget: str) -> int:
-        return self.fixed_params if budget == "params" else self.fixed_macs
+        return {"params": self.fixed_params, "macs": self.fixed_macs, "latency": self.fixed_latency}[budget]
+
+    def cost(self, budget: str, counts: Iterable[int]) -> int:
+        """Parameters ("params"), multiply-accumulates ("macs") or nanoseconds ("latency") of the blocks with so many units
+        in each sub-layer."""
+        pairs = zip(self.sublayers, counts, strict=True)
+        return self.fixed_cost(budget) + sum(int(s.costs(budget)[count]) for s, count in pairs)
 
     def dense_cost(self, budget: str) -> int:
-        return self.fixed_cost(budget) + int(self.unit_costs(budget).sum())
+        return self.cost(budget, (s.num_units for s in self.sublayers))
 
 
 def with_outer_floor(structure: Structure, share: float) -> Structure:

@@ -11,10 +11,10 @@ import torch
 import transformers  # noqa: F401
 from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
 
-import prunadapt_ds.finish
+import prunadapt_ds.latency
 import prunadapt_ds.train
 
 torch.set_num_threads(1)
 
 # What a test times is nobody's figure: a few small passes do.
-prunadapt_ds.finish.LATENCY.update(batch_size=2, seq_length=16, repeats=2)
+prunadapt_ds.latency.SETTING.update(batch_size=2, seq_length=16, repeats=2)

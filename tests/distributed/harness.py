@@ -173,8 +173,8 @@ def _program(
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    from prunadapt_ds import finish
+    from prunadapt_ds import latency
     from prunadapt_ds.train import main
 
-    finish.LATENCY.update(batch_size=2, seq_length=16, repeats=1)  # timing is not what these runs are for
+    latency.SETTING.update(batch_size=2, seq_length=16, repeats=1)  # timing is not what these runs are for
     sys.exit(main(argv))

@@ -179,6 +179,17 @@ def whole_run(argv):
     return main(argv)
 
 
+def first_logits(argv):
+    """What the model answers to the development set before it has learnt anything."""
+    from prunadapt_ds import train
+
+    session = _session(argv)
+    train.add_trainables(session)
+    _, logits = train.evaluate(session)
+    session.tracker.close()
+    return logits["validation"].tolist()
+
+
 def scored(argv):
     """The real scoring of a folder: its measures."""
     from prunadapt_ds import scoring

@@ -36,7 +36,7 @@ save_file(logits, sys.argv[3])
 def uniform_plan(family, structure):
     floored = uniform_floors(family, structure, 8)
     scores = torch.rand(structure.num_units, generator=torch.Generator().manual_seed(1))
-    costs = structure.unit_costs("params")
+    costs = torch.cat([s.costs("params").diff() for s in structure.sublayers])
     plan = decide(scores * costs, floored, 0.55 if family.heads.config_fields else 0.2, uniform=True)
     return PruningPlan(structure, plan.kept)
 
@@ -115,7 +115,7 @@ def test_uniform_within_one_step(exported):
     _, structure = layout_and_structure(adapted("llama")[0], 16)
     floored = uniform_floors(FAMILIES["llama"], structure, 8)
     scores = torch.rand(structure.num_units, generator=torch.Generator().manual_seed(3))
-    costs = structure.unit_costs("params")
+    costs = torch.cat([s.costs("params").diff() for s in structure.sublayers])
     step = 3 * max(int(costs[0]), 8 * int(costs[2]))
     for sparsity in (0.1, 0.2, 0.35, 0.5, 0.6):
         plan = decide(scores, floored, sparsity, uniform=True)

@@ -15,6 +15,7 @@ import torch
 
 from prunadapt_ds import checkpoint
 from prunadapt_ds import report as reports
+from prunadapt_ds.latency import LatencyTable, curve
 from tests.distributed.harness import Ranks
 from tests.distributed.test_laws import arguments, ds_config
 from tests.tiny import tiny_data, tiny_folder
@@ -115,6 +116,33 @@ def test_killed_and_resumed_is_uninterrupted(base, tmp_path, uninterrupted, faul
     assert complete(arguments)[0] == uninterrupted[1]
 
 
+def test_a_speed_is_met_and_a_resumed_run_keeps_its_table(base, tmp_path):
+    """Two ranks decide alike by times that only one has taken; killed after the first decision, they read them again."""
+    out = tmp_path / "out"
+    arguments = argv(base, out, target_sparsity=None, target_speedup=1.3, shrink="never", latency_batch_size=1)
+    assert {rank.code for rank in run(arguments, fault="SIGKILL@step-6@all")} == {-9}
+    table = (out / "latency.json").read_text()
+    (out / "latency.json").unlink()
+    said = complete(arguments)[1]
+    assert "goes on after step 6" in said or "goes on after step 4" in said
+    assert (out / "latency.json").read_text() == table, "measured again, it would differ by some nanoseconds"
+    report, found = json.loads((out / "report.json").read_text()), LatencyTable.from_dict(json.loads(table))
+    assert (found.batch_size, found.seq_length, found.dtype) == (1, 16, "float32")
+    units = json.loads((out / "plan.json").read_text())["units"]
+    curves = {kind: curve(getattr(found, kind), 4 if kind == "heads" else 48) for kind in ("heads", "neurons")}
+    kept, dense = (
+        3 * found.layer_ns + sum(curves[u["kind"]][n(u)] for u in units)
+        for n in (lambda u: len(u["kept"]), lambda u: u["dense"])
+    )
+    assert report["latency"]["target_speedup"] == pytest.approx(1.3)
+    assert report["latency"]["table_speedup"] == pytest.approx(dense / kept)
+    dearest = max(
+        b - a for kind, step in (("heads", 1), ("neurons", 8)) for a, b in zip(curves[kind], curves[kind][step:])
+    )
+    assert abs(kept - dense / 1.3) <= dearest and kept < dense
+    assert report["latency"]["speedup"] > 0 and "Speed-up: 1.30 asked for" in said
+
+
 @pytest.mark.parametrize("name, rank", [("SIGUSR1", "1"), ("SIGTERM", "all")])
 def test_asked_to_stop_and_started_again(base, tmp_path, uninterrupted, name, rank):
     """Every rank leaves with 75, whichever got the signal; the same command goes on."""
@@ -182,7 +210,7 @@ def agree(mine, other):
 
     model = tiny_model("bert")
     structure = measure(model, layout_of(family_of(model.config), model.config, model.base_model_prefix), 32)
-    costs = structure.unit_costs("params")
+    costs = torch.cat([s.costs("params").diff() for s in structure.sublayers])
     masks = []
     for found in (mine, other):
         mask = torch.zeros(structure.num_units, dtype=torch.bool)

@@ -129,6 +129,18 @@ def peft_loads_the_adapter(base, tmp_path, model_type):
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
     if model_type == "bert":
         check_predictions(base, tmp_path)
+        check_a_second_run_starts_there(base, tmp_path)
+
+
+def check_a_second_run_starts_there(base, tmp_path):
+    """Sharded over two ranks, a run that is given the adapter answers at once as the run ended that had trained it."""
+    given = {"adapter_name_or_path": tmp_path / "out" / "exports" / "adapter", "train_norms": True, "seed": 5}
+    ended = [
+        json.loads(line)["masked"]["logits"] for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()
+    ]
+    argv = arguments(base, tmp_path / "second", **given)
+    for logits in run_ranks(runs.first_logits, 2, argv):
+        torch.testing.assert_close(torch.tensor(logits), torch.tensor(ended), atol=1e-5, rtol=1e-5)
 
 
 def check_predictions(base, tmp_path):

@@ -153,12 +153,17 @@ OPTION_CASES = {
     "resume from nowhere": ({"resume": "nowhere"}, [("resume", "must be auto, never, or the folder of a checkpoint")]),
     "resume from no checkpoint": ({"resume": "."}, [("resume", "there is no intact checkpoint")]),
     "sparsity out of reach": ({"target_sparsity": 0.999}, [("target_sparsity", "at most 0.9")]),
+    "speed out of reach": (
+        {"target_speedup": 1e6, "latency_batch_size": 1, "latency_seq_length": 8},
+        [("target_speedup", "by what its blocks take here")],
+    ),
+    "timed beyond its positions": ({"latency_seq_length": 2000}, [("latency_seq_length", "at most 512 tokens")]),
     "no such projection": ({"target_modules": "qury"}, [("target_modules", "attention.self.query")]),
     "more tokens than positions": ({"max_seq_length": 2000}, [("max_seq_length", "at most 64")]),
     "no room for text": ({"max_seq_length": 4}, [("max_seq_length", "at least 5")]),
     "several at once": (
         {"r": 0, "seed": -1, "budget": "flops"},
-        [("r", "at least 1"), ("seed", "at least 0"), ("budget", "known are params, macs")],
+        [("r", "at least 1"), ("seed", "at least 0"), ("budget", "known are params, macs, latency")],
     ),
 }
 

@@ -14,13 +14,28 @@ from prunadapt_ds.models.structure import Structure, SubLayer, with_outer_floor
 pytestmark = pytest.mark.fast
 
 
-def structure(layers=3, heads=4, neurons=48, head_cost=1000, neuron_cost=60, fixed=500):
+def structure(layers=3, heads=4, neurons=48, head_cost=1000, neuron_cost=60, fixed=500, times=0):
+    """`times`: seed of the measured times, which rise in steps and are flat in between."""
+    generator = torch.Generator().manual_seed(times)
     sublayers, start = [], 0
     for layer in range(layers):
         for kind, n, cost in (("heads", heads, head_cost), ("neurons", neurons, neuron_cost)):
-            sublayers.append(SubLayer(layer, kind, start, n, cost, 7 * cost if kind == "heads" else 5 * cost))
+            macs = 7 * cost if kind == "heads" else 5 * cost
+            rises = torch.randint(0, 1000, (n,), generator=generator) * torch.randint(0, 2, (n,), generator=generator)
+            ns = (0, *rises.cumsum(0).tolist())
+            sublayers.append(SubLayer(layer, kind, start, n, cost, macs, latency=ns))
             start += n
-    return Structure(tuple(sublayers), fixed * layers, 10_000, 16)
+    return Structure(tuple(sublayers), fixed * layers, 10_000, 16, fixed_latency=100 * layers)
+
+
+def dearest(s, budget, multiple):
+    """The most that one item can cost."""
+    steps = {"heads": 1, "neurons": multiple}
+    return max(
+        int((costs[min(n, steps[sub.kind]) :] - costs[: n + 1 - min(n, steps[sub.kind])]).max())
+        for sub in s.sublayers
+        for n, costs in [(sub.num_units, sub.costs(budget))]
+    )
 
 
 structures = st.builds(
@@ -31,18 +46,18 @@ structures = st.builds(
     head_cost=st.integers(1, 5000),
     neuron_cost=st.integers(1, 100),
     fixed=st.integers(0, 2000),
+    times=st.integers(0, 10**6),
 )
+BUDGETS = st.sampled_from(["params", "macs", "latency"])
 
 
 @settings(max_examples=150, deadline=None)
-@given(structures, st.floats(0, 1), st.integers(0, 10**6), st.sampled_from(["params", "macs"]), st.integers(1, 16))
+@given(structures, st.floats(0, 1), st.integers(0, 10**6), BUDGETS, st.integers(1, 16))
 def test_budget_is_met_within_one_item(s, fraction, seed, budget, multiple):
     scores = torch.rand(s.num_units, generator=torch.Generator().manual_seed(seed))
     target = fraction * max_sparsity(s, budget)
     plan = decide(scores, s, target, budget=budget, neuron_multiple=multiple)
-    costs = s.unit_costs(budget)
-    item = max(int(costs.max()), multiple * int(costs[-1]))
-    assert abs(plan.sparsity(budget) - target) * s.dense_cost(budget) <= item
+    assert abs(plan.sparsity(budget) - target) * s.dense_cost(budget) <= dearest(s, budget, multiple) + 1e-6
     for sub, kept in zip(s.sublayers, plan.kept, strict=True):
         if sub.kind == "neurons" and len(kept) != sub.num_units:
             assert len(kept) % multiple == 0
@@ -50,10 +65,10 @@ def test_budget_is_met_within_one_item(s, fraction, seed, budget, multiple):
 
 
 @settings(max_examples=60, deadline=None)
-@given(structures, st.integers(0, 10**6))
-def test_a_higher_score_is_never_cut_before_a_lower_one_of_its_sublayer(s, seed):
+@given(structures, st.integers(0, 10**6), BUDGETS)
+def test_a_higher_score_is_never_cut_before_a_lower_one_of_its_sublayer(s, seed, budget):
     scores = torch.rand(s.num_units, generator=torch.Generator().manual_seed(seed))
-    keep = decide(scores, s, 0.5 * max_sparsity(s, "params"), neuron_multiple=1).mask()
+    keep = decide(scores, s, 0.5 * max_sparsity(s, budget), neuron_multiple=1, budget=budget).mask()
     for sub in s.sublayers:
         kept, cut = scores[sub.span][keep[sub.span]], scores[sub.span][~keep[sub.span]]
         assert not len(kept) or not len(cut) or kept.min() >= cut.max()
@@ -114,9 +129,45 @@ def test_heads_and_neurons_are_weighed_by_their_cost():
 
 
 @settings(max_examples=200, deadline=None)
-@given(structures, st.sampled_from(["params", "macs"]))
+@given(structures, BUDGETS)
 def test_exactly_the_maximum_cuts_everything(s, budget):
-    assert not decide(torch.ones(s.num_units), s, max_sparsity(s, budget), budget=budget).mask().any()
+    plan = decide(torch.ones(s.num_units), s, max_sparsity(s, budget), budget=budget)
+    assert plan.cost(budget) == s.fixed_cost(budget)
+    assert budget == "latency" or not plan.mask().any()  # a unit that takes no time may stay
+
+
+@settings(max_examples=100, deadline=None)
+@given(structures, st.integers(0, 10**6), st.floats(1e-6, 1e-2), st.booleans())
+def test_no_other_choice_loses_less_for_its_saving(s, seed, price, uniform):
+    """The cut that a price per saved nanosecond makes, found sub-layer by sub-layer, is the one made for its saving."""
+    scores = torch.rand(s.num_units, generator=torch.Generator().manual_seed(seed)).double()
+    kinds = ("heads", "neurons")
+    groups = [[t for t in s.sublayers if t.kind == k] for k in kinds] if uniform else [[t] for t in s.sublayers]
+    saved = lost = 0.0
+    for group in groups:
+        losses = sum(torch.cat([torch.zeros(1), scores[t.span].sort().values.cumsum(0)]) for t in group)
+        savings = sum(t.costs("latency")[-1] - t.costs("latency").flip(0) for t in group)
+        best = int((losses - price * savings).argmin())
+        saved, lost = saved + float(savings[best]), lost + float(losses[best])
+    target = saved / s.dense_cost("latency")
+    plan = decide(scores, s, target, budget="latency", neuron_multiple=1, uniform=uniform)
+    assert 1 - plan.cost("latency") / s.dense_cost("latency") == pytest.approx(target)
+    assert float(scores[~plan.mask()].sum()) == pytest.approx(lost, abs=1e-9)
+    if uniform:
+        assert len({(c["heads"], c["neurons"]) for c in plan.counts()}) == 1
+
+
+def test_what_saves_no_time_alone_stays_until_it_does():
+    """Three heads take as long as four; the second layer's are worth a little more each, but each saves."""
+    flat, steep = (0, 10, 20, 100, 100), (0, 25, 50, 75, 100)
+    sublayers = (SubLayer(0, "heads", 0, 4, 9, 9, latency=flat), SubLayer(1, "heads", 4, 4, 9, 9, latency=steep))
+    s = Structure(sublayers, 0, 0, 16, fixed_latency=0)
+    scores = torch.tensor([1.0] * 4 + [0.6] * 4)
+    assert [len(k) for k in decide(scores, s, 25 / 200, budget="latency").kept] == [4, 3]
+    assert [len(k) for k in decide(scores, s, 80 / 200, budget="latency", neuron_multiple=1).kept] == [4, 1]
+    scores[:4] = 0.3
+    assert [len(k) for k in decide(scores, s, 80 / 200, budget="latency").kept] == [2, 4], "two go together"
+    assert [len(k) for k in decide(scores, s, 80 / 200, budget="params").kept] == [1, 4]
 
 
 def test_too_much_is_an_error_that_names_the_maximum():

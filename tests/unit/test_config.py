@@ -40,6 +40,12 @@ def test_defaults():
         (["--learning_rat", "1"], "learning_rat"),
         (["--method", "tmp", "--target_sparsity", "0.5"], "target_sparsity"),
         (["--method", "lora", "--score_only"], "score_only"),
+        (["--method", "tmp", "--target_speedup", "2"], "target_speedup"),
+        (["--method", "lora", "--budget", "latency"], "budget"),
+        (["--method", "full", "--adapter_name_or_path", "x"], "adapter_name_or_path"),
+        (["--method", "tmp", "--adapter_name_or_path", "x"], "adapter_name_or_path"),
+        (["--target_sparsity", "0.5", "--target_speedup", "2"], "target_speedup"),
+        (["--budget", "macs", "--target_speedup", "2"], "target_speedup"),
         (["--method", "tmp", "--save_scores"], "save_scores"),
         (["--train_file", "a.csv", "--validation_file", "b.csv", "--test_file", "c.csv"], "test_file"),
         (["--method", "lora", "--uniform"], "uniform"),
@@ -63,6 +69,13 @@ def test_defaults():
 )
 def test_contradictions(argv, field):
     assert field in fields(argv)
+
+
+def test_a_speedup_is_a_sparsity_of_latency():
+    prune = parse(["--target_speedup", "4"]).prune
+    assert (prune.target_sparsity, prune.budget) == (0.75, "latency")
+    assert parse(["--target_speedup", "4", "--budget", "latency"]).prune == prune
+    assert parse(["--budget", "latency"]).prune.target_sparsity == 0.5
 
 
 def test_export_formats():

@@ -209,6 +209,20 @@ def test_mistakes_are_said_together(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("budget", "latency", "measured when a run starts"),
+        ("target_speedup", "2", "measured when a run starts"),
+        ("adapter_name_or_path", "x", "is not read here"),
+    ],
+)
+def test_what_a_plan_does_not_know_is_refused(name, value, words, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert plan_command.main([f"--{name}", value]) == 2
+    assert f"{name}=" in (said := capsys.readouterr().err) and words in said
+
+
+@pytest.mark.parametrize(
     ("text", "value"), [("80GiB", 80 * 2**30), ("400GB/s", 4e11), ("4e14", 4e14), ("1.5T", 1.5e12)]
 )
 def test_quantities(text, value):

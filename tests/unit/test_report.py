@@ -28,6 +28,15 @@ def filled():
     return r
 
 
+def test_speed_that_was_asked_for_and_measured():
+    assert report.speedup(filled()) == "" and "Speed-up" not in report.markdown(filled()) + report.table(filled())
+    r = filled()
+    r["latency"] |= {"target_speedup": 2.0, "table_speedup": 2.011, "speedup": 1.934}
+    for text in (report.markdown(r), report.table(r)):
+        text = " ".join(text.split())
+        assert "Speed-up: 2.00 asked for, 2.01 by" in text and "1.93 measured" in text
+
+
 def test_keys_are_null_never_absent(tmp_path):
     report.validate(report.empty())
     report.write(tmp_path, report.empty())

@@ -1,0 +1,207 @@
+"""The PEFT LoRA adapter that a run starts from (`--adapter_name_or_path`): a folder or hub id.
+
+Its rank, scale and projections become the run's. Its matrices, and what it saved whole (a head), are where training begins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os.path
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunadapt_ds import adapters
+from prunadapt_ds.adapters import ADAPTER, PREFIX
+from prunadapt_ds.backbone import Backbone, why_offline
+from prunadapt_ds.config import LoraOptions
+from prunadapt_ds.engine import gathered
+from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.files import read_object
+from prunadapt_ds.models.modeling_prunadapt import Layout
+from prunadapt_ds.models.structure import full_shape
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MATRICES = (".lora_A.weight", ".lora_B.weight")
+# What makes of LoRA something that a product of two matrices beside a frozen one is not.
+OTHER_KINDS = (
+    *("use_dora", "use_rslora", "use_qalora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication"),
+    *("trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config"),
+)
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that rewrite the frozen weights
+
+
+@dataclass(frozen=True)
+class GivenAdapter:
+    """A checked adapter. `shapes`: of its tensors, by the model's own names (`lora_A.weight` without the adapter's name)."""
+
+    name: str
+    config: Path
+    weights: Path
+    r: int
+    lora_alpha: float
+    base: str  # the model it says it was made for
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def modules(self) -> list[str]:
+        """Modules with LoRA."""
+        return sorted({n.removesuffix(MATRICES[0]) for n in self.shapes if n.endswith(MATRICES[0])})
+
+    @property
+    def whole(self) -> list[str]:
+        """Parameters that were saved whole."""
+        return [name for name in self.shapes if not name.endswith(MATRICES)]
+
+    def identity(self) -> str:
+        """sha256 over configuration and weights, wherever they lie."""
+        return hashlib.sha256(self.config.read_bytes() + self.weights.read_bytes()).hexdigest()
+
+
+def refuse(name: str) -> Callable[[str], UserError]:
+    return lambda remedy: UserError(Problem("adapter_name_or_path", name, remedy))
+
+
+def read(name: str) -> GivenAdapter:
+    """Configuration and the header of the weights. Raises UserError for what is no plain LoRA, or pickled."""
+    from safetensors import SafetensorError, safe_open
+
+    refused = refuse(name)
+    file, weights = _file(name, CONFIG), _file(name, WEIGHTS)
+    config = read_object(file, refused)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise refused(f"holds {kind or 'no'} weights of PEFT's; LoRA is what can be gone on with")
+    begins = str(config.get("init_lora_weights")).lower()
+    odd = [field for field in OTHER_KINDS if config.get(field)]
+    odd += ["bias"] if config.get("bias", "none") != "none" else []
+    odd += ["init_lora_weights"] if begins.startswith(CHANGE_THE_BASE) else []
+    if odd:
+        said = ", ".join(f"{field}={config[field]!r}" for field in odd)
+        raise refused(f"is no plain LoRA ({said}); merge it into its model with PEFT and name that model instead")
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(r, int) or not isinstance(alpha, int | float) or r < 1 or alpha <= 0:
+        raise refused(f"{CONFIG} says r={r!r} and lora_alpha={alpha!r}; both must be numbers above 0")
+    try:
+        with safe_open(weights, framework="pt") as opened:
+            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise refused(f"{WEIGHTS} cannot be loaded, it is damaged or cut short ({error}); fetch it again") from error
+    named = {key.removeprefix(PREFIX): shape for key, shape in shapes.items()}
+    return GivenAdapter(name, file, weights, r, float(alpha), str(config.get("base_model_name_or_path") or ""), named)
+
+
+def _file(name: str, file: str) -> Path:
+    """One of an adapter's two files, fetched from the hub where it is not a folder. Raises UserError."""
+    from transformers.utils import cached_file
+
+    refused = refuse(name)
+    if os.path.isdir(name):
+        if (Path(name) / file).is_file():
+            return Path(name) / file
+        if file == WEIGHTS and any(Path(name).glob("adapter_model.*")):
+            raise refused(f"has no {WEIGHTS}; pickled ones are never loaded, save it again with PEFT")
+        raise refused(f"the folder has no {file}; name one that PEFT has saved")
+    if os.path.exists(name):
+        raise refused("is a file; name the folder of the adapter")
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+        raise refused("there is no such folder")
+    offline = why_offline(name)
+    try:
+        return Path(str(cached_file(name, file, local_files_only=bool(offline))))
+    except Exception as error:  # a dozen types: no such repository, no such file in it, nobody answers
+        reason = offline or " ".join(str(error).split())[:200] or type(error).__name__
+        raise refused(f"{file} could not be had from the hub or its cache ({reason}); name a folder") from error
+
+
+def take_over(given: GivenAdapter, loaded: Backbone, lora: LoraOptions, asked: frozenset[str]) -> list[str]:
+    """Let the run's LoRA options be the adapter's; returns the names of the projections that get LoRA, in the model's order.
+
+    `asked`: options that the user gave. Raises UserError for those that contradict the adapter, and for an adapter that does
+    not fit the model.
+    """
+    targets = _fitting(given, loaded)
+    says = {"r": given.r, "lora_alpha": given.lora_alpha}
+    problems = [
+        Problem(name, getattr(lora, name), f"the adapter {given.name} has {value:g}; leave it out")
+        for name, value in says.items()
+        if name in asked and getattr(lora, name) != value
+    ]
+    if lora.target_modules and adapters.target_modules(loaded.layout, lora.target_modules) != targets:
+        some = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
+        remedy = f"the adapter {given.name} is around {some} of {len(targets)} projections; leave it out"
+        problems.append(Problem("target_modules", lora.target_modules, remedy))
+    if problems:
+        raise UserError(problems)
+    lora.r, lora.lora_alpha = given.r, given.lora_alpha
+    heads = [name for name in given.whole if name in loaded.head_names]
+    new = _of_other_size(given, loaded)
+    head = ", its head" if set(heads) - new else ", without a head for this task, which begins anew"
+    loaded.notes.append(
+        f"starts from the adapter {given.name} (made for {given.base or 'an unnamed model'}): r={given.r}, "
+        f"lora_alpha={given.lora_alpha:g}, {len(targets)} projections{head}"
+    )
+    return targets
+
+
+def _fitting(given: GivenAdapter, loaded: Backbone) -> list[str]:
+    """The adapter's projections in the model's order. Raises UserError where names or shapes are not the model's."""
+    refused = refuse(given.name)
+    possible = adapters.target_modules(loaded.layout)
+    strange = sorted(set(given.modules) - set(possible))
+    if strange or not given.modules:
+        some = f"{strange[0]} and {len(strange) - 1} more" if strange else "nothing"
+        remedy = f"a run can go on with LoRA around the projections of the model's blocks, such as {possible[0]}"
+        raise refused(f"adapts {some}; {remedy}")
+    parameters = dict(loaded.model.named_parameters())
+    wanted = _matrix_shapes(given, parameters, loaded.layout)
+    wanted |= {name: full_shape(parameters[name]) for name in given.whole if name in parameters}
+    for name, shape in given.shapes.items():
+        if name not in wanted:
+            raise refused(f"holds {name}, which this model does not have")
+        if shape != wanted[name] and name not in _of_other_size(given, loaded):
+            raise refused(f"{name} is of shape {shape}, this model needs {wanted[name]}; was it made for another?")
+    if lost := sorted(wanted.keys() - given.shapes.keys()):
+        raise refused(f"{WEIGHTS} has no {lost[0]}; fetch it again")
+    return [name for name in possible if name in set(given.modules)]
+
+
+def _matrix_shapes(
+    given: GivenAdapter, parameters: dict[str, nn.Parameter], layout: Layout
+) -> dict[str, tuple[int, ...]]:
+    """What A and B of every adapted projection must be: [r, in] and [out, r]."""
+    transposed = {p.path: p.transposed for sub in layout.sublayers for p in (*sub.inputs, sub.output)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module in given.modules:
+        path = module.removeprefix(f"{layout.layers}.").partition(".")[2]
+        rows, columns = full_shape(parameters[f"{module}.weight"])[:: -1 if transposed[path] else 1]
+        shapes |= dict(zip((module + m for m in MATRICES), ((given.r, columns), (rows, given.r)), strict=True))
+    return shapes
+
+
+def _of_other_size(given: GivenAdapter, loaded: Backbone) -> set[str]:
+    """Parameters of a head for another number of labels: they begin anew, as those of a checkpoint do."""
+    parameters = dict(loaded.model.named_parameters())
+    heads = [name for name in given.whole if name in loaded.head_names]
+    return {name for name in heads if full_shape(parameters[name]) != given.shapes[name]}
+
+
+def load(given: GivenAdapter, loaded: Backbone) -> None:
+    """Give the model, which has LoRA already, the adapter's values. In place; collective where parameters are sharded."""
+    from safetensors import safe_open
+
+    parameters, skipped = dict(loaded.model.named_parameters()), _of_other_size(given, loaded)
+    with safe_open(given.weights, framework="pt") as opened, torch.no_grad():
+        keys = {key.removeprefix(PREFIX): key for key in opened.keys()}  # noqa: SIM118
+        for name in given.shapes:
+            if name in skipped:
+                continue
+            ours: Any = name
+            for matrix in MATRICES:
+                ours = ours.replace(matrix, matrix.replace(".weight", f".{ADAPTER}.weight"))
+            with gathered([parameters[ours]], write_from=0):
+                parameters[ours].copy_(opened.get_tensor(keys[name]))
