@@ -239,7 +239,6 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["scores"] = session.scores.value
     if session.recorder is not None:
         tensors["window"] = distributed.all_gather_rows(session.recorder.capture()[None]).cpu()  # [ranks, S * U + 1]
-    tensors |= {f"average/{name}": total for name, total in session.average.sums.items()}
     if session.teacher_logits is not None:
         tensors["teacher"] = session.teacher_logits
     tensors |= {f"average/{name}": total for name, total in session.average.sums.items()}
@@ -259,7 +258,6 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "rank_per_layer": session.rank_per_layer,
         "ranks": of_ranks,
         "rebuilt": session.rebuilt,
-        "averaged": session.average.count,
         "average_count": session.average.count,
         "teacher_metric": session.report["metric"]["teacher"],
         "progress": session.report["progress"],
@@ -336,7 +334,6 @@ def restore(session: Session, start: Checkpoint) -> None:
     session.step = saved["step"]
     session.teacher_logits = tensors.get("teacher")
     session.average = WeightAverage(below("average/"), saved["average_count"])
-    session.average = WeightAverage(below("average/"), saved["averaged"])
     session.report["metric"]["teacher"] = saved["teacher_metric"]
     session.report["progress"] = list(saved["progress"])
     if session.scores is not None:
