@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from prunadapt_ds import backbone, distributed, export, files, formats
+from prunadapt_ds import backbone, card, distributed, export, files, formats, graphs
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import EXPORT_DTYPES
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import ParityError, Problem, UserError
 from prunadapt_ds.models import modeling_prunadapt
 
-KINDS = ("padded", "uniform")
-_EXAMPLE = "example: prunadapt export --run_dir outputs --export_formats padded uniform"
+KINDS = ("padded", "uniform", *graphs.KINDS)
+_EXAMPLE = "example: prunadapt export --run_dir outputs --export_formats padded onnx"
 EXAMPLES, TOKENS = 64, 24  # random rows on which a new folder must compute what the compact one does
 
 
@@ -47,6 +47,8 @@ def run(run_dir: Path, kinds: Sequence[str], dtype: str | None = None) -> None:
     that cannot say its plan; ParityError where a new folder computes something else.
     """
     distributed.init()
+    if found := graphs.problems(kinds, dtype):
+        raise UserError(found)
     distributed.on_rank_0(f"exporting from {run_dir}", lambda: make_all(run_dir, kinds, dtype))
 
 
@@ -75,13 +77,33 @@ def make(run_dir: Path, kind: str, dtype: str | None) -> None:
         )
     backbone.check(str(compact), to_train=False, field="run_dir")
     folder = run_dir / "exports" / kind
-    formats.convert(kind, compact, formats.read_plan(plan, compact), folder)
-    prove(compact, folder)
-    if dtype is not None:
-        export.cast(folder, getattr(torch, dtype))
-    report["exports"][kind] = {"path": str(Path("exports") / kind), "needs_remote_code": False}
+    kept = formats.read_plan(plan, compact)
+    more: dict[str, Any] = {}
+    if kind in graphs.KINDS:
+        more = graphs.convert(kind, compact, folder)
+    else:
+        formats.convert(kind, compact, kept, folder)
+        prove(compact, folder)
+        if dtype is not None:
+            export.cast(folder, getattr(torch, dtype))
+    if (compact / "README.md").is_file():
+        text = (compact / "README.md").read_text(encoding="utf-8")
+        files.replace(folder / "README.md", card.remade(text, kind))
+    report["exports"][kind] = {"path": str(Path("exports") / kind), "needs_remote_code": False} | more
     files.replace(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
-    print(f"wrote {folder}")
+    print(f"wrote {folder}{said(more)}")
+
+
+def said(more: dict[str, Any]) -> str:
+    """What was measured of a graph, for the line about it."""
+    if not more:
+        return ""
+    parity, latency = more["parity"], more["latency"]
+    return (
+        f": logits differ by {parity['max_abs_logit_diff']:.1e}; {latency['exported_ms']:.1f} ms for "
+        f"{latency['seq_length']} tokens on {latency['threads']} thread(s), where torch takes {latency['compact_ms']:.1f} ms "
+        "for exports/compact"
+    )
 
 
 def only_our_code(folder: Path, config: dict[str, Any]) -> bool:
