@@ -27,7 +27,7 @@ FLOORS = (
     {"tracking"},
     {"card", "session", "graphs", "scoring", "adapter_folder", "pages"},
     {"finish", "resume", "compare", "answers", "planner"},
-    {"keeper", "submission", "plan_command"},
+    {"keeper", "submission", "plan_command", "unfinished"},
     {"train", "doctor", "glue_table", "predict", "init_slurm", "reexport"},
     {"console"},
     {"__main__"},
