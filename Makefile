@@ -70,7 +70,7 @@ tools:
 $(INSTALLED): pyproject.toml constraints.txt | tools
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq -c constraints.txt torch
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[sample,dev]'
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[sample,onnx,dev]'
 	@# DeepSpeed's operator for CPU ranks: compiled now, so that the first run does not wait for it.
 	@$(RUN) python -c 'from deepspeed.accelerator import get_accelerator as a; b = a().create_op_builder("ShareMemCommBuilder"); b and b.load()' >/dev/null 2>&1 || true
 	@touch $@

@@ -1,4 +1,4 @@
-"""Other formats from a finished run: `python launcher/export.py --run_dir outputs --export_formats padded uniform`."""
+"""Other formats of a run, finished or interrupted: `python launcher/export.py --run_dir outputs --export_formats padded onnx`."""
 
 import sys
 

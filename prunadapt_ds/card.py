@@ -100,6 +100,24 @@ def render(report: dict[str, Any], model: str, task: Task, kind: str, base: dict
     return f"---\n{data.to_yaml()}\n---\n\n{_text(public, task, kind, base)}\n#{markdown(public)}"
 
 
+def remade(compact: str, kind: str) -> str:
+    """The card of the export `kind` that was made of a compact folder, from that folder's card."""
+    before, heading, rest = compact.partition(_LOAD)
+    section, limits, after = rest.partition(_LIMITS)
+    if not limits:  # somebody else's card
+        return compact
+    if kind in _GRAPHS:
+        library, example = _GRAPHS[kind]
+        texts = '["first sentence"], ["second sentence"]' if "text_pair" in section else '["a sentence"]'
+        before = before.replace("library_name: transformers", f"library_name: {library}", 1)
+        section = f"{example.replace('TEXTS', texts)}\n{_WHY[kind]}\n"
+    else:
+        section = section.replace(", trust_remote_code=True", "")
+        for why in (_WHY["compact"], _WHY["whole"]):
+            section = section.replace(why, _WHY[kind])
+    return before + heading + section + limits + after
+
+
 def _text(report: dict[str, Any], task: Task, kind: str, base: dict[str, Any]) -> str:
     remote = report["exports"][kind]["needs_remote_code"]
     argument = ", trust_remote_code=True" if remote else ""
@@ -118,9 +136,7 @@ def _text(report: dict[str, Any], task: Task, kind: str, base: dict[str, Any]) -
     return f"""# {task.name}-{report["method"]}
 
 {what} trained with prunadapt_ds: {_how(report)}
-
-## Load and serve
-
+{_LOAD}
 ```python
 from transformers import pipeline
 
@@ -130,9 +146,7 @@ run([{example}] * 100, batch_size=32)  # many at once
 ```
 
 or `{auto_class}.from_pretrained("PATH"{argument})`. {_WHY[kind if remote or kind != "compact" else "whole"]}
-{_SHELL if pipeline == "text-classification" else ""}
-## Limits
-
+{_SHELL if pipeline == "text-classification" else ""}{_LIMITS}
 - It does this one task, on inputs like those it was trained on, and it inherits the biases of its base model.
 {_length(report)}- Its figures are of one run on the development set; no test set was used.
 - {_licence(base)}
@@ -151,6 +165,7 @@ def _how(report: dict[str, Any]) -> str:
     )
 
 
+_LOAD, _LIMITS = "\n## Load and serve\n", "\n## Limits\n"
 _WHY = {
     "compact": "Layers differ in their numbers of heads and neurons, which the stock configuration cannot say, so the folder "
     "carries its own small modelling file, which needs transformers only. Read it before you trust it. Servers and converters that "
@@ -160,6 +175,43 @@ _WHY = {
     "architecture.",
     "padded": "Cut heads and neurons are zeros in matrices of the stock shape: the stock class loads it, and it is neither smaller "
     "nor faster than the model it was made of.",
+    "onnx": "Any batch size and number of tokens, float32; inputs are padded on the right. Of a language model it computes the "
+    "logits of all tokens, and it keeps no cache.",
+    "torch_export": "Any batch size and number of tokens, float32; inputs are padded on the right. Of a language model it computes "
+    "the logits of all tokens, and it keeps no cache. `torch.export.load` unpickles a part of the file: load it only where you "
+    "trust who made it.",
+}
+_TOKENS = """
+```python
+{imports}
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+inputs = tokenizer(TEXTS, padding=True, return_tensors="{tensors}")
+{run}
+```
+"""
+# library on the hub, and how it runs
+_GRAPHS = {
+    "onnx": (
+        "onnx",
+        _TOKENS.format(
+            imports="import onnxruntime",
+            tensors="np",
+            run="""session = onnxruntime.InferenceSession("PATH/model.onnx")
+given = {i.name: inputs[i.name].astype("int64") for i in session.get_inputs()}
+logits = session.run(["logits"], given)[0]""",
+        ),
+    ),
+    "torch_export": (
+        "pytorch",
+        _TOKENS.format(
+            imports="import torch",
+            tensors="pt",
+            run="""run = torch.export.load("PATH/model.pt2").module()
+logits = run(**inputs)""",
+        ),
+    ),
 }
 _SHELL = """
 A file of texts, with prunadapt_ds installed: `prunadapt predict --model_name_or_path PATH --input_file new.csv --output_file

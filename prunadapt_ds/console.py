@@ -29,7 +29,7 @@ COMMANDS = (
     Command("plan", "plan_command", "bytes, communication and seconds of a run, from the model's configuration alone"),
     Command("evaluate", "scoring", "score a folder on a task"),
     Command("predict", "predict", "answers of a folder for a file or standard input; GLUE's submission"),
-    Command("export", "reexport", "other formats from a finished run"),
+    Command("export", "reexport", "other formats from a finished run, or an interrupted one's checkpoint"),
     Command("compare", "compare", "any number of runs as one table and one page"),
     Command("glue-table", "glue_table", "the runs of all GLUE tasks as one table"),
     Command("doctor", "doctor", "what this installation and these ranks are, and what is wrong"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from prunadapt_ds import (
     export,
     files,
     formats,
+    graphs,
     outline,
     pages,
     report,
@@ -27,6 +30,7 @@ from prunadapt_ds import (
 )
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows
+from prunadapt_ds.config import EXPORT_FORMATS
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.evaluate import predict, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
@@ -36,8 +40,13 @@ from prunadapt_ds.watchdog import milestone
 PARITY_EXAMPLES = 512  # of each validation set, compared in fp32 where the run itself was not
 
 
-def finish(session: Session, stop_if_asked: Callable[[], None] = lambda: None) -> None:
-    """Score, export, reload in a fresh process, compare, report. `stop_if_asked` is called where a run may be left."""
+def finish(
+    session: Session, stop_if_asked: Callable[[], None] = lambda: None, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Score, export, reload in a fresh process, compare, report. `stop_if_asked` is called where a run may be left.
+
+    `facts`: of the report, known better than this session can, as that the run is not complete.
+    """
     watchdog.rest()
     milestone("finish/begin")
     session.note_peak()
@@ -48,6 +57,7 @@ def finish(session: Session, stop_if_asked: Callable[[], None] = lambda: None) -
     stop_if_asked()
     watchdog.rest()
     milestone("export/begin")
+    distributed.on_rank_0("clearing exports", lambda: clear_others(session))
     needs_remote_code = export.export(
         session.model,
         session.backbone.layout,
@@ -62,6 +72,7 @@ def finish(session: Session, stop_if_asked: Callable[[], None] = lambda: None) -
             session.backbone, base, session.lora_targets, session.config.lora, folder.parent / "adapter"
         )
     describe(session)
+    session.report |= {"status": "complete", **(facts or {})}  # the cards say so
     session.report["metric"]["masked"] = masked_metrics
     session.report["exports"] = {
         kind: {"path": str(Path("exports") / kind), "needs_remote_code": needs_remote_code and kind == "compact"}
@@ -72,12 +83,18 @@ def finish(session: Session, stop_if_asked: Callable[[], None] = lambda: None) -
     watchdog.rest()
     distributed.on_rank_0("proving the export", lambda: prove(session, folder, needs_remote_code, masked, reference))
     milestone("report")
-    write_report(session, "complete")
+    write_report(session, session.report["status"])
     options, found = board.options_of(session.config.to_dict()), board.measures_of(session.report)
     session.tracker.show(lambda writer: board.result(writer, options, found))
     session.tracker.say(report.table(session.report))
     session.tracker.say(outline.footer(session.config, session.data.task.name))
     session.tracker.close()
+
+
+def clear_others(session: Session) -> None:
+    """Folders that an earlier export of this run made of other weights."""
+    for kind in {*EXPORT_FORMATS, *graphs.KINDS} - set(formats_of(session)):
+        shutil.rmtree(session.output_dir / "exports" / kind, ignore_errors=True)
 
 
 def write_report(session: Session, status: str) -> None:
@@ -157,7 +174,6 @@ def prove(
             f"the export's logits differ by {difference:.2e} from the trained model's; allowed is {tolerance:.2e}"
         )
     result["metric"]["exported"] = measures(session, exported.logits)
-    result["status"] = "complete"  # the card says so
     model = config.model.model_name_or_path
     base = card.stated(model)
     for kind in formats_of(session):

@@ -48,7 +48,7 @@ def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> Non
         change = lambda name, tensor: spread(tensor, shapes[name], places.get(name))  # noqa: E731
 
     with whole_folder(folder) as unfinished:
-        _copy_others(compact, unfinished)
+        copy_others(compact, unfinished)
         (unfinished / "config.json").write_text(json.dumps(stock, indent=2, sort_keys=True) + "\n")
         _rewrite_weights(compact, unfinished, change, shapes)
 
@@ -193,7 +193,7 @@ def spread(tensor: Tensor, shape: tuple[int, ...], place: tuple[int, Tensor] | N
 # --------------------------------------------------------------------------------------------------------- files
 
 
-def _copy_others(source: Path, target: Path) -> None:
+def copy_others(source: Path, target: Path) -> None:
     """Tokenizer and the like; not weights, configuration, model card or modelling file."""
     ours = {"config.json", "README.md", MODELING_FILE, "model.safetensors.index.json"}
     for file in source.iterdir():

@@ -1,4 +1,7 @@
-"""Make other folders from what a finished run left, without training again, and prove each against the compact one."""
+"""Make other folders from what a run left, without training again, and prove each against the compact one.
+
+A run that was interrupted has no compact folder yet: it is made first, of the newest intact checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -11,52 +14,77 @@ from typing import Any
 
 import torch
 
-from prunadapt_ds import backbone, distributed, export, files, formats
+from prunadapt_ds import backbone, card, distributed, export, files, formats, graphs, unfinished
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import EXPORT_DTYPES
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import ParityError, Problem, UserError
 from prunadapt_ds.models import modeling_prunadapt
 
-KINDS = ("padded", "uniform")
-_EXAMPLE = "example: prunadapt export --run_dir outputs --export_formats padded uniform"
+KINDS = ("compact", "padded", "uniform", *graphs.KINDS)
+_EXAMPLE = "example: prunadapt export --run_dir outputs --export_formats padded onnx"
 EXAMPLES, TOKENS = 64, 24  # random rows on which a new folder must compute what the compact one does
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, convert on rank 0, prove; returns the exit code."""
     options = _parser().parse_args(argv)
-    return guarded(lambda: run(Path(options.run_dir), options.export_formats, options.export_dtype))
+    return guarded(
+        lambda: run(
+            Path(options.run_dir),
+            options.export_formats,
+            options.export_dtype,
+            trust_remote_code=options.trust_remote_code,
+        )
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLE, allow_abbrev=False)
-    parser.add_argument("--run_dir", required=True, help="output_dir of a finished run")
+    parser.add_argument("--run_dir", required=True, help="output_dir of a run that is finished, or was interrupted")
     parser.add_argument(
-        "--export_formats", nargs="+", required=True, choices=KINDS, help="folders to write in exports/"
+        "--export_formats",
+        nargs="+",
+        required=True,
+        choices=KINDS,
+        help="folders to write in exports/; `compact` is one that an interrupted run lacks, and is always made then",
     )
     parser.add_argument("--export_dtype", choices=EXPORT_DTYPES, help="dtype of the weights [as in exports/compact]")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run code that comes with the backbone of an interrupted run"
+    )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
 
 
-def run(run_dir: Path, kinds: Sequence[str], dtype: str | None = None) -> None:
-    """Rank 0 works, the others wait for its verdict. The report's `exports` gains the new folders.
+def run(run_dir: Path, kinds: Sequence[str], dtype: str | None = None, *, trust_remote_code: bool = False) -> None:
+    """Rank 0 makes the folders, the others wait for its verdict; all of them make the compact folder of an interrupted run.
+    The report's `exports` gains the new folders.
 
-    Raises UserError for a folder that no finished run left, for one with other modelling code than ours, and for a format
-    that cannot say its plan; ParityError where a new folder computes something else.
+    Raises UserError for a folder that no run left, for one with other modelling code than ours, and for a format that cannot
+    say its plan; ParityError where a new folder computes something else.
     """
     distributed.init()
-    distributed.on_rank_0(f"exporting from {run_dir}", lambda: make_all(run_dir, kinds, dtype))
+    start = distributed.on_rank_0(f"reading {run_dir}", lambda: unfinished.find(run_dir))
+    found = graphs.problems(kinds, dtype)
+    if "compact" in kinds and start is None and (run_dir / "exports" / "compact").is_dir():
+        found.append(Problem("export_formats", "compact", "the run is finished and has written it; leave it out"))
+    if found:
+        raise UserError(found)
+    if start is not None and ("compact" in kinds or not unfinished.is_exported(run_dir, start)):
+        unfinished.export(run_dir, start, dtype, trust_remote_code=trust_remote_code)
+    others = [kind for kind in kinds if kind != "compact"] if start else kinds
+    status = "interrupted" if start else "complete"
+    distributed.on_rank_0(f"exporting from {run_dir}", lambda: make_all(run_dir, others, dtype, status))
 
 
-def make_all(run_dir: Path, kinds: Sequence[str], dtype: str | None) -> None:
+def make_all(run_dir: Path, kinds: Sequence[str], dtype: str | None, status: str) -> None:
     for kind in kinds:
-        make(run_dir, kind, dtype)
+        make(run_dir, kind, dtype, status)
 
 
-def make(run_dir: Path, kind: str, dtype: str | None) -> None:
-    """Write exports/<kind> of a run, and prove it."""
+def make(run_dir: Path, kind: str, dtype: str | None, status: str) -> None:
+    """Write exports/<kind> of a run whose report has this status, and prove it."""
     compact, plan = run_dir / "exports" / "compact", run_dir / "plan.json"
 
     def refuse(remedy: str) -> UserError:
@@ -64,10 +92,14 @@ def make(run_dir: Path, kind: str, dtype: str | None) -> None:
 
     for path in (compact / "config.json", plan, run_dir / "report.json"):
         if not os.path.isfile(path):
-            raise refuse(f"{path.relative_to(run_dir)} is missing; name the --output_dir of a run that has finished")
+            missing = f"{path.relative_to(run_dir)} is missing, and there is no intact checkpoint in checkpoints/"
+            raise refuse(f"{missing}; name the --output_dir of a run that has finished or was interrupted")
     report = files.read_object(run_dir / "report.json", refuse)
-    if report.get("status") != "complete" or not isinstance(report.get("exports"), dict):
-        raise refuse("report.json is not that of a finished run; go on with the run first")
+    if report.get("status") != status or not isinstance(report.get("exports"), dict):
+        remedy = (
+            "report.json is not that of a finished run, and there is no intact checkpoint; go on with the run first"
+        )
+        raise refuse(remedy)
     if not only_our_code(compact, files.read_object(compact / "config.json", refuse)):
         raise refuse(
             f"exports/compact needs other code than this version's {formats.MODELING_FILE}, and no other is run; "
@@ -75,13 +107,33 @@ def make(run_dir: Path, kind: str, dtype: str | None) -> None:
         )
     backbone.check(str(compact), to_train=False, field="run_dir")
     folder = run_dir / "exports" / kind
-    formats.convert(kind, compact, formats.read_plan(plan, compact), folder)
-    prove(compact, folder)
-    if dtype is not None:
-        export.cast(folder, getattr(torch, dtype))
-    report["exports"][kind] = {"path": str(Path("exports") / kind), "needs_remote_code": False}
+    kept = formats.read_plan(plan, compact)
+    more: dict[str, Any] = {}
+    if kind in graphs.KINDS:
+        more = graphs.convert(kind, compact, folder)
+    else:
+        formats.convert(kind, compact, kept, folder)
+        prove(compact, folder)
+        if dtype is not None:
+            export.cast(folder, getattr(torch, dtype))
+    if (compact / "README.md").is_file():
+        text = (compact / "README.md").read_text(encoding="utf-8")
+        files.replace(folder / "README.md", card.remade(text, kind))
+    report["exports"][kind] = {"path": str(Path("exports") / kind), "needs_remote_code": False} | more
     files.replace(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
-    print(f"wrote {folder}")
+    print(f"wrote {folder}{said(more)}")
+
+
+def said(more: dict[str, Any]) -> str:
+    """What was measured of a graph, for the line about it."""
+    if not more:
+        return ""
+    parity, latency = more["parity"], more["latency"]
+    return (
+        f": logits differ by {parity['max_abs_logit_diff']:.1e}; {latency['exported_ms']:.1f} ms for "
+        f"{latency['seq_length']} tokens on {latency['threads']} thread(s), where torch takes {latency['compact_ms']:.1f} ms "
+        "for exports/compact"
+    )
 
 
 def only_our_code(folder: Path, config: dict[str, Any]) -> bool:

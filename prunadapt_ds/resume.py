@@ -7,9 +7,10 @@ before every one gets its own back and the run goes on bit for bit; on another n
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,10 +22,10 @@ from torch import Tensor
 from prunadapt_ds import checkpoint, distributed, files, gates, state
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.checkpoint import Checkpoint, Damaged
-from prunadapt_ds.config import Config
+from prunadapt_ds.config import SECTIONS, Config
 from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.errors import Problem, PrunadaptError, UserError
-from prunadapt_ds.session import Session
+from prunadapt_ds.session import Session, add_trainables
 from prunadapt_ds.shrink import StepTimes
 from prunadapt_ds.teacher import WeightAverage
 from prunadapt_ds.watchdog import milestone
@@ -95,6 +96,30 @@ def options(config: Config) -> dict[str, Any]:
 def names(config: Config) -> dict[str, Any]:
     given = {name: value for section in config.to_dict().values() for name, value in section.items()}
     return {name: given[name] for name in sorted(BY_CONTENT)}
+
+
+def config_of(run_dir: Path, saved: Mapping[str, Any]) -> Config:
+    """The configuration of the run whose checkpoint holds the state `saved`, on as many ranks as there are now.
+
+    What does not change what was computed is at its default; model and data are where the checkpoint's part of the run
+    found them. Raises UserError where nothing says so.
+    """
+    stated = {
+        **saved["options"],
+        **(saved.get("names") or files.read_object(run_dir / "run.json", _refuse_run(run_dir))),
+    }
+    sections = {
+        name: section(**{f.name: stated[f.name] for f in dataclasses.fields(section) if f.name in stated})
+        for name, section in SECTIONS.items()
+    }
+    config = Config(**sections, given=frozenset(BY_CONTENT))
+    config.train.per_device_train_batch_size = max(1, stated["train_batch_size"] // distributed.world_size())
+    config.output.output_dir = str(run_dir)
+    return config
+
+
+def _refuse_run(run_dir: Path) -> Callable[[str], UserError]:
+    return lambda remedy: UserError(Problem("run_dir", str(run_dir), remedy))
 
 
 def changes(now: Mapping[str, Any], before: Mapping[str, Any], where: str) -> list[Problem]:
@@ -249,6 +274,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
     )
     return tensors, {
         "options": session.options or options(session.config),
+        "names": names(session.config),
         "identity": session.identity,
         "latency": session.latency,
         "world_size": distributed.world_size(),
@@ -317,6 +343,12 @@ def plans(session: Session, saved: Mapping[str, Any]) -> PruningPlan | None:
     session.plan, present = plan(saved["plan"]), plan(saved["present"])
     session.rank_per_layer = {int(layer): rank for layer, rank in saved["rank_per_layer"].items()}
     return None if present.hash == PruningPlan.dense(structure).hash else present
+
+
+def rebuild(session: Session, start: Checkpoint) -> None:
+    """Make a new session's model what it was at a checkpoint: its shape, and what training had learnt. Collective."""
+    add_trainables(session, cut_to=plans(session, start.state))
+    restore(session, start)
 
 
 def restore(session: Session, start: Checkpoint) -> None:

@@ -147,14 +147,17 @@ class Session:
         return sum(self.cpu_seconds.get(name, 0.0) for name in TRAINING)
 
 
-def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
+def setup(
+    config: Config, saved: Mapping[str, Any] | None = None, *, ds: DsConfig | None = None, tracked: bool = True
+) -> Session:
     """Everything up to a frozen, sharded model and tokenised data. All ranks fail together or not at all.
 
     `saved`: the state in the checkpoint that the run goes on from; another backbone or other data are refused.
+    `ds`: instead of what `--ds_config` says.  `tracked`: leave it out where nothing is trained, to keep the run's metrics.
     """
     distributed.init()
     device = distributed.device()
-    ds = distributed.together(lambda: resolve_ds_config(config, distributed.world_size()))
+    ds = ds or distributed.together(lambda: resolve_ds_config(config, distributed.world_size()))
     if distributed.rank() != 0:
         datasets.disable_progress_bars()
     is_language = config.data.task_type == "causal_lm"
@@ -243,7 +246,7 @@ def setup(config: Config, saved: Mapping[str, Any] | None = None) -> Session:
         tracker=Tracker(
             Path(config.output.output_dir),
             total,
-            enabled=distributed.rank() == 0,
+            enabled=tracked and distributed.rank() == 0,
             step=saved["step"] if saved else 0,
             metrics_bytes=saved["metrics_bytes"] if saved else 0,
             board_dir=Path(ds.board_dir) if ds.board_dir else None,

@@ -81,8 +81,7 @@ def begin(session: Session) -> None:
 def go_on(session: Session, start: resume.Start) -> None:
     """A run that was interrupted: the same shape as then, and what it had learnt."""
     assert start.checkpoint is not None
-    add_trainables(session, cut_to=resume.plans(session, start.checkpoint.state))
-    resume.restore(session, start.checkpoint)
+    resume.rebuild(session, start.checkpoint)
     for note in start.notes:
         session.tracker.say(note)
     session.tracker.say(f"goes on after step {session.step} of {session.total_steps}, from {start.checkpoint.folder}")

@@ -173,8 +173,7 @@ def _program(
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    from prunadapt_ds import latency
-    from prunadapt_ds.train import main
+    from prunadapt_ds import latency, reexport, train
 
     latency.SETTING.update(batch_size=2, seq_length=16, repeats=1)  # timing is not what these runs are for
-    sys.exit(main(argv))
+    sys.exit((reexport if "--run_dir" in argv else train).main(argv))

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from prunadapt_ds import checkpoint
+from prunadapt_ds import checkpoint, unfinished
 from prunadapt_ds import report as reports
 from prunadapt_ds.latency import LatencyTable, curve
 from tests.distributed.harness import Ranks
@@ -93,14 +94,52 @@ def remains(killed, tmp_path):
 
 def test_killed_in_a_decision_with_a_damaged_checkpoint(base, remains, uninterrupted):
     """The newest checkpoint has a flipped bit: the one before is taken."""
-    file = remains / "checkpoints" / "step-4" / checkpoint.TENSORS
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    damage(remains / "checkpoints" / "step-4")
     found, said = complete(argv(base, remains))
     assert found == uninterrupted[1]
     assert said.count("step-4: tensors.safetensors was cut short or changed; skipped") == 1
     assert "goes on after step 2 of 12" in said
+
+
+def test_a_killed_run_is_exported_from_its_newest_intact_checkpoint(remains):
+    """On one rank, of what two have trained; the run can go on as if nothing had been exported."""
+    damage(remains / "checkpoints" / "step-4")
+    (remains / "exports" / "onnx").mkdir(parents=True)  # of other weights
+    before = everything_below(remains)
+    (ended,) = run(["--run_dir", str(remains), "--export_formats", "compact"], world_size=1)
+    assert ended.code == 0 and "as after step 2: score" in ended.text and "step-4: tensors" in ended.text, ended.text[
+        -2000:
+    ]
+    report, saved = (
+        json.loads((remains / "report.json").read_text()),
+        checkpoint.read(remains / "checkpoints" / "step-2"),
+    )
+    reports.validate(report)
+    assert report["status"] == "interrupted" and (report["time"]["steps"], report["world_size"]) == (2, 2)
+    assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
+    assert set(report["exports"]) == {"compact"} == {p.name for p in (remains / "exports").iterdir()}
+    plan = json.loads((remains / "plan.json").read_text())
+    assert [unit["kept"] for unit in plan["units"]] == saved.state["plan"]
+    exported = load_file(remains / "exports" / "compact" / "model.safetensors")
+    for name in ("classifier.weight", "bert.pooler.dense.weight", "bert.embeddings.LayerNorm.weight"):
+        assert torch.equal(exported[name], saved.tensors()[f"master/{name}"]), "what was learnt"
+    new = {"report", "plan", "predictions"}
+    after = {p: t for p, t in everything_below(remains).items() if "exports" not in p.parts and p.stem not in new}
+    assert after == before
+    later = checkpoint.Checkpoint(saved.folder, 4, saved.state)
+    assert unfinished.is_exported(remains, saved) and not unfinished.is_exported(remains, later)
+
+
+def damage(folder):
+    """Flip a bit in the middle of a checkpoint's tensors."""
+    file = folder / checkpoint.TENSORS
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def everything_below(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Law 5 at 32 random moments, under every ZeRO stage and method, and on more numbers of ranks."""
 
+import json
 import random
 import time
 
 import pytest
 
+from prunadapt_ds import report as reports
 from tests.distributed.harness import Ranks
 from tests.integration import test_resume
 from tests.integration.test_resume import argv, complete, continue_on, run
@@ -46,3 +48,22 @@ def test_every_stage_and_method(base, tmp_path, options):
     arguments = argv(base, tmp_path / "out", **options)
     run(arguments, fault="SIGKILL@step-9@all")
     assert complete(arguments)[0] == whole
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "tmp"}, {"method": "lora"}, {"method": "full"}, {"uniform": True}], ids=str
+)
+def test_every_method_is_exported_on_as_many_ranks(base, tmp_path, options):
+    """Killed after it has shrunk; every format that it can have is made, and the run still goes on."""
+    kinds = ["compact", "padded", "onnx", "torch_export", *(["uniform"] if options.get("uniform") else [])]
+    if "method" in options:
+        options = {**options, "target_sparsity": None, "shrink": "auto"}
+    arguments = argv(base, tmp_path / "out", **options)
+    run(arguments, fault="SIGKILL@step-9@all")
+    for rank in run(["--run_dir", str(tmp_path / "out"), "--export_formats", *kinds]):
+        assert rank.code == 0, rank.text[-3000:]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    reports.validate(report)
+    assert set(report["exports"]) == set(kinds) and report["status"] == "interrupted" and report["time"]["steps"] == 8
+    complete(arguments)
+    assert not (tmp_path / "out" / "exports" / "onnx").exists(), "it was of other weights"

@@ -695,6 +695,13 @@ def change(file, **changes):
     cut(file, json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+def unfinished(run):
+    """Interrupted, with one checkpoint, which is damaged."""
+    change(run / "report.json", status="interrupted")
+    (run / "checkpoints" / "step-4").mkdir(parents=True)
+    cut(run / "checkpoints" / "step-4" / "checkpoint.json", "{")
+
+
 COMPACT = "exports/compact"
 UNITS = [{"layer": 0, "kind": "heads", "dense": 4, "kept": [0, 9]}]
 EXPORT_CASES = {
@@ -703,6 +710,7 @@ EXPORT_CASES = {
     "no report": (lambda r: (r / "report.json").unlink(), "report.json is missing"),
     "unfinished": (lambda r: change(r / "report.json", status="failed"), "not that of a finished run"),
     "report is not JSON": (lambda r: cut(r / "report.json", "{"), "report.json cannot be read"),
+    "no intact checkpoint": (unfinished, "there is no intact checkpoint"),
     "plan is not JSON": (lambda r: cut(r / "plan.json", "{"), "plan.json cannot be read"),
     "plan is a list": (lambda r: cut(r / "plan.json", "[]"), "plan.json is not a JSON object"),
     "plan without units": (lambda r: cut(r / "plan.json", "{}"), "do not fit"),
@@ -733,6 +741,9 @@ def test_a_format_that_cannot_say_the_plan(place, finished):
     argv = ["--run_dir", "run", "--export_formats", "uniform"]
     refused(place, argv, ("export_formats", "train with --uniform"), program=reexport.main)
     refused(place, ["--run_dir", "nowhere", *argv[2:]], ("run_dir", "is missing"), program=reexport.main)
+    argv = ["--run_dir", "run", "--export_formats", "compact", "torch_export", "--export_dtype", "float16"]
+    words = ("export_dtype", "written in float32"), ("export_formats", "the run is finished")
+    refused(place, argv, *words, program=reexport.main)
 
 
 def test_runs_to_compare(place):

@@ -1,0 +1,105 @@
+"""Folders for runtimes that know nothing of transformers, each one graph made of a compact folder, proven against it.
+
+    onnx           model.onnx (and model.onnx.data above 1.5 GB): onnxruntime and whatever else reads ONNX
+    torch_export   model.pt2: torch.export.load, ahead-of-time compilers
+
+Any batch size and sequence length; fp32; of language models the logits of all tokens, without a cache. The work is done by a
+process of its own (tracing.py); a folder appears once it is proven.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prunadapt_ds import export, formats
+from prunadapt_ds.errors import ParityError, Problem, PrunadaptError
+from prunadapt_ds.files import whole_folder
+
+KINDS = ("onnx", "torch_export")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
+
+
+def problems(kinds: Sequence[str], dtype: str | None) -> list[Problem]:
+    """What is wrong with asking for these formats here."""
+    found = []
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if "onnx" in kinds and missing:
+        remedy = f"{', '.join(missing)} is not installed; run `pip install 'prunadapt_ds[onnx]'`"
+        found.append(Problem("export_formats", "onnx", remedy))
+    graphs = [kind for kind in kinds if kind in KINDS]
+    if graphs and dtype not in (None, "float32"):
+        found.append(Problem("export_dtype", dtype, f"{' and '.join(graphs)} are written in float32; leave it out"))
+    return found
+
+
+def convert(kind: str, compact: Path, folder: Path) -> dict[str, Any]:
+    """Write `folder` in the format `kind` and prove it; returns the report's entries {parity, latency}.
+
+    Raises ParityError where the graph computes something else than the compact folder's model, and PrunadaptError where
+    none could be made. Either way nothing is left.
+    """
+    with whole_folder(folder) as unfinished, tempfile.TemporaryDirectory() as scratch:
+        formats.copy_others(compact, unfinished)
+        write_small_files(compact, unfinished)
+        logits, found = traced(kind, compact, unfinished, Path(scratch))
+        parity = export.compare_logits({kind: (logits["compact"], logits["exported"])}) | {
+            "examples": found["examples"]
+        }
+        if not parity["max_abs_logit_diff"] <= parity["tolerance"]:
+            difference = f"{parity['max_abs_logit_diff']:.2e}; allowed is {parity['tolerance']:.2e}"
+            raise ParityError(f"{folder} differs from {compact} in its logits by {difference}")
+    return {"parity": parity, "latency": found["latency"]}
+
+
+def write_small_files(compact: Path, folder: Path) -> None:
+    """A stock configuration; and a tokenizer that pads on the right, from where a graph counts its positions."""
+    config = formats.stock_config(json.loads((compact / "config.json").read_text()))
+    tokenizer_file = folder / "tokenizer_config.json"
+    files = {folder / "config.json": {**config, "use_cache": False, "dtype": "float32"}}
+    if tokenizer_file.is_file():
+        files[tokenizer_file] = {**json.loads(tokenizer_file.read_text()), "padding_side": "right"}
+    for file, values in files.items():
+        file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def traced(kind: str, compact: Path, folder: Path, scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Logits of compact folder and graph on the same rows, float32 [N] each, and {examples, latency}; writes the graph."""
+    from safetensors.torch import load_file
+
+    request: dict[str, Any] = {
+        "kind": kind,
+        "compact": str(compact.resolve()),
+        "folder": str(folder.resolve()),
+        "needs_remote_code": "auto_map" in json.loads((compact / "config.json").read_text()),
+        "auto_class": export.auto_class_of(compact),
+        "logits": f"{scratch}/logits.safetensors",
+        "result": f"{scratch}/result.json",
+    }
+    trace(request, scratch)
+    return load_file(request["logits"]), json.loads(Path(request["result"]).read_text())
+
+
+def trace(request: dict[str, Any], scratch: Path) -> None:
+    """Have a process of its own answer `request`; see tracing.py. Raises PrunadaptError with its last words if it fails."""
+    (scratch / "request.json").write_text(json.dumps(request))
+    environment = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
+    environment |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-m", "prunadapt_ds.tracing", f"{scratch}/request.json"],
+        env=environment,
+        cwd=scratch,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise PrunadaptError(f"no {request['kind']} could be made of {request['compact']}:\n{done.stderr[-3000:]}")

@@ -1,0 +1,74 @@
+"""Export a run that was interrupted, as it was at its newest intact checkpoint. Nothing is trained, and the run can go on.
+
+Backbone, plan and the trainables of the checkpoint make the model; it is scored, exported and proven as at the end of a run.
+On any number of ranks, each of which holds its shard.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prunadapt_ds import checkpoint, distributed, files, resume
+from prunadapt_ds.checkpoint import Checkpoint
+from prunadapt_ds.ds_config import resolve_ds_config
+from prunadapt_ds.finish import finish
+from prunadapt_ds.session import setup
+
+
+def report_of(run_dir: Path) -> dict[str, Any]:
+    """The report of a run, or an empty one where none can be read."""
+    try:
+        report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
+        return report if isinstance(report, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def find(run_dir: Path) -> Checkpoint | None:
+    """The newest intact checkpoint of a run that is not complete; says which newer ones are damaged. Rank 0."""
+    if report_of(run_dir).get("status") == "complete":
+        return None
+    newest, damaged = checkpoint.newest(run_dir / "checkpoints")
+    for line in damaged:
+        print(line)
+    return newest
+
+
+def is_exported(run_dir: Path, start: Checkpoint) -> bool:
+    """Whether exports/compact is already of this checkpoint. Collective."""
+
+    def look() -> bool:
+        try:
+            report = report_of(run_dir)
+            return "compact" in report["exports"] and report["time"]["steps"] == start.step
+        except (KeyError, TypeError):
+            return False
+
+    return distributed.on_rank_0(f"reading {run_dir}", look)
+
+
+def export(run_dir: Path, start: Checkpoint, dtype: str | None, *, trust_remote_code: bool) -> None:
+    """Write exports/compact, plan.json, predictions.jsonl and a report of status "interrupted". Collective."""
+    lock = distributed.together(lambda: files.OwnedFolder(run_dir) if distributed.rank() == 0 else None)
+    try:
+        saved = start.state
+        config = distributed.together(lambda: resume.config_of(run_dir, saved))
+        config.model.trust_remote_code = trust_remote_code
+        config.output.export_formats = ["compact"]
+        config.output.export_dtype = dtype or config.output.export_dtype
+        ds = distributed.together(
+            lambda: resolve_ds_config(config, distributed.world_size(), lambda: saved["options"]["bf16"])
+        )
+        session = setup(config, saved, ds=ds, tracked=False)
+        resume.rebuild(session, start)
+        before = report_of(run_dir)
+        facts = {"status": "interrupted", "world_size": saved["world_size"], "command": before.get("command")}
+        finish(session, facts=facts)
+        if distributed.rank() == 0:
+            score = session.report["metric"]["exported"]["score"]
+            print(f"wrote {run_dir / 'exports' / 'compact'}, as after step {start.step}: score {score:.4f}")
+    finally:
+        if lock is not None:
+            lock.release()
