@@ -72,14 +72,14 @@ class Session:
     recorder: Recorder | None = None
     rank_per_layer: dict[int, int] = field(default_factory=dict)
     engine: Any = None
-    build_seconds: float = 0.0  # of the last engine
+    build_seconds: float = 0.0  # of the last engine, by `clock`
     teacher_logits: Tensor | None = None
     average: WeightAverage = field(default_factory=WeightAverage)  # of the dense phase, until it has become the teacher
     activation_bytes: int = 0
     live_bytes: dict[str, int] = field(default_factory=dict)  # "dense", "after_shrink": most of any rank
     peak_bytes: dict[str, int] = field(default_factory=dict)  # "dense_phase", "after_shrink"
     watched_length: int = 0  # tokens of the longest sample in a step whose activations were counted with this engine
-    rebuild_seconds: float = 0.0  # of the last shrink, all of it
+    rebuild_seconds: float = 0.0  # of the last shrink, all of it, by `clock`
     step_times: StepTimes = field(default_factory=StepTimes)
     step_cpu_times: StepTimes = field(default_factory=StepTimes)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -123,6 +123,14 @@ class Session:
         """The engine, which the session forgets: what takes it holds the only reference."""
         engine, self.engine = self.engine, None
         return engine
+
+    def clock(self) -> float:
+        """Seconds by which a rebuild is weighed: on a CPU the process's own, as what else runs there stretches all others."""
+        return time.process_time() if self.device.type == "cpu" else time.perf_counter()
+
+    def weighed_times(self) -> StepTimes:
+        """What steps took, by `clock`."""
+        return self.step_cpu_times if self.device.type == "cpu" else self.step_times
 
     def live(self) -> int:
         """Bytes this rank holds: parameters, optimizer state, and what the last watched step saved for its backward."""
@@ -454,12 +462,12 @@ def build_engine(session: Session) -> Any:
         gate_learning_rate=config.prune.gate_learning_rate,
         weight_decay=defaults.get("weight_decay", config.train.weight_decay),
     )
-    start = time.perf_counter()
+    start = session.clock()
     loaded = session.backbone
     blocks = [] if loaded.family.shares_layers else [block for _, block in layers_of(loaded.model, loaded.layout)]
     engine = engines.build(session.model, groups, ds.values, ds.adam, blocks=blocks)
     engine.train()
-    session.build_seconds = distributed.dist_max(time.perf_counter() - start)
+    session.build_seconds = distributed.dist_max(session.clock() - start)
     return engine
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from prunadapt_ds import engine as engines
 from prunadapt_ds import memory, state
 from prunadapt_ds.budget import PruningPlan
@@ -54,18 +56,20 @@ class StepTimes:
         return (medians[0], medians[-1]) if medians else (None, None)
 
     def predict(self, size: int) -> float:
-        """Seconds of a step at another size, from the two sizes nearest to it in time: a fixed part and one that grows.
+        """Seconds of a step at another size: a fixed part and one that grows, the line nearest to the medians so far.
 
-        Until two sizes have been timed, the whole step is taken to grow with the size: the first rebuild is tried
-        where it could pay, the later ones are judged by what it brought.
+        Each size counts as often as it was timed. Until two sizes have been, the whole step is taken to grow with the size:
+        the first rebuild is tried where it could pay, the later ones are judged by what it brought.
         """
-        measured = [(s, median(times)) for s, times in self.seconds.items()]
-        last_size, last = measured[-1]
-        if len(measured) == 1:
-            return last * size / last_size
-        other_size, other = measured[-2]
-        per_unit = max(0.0, (other - last) / (other_size - last_size))
-        return max(0.0, last + per_unit * (size - last_size))
+        if len(self.seconds) == 1:
+            ((only, times),) = self.seconds.items()
+            return median(times) * size / only
+        sizes, counts = list(self.seconds), [len(times) for times in self.seconds.values()]
+        medians = [median(times) for times in self.seconds.values()]
+        mean_size, mean_seconds = (float(np.average(values, weights=counts)) for values in (sizes, medians))
+        away = np.array(sizes) - mean_size
+        per_unit = float(np.average(away * medians, weights=counts) / np.average(away**2, weights=counts))
+        return max(0.0, mean_seconds + max(0.0, per_unit) * (size - mean_size))
 
 
 def pays_now(

@@ -238,11 +238,11 @@ def decide_and_cut(session: Session, pruning: PruningSchedule, step: int) -> Non
     scales = engines.gate_values(session.model)
     session.tracker.show(lambda writer: board.decision(writer, step=step, plan=plan, scores=scores, gates=scales))
     if pays_to_shrink(session, pruning, step):
+        start = time.perf_counter()
         with session.timed("shrink"):
             shrink_model(session)
-        session.tracker.say(
-            f"step {step}: shrunk to {1 - plan.sparsity(prune.budget):.1%} in {session.rebuild_seconds:.1f} s"
-        )
+        seconds = time.perf_counter() - start
+        session.tracker.say(f"step {step}: shrunk to {1 - plan.sparsity(prune.budget):.1%} in {seconds:.1f} s")
     if prune.save_scores:
         samples = [i for s in range(pruning.window_start(step), step) for i in session.sampler.step_samples(s)]
         save_scores(session, window, step, samples)
@@ -254,7 +254,8 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
     when = session.config.prune.shrink
     if session.plan.hash == session.present.hash or when == "never":
         return False
-    if when == "always" or not session.step_times.seconds:
+    times = session.weighed_times()
+    if when == "always" or not times.seconds:
         return when == "always"
     if step in session.rebuilt:  # decided already, before the run was interrupted
         return session.rebuilt[step]
@@ -264,7 +265,7 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
     sizes = [session.plan.cost("macs"), *(round(dense * (1 - pruning.sparsity(s))) for s in later)]
     decisions = [(size, end - start) for size, start, end in zip(sizes, [step, *later], ends, strict=True)]
     cost = session.rebuild_seconds or session.build_seconds
-    pays = pays_now(session.present.cost("macs"), decisions, session.step_times.predict, cost)
+    pays = pays_now(session.present.cost("macs"), decisions, times.predict, cost)
     pays = bool(distributed.broadcast_object(pays))  # clocks differ between ranks, the decision must not
     session.rebuilt[step] = pays
     resume.note_rebuilds(session)
@@ -273,7 +274,7 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
 
 def shrink_model(session: Session) -> None:
     """Rebuild the engine around the model that `session.plan` leaves."""
-    start = time.perf_counter()
+    start = session.clock()
     watchdog.rest()
     milestone(f"shrink-{session.step}/begin")
     session.note_peak()
@@ -284,7 +285,7 @@ def shrink_model(session: Session) -> None:
     if session.recorder is not None:
         session.recorder.narrow(plan.mask())
     session.watched_length = 0
-    session.rebuild_seconds = distributed.dist_max(time.perf_counter() - start)
+    session.rebuild_seconds = distributed.dist_max(session.clock() - start)
 
 
 def keep_teacher(session: Session, step: int) -> None:

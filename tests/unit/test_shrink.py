@@ -50,7 +50,11 @@ def test_step_times_are_fitted_to_what_was_measured():
     times.add(60, 0.7)
     assert times.predict(60) == pytest.approx(0.7)
     assert times.predict(20) == pytest.approx(0.3)
-    assert StepTimes({100: [1.0], 60: [1.2]}).predict(20) == pytest.approx(1.2), "smaller was not faster"
+    times.add(20, 0.5)  # more than expected: the line goes between
+    assert 0.3 < times.predict(20) < 0.5 and times.predict(0) > 0
+    often = StepTimes({100: [1.0] * 50, 60: [0.6] * 50, 40: [0.7]})
+    assert often.predict(20) == pytest.approx(0.2, abs=0.05), "one odd step does not speak for a size"
+    assert StepTimes({100: [1.0], 60: [1.2]}).predict(20) == pytest.approx(1.1), "smaller was not faster"
 
 
 def structure():
