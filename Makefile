@@ -21,7 +21,9 @@ test-fast: $(INSTALLED)
 test-ci: $(INSTALLED)
 	$(RUN) python -m pytest -m ci -q
 
+# Where there is a chromium, what it shows is tested as well.
 test-full: $(INSTALLED)
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[browser]'
 	$(RUN) python tests/summary.py
 
 # A real SLURM and MPI on this machine; without them, and without root to install them, the tests are skipped and say why.

@@ -54,7 +54,8 @@ def on_page_content(page_html: str, **_: Any) -> str:
 
 
 def mathml(latex: str, is_block: bool) -> str:
-    return convert(html.unescape(latex).strip(), display="block" if is_block else "inline")
+    drawn = convert(html.unescape(latex).strip(), display="block" if is_block else "inline")
+    return f'<div class="formula">{drawn}</div>' if is_block else drawn
 
 
 # ---------------------------------------------------------------------------------------------- command line
