@@ -8,7 +8,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # Ranks of the quickstart: every GPU where there are some, otherwise two CPU processes.
 RANKS := $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); [ $$n -gt 0 ] && echo $$n || echo 2)
 
-.PHONY: quickstart test test-fast test-ci test-full test-slurm test-slurm-ci slurm-tools doctor quality style mutants coverage tensorboard clean tools
+.PHONY: quickstart test test-fast test-ci test-full test-slurm test-slurm-ci slurm-tools doctor quality style mutants coverage tensorboard docs docs-serve clean tools
 
 quickstart: $(INSTALLED)
 	$(RUN) deepspeed --num_accelerators $(RANKS) launcher/train.py --ds_config ds_configs/zero3.json --output_dir outputs/quickstart
@@ -21,7 +21,9 @@ test-fast: $(INSTALLED)
 test-ci: $(INSTALLED)
 	$(RUN) python -m pytest -m ci -q
 
+# Where there is a chromium, what it shows is tested as well.
 test-full: $(INSTALLED)
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[full]'
 	$(RUN) python tests/summary.py
 
 # A real SLURM and MPI on this machine; without them, and without root to install them, the tests are skipped and say why.
@@ -56,8 +58,18 @@ coverage: $(INSTALLED)
 tensorboard: $(INSTALLED)
 	$(RUN) tensorboard --logdir outputs --host 127.0.0.1
 
+# Its theme announces its successor at every build, which says nothing about these pages.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(INSTALLED)
+	$(RUN) mkdocs build --quiet
+	@echo "site/index.html is there; to read it: make docs-serve"
+
+docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs-serve: $(INSTALLED)
+	$(RUN) mkdocs serve --quiet --dev-addr 127.0.0.1:8000
+
 clean:
-	rm -rf outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
+	rm -rf outputs site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
 
 tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
@@ -70,7 +82,7 @@ tools:
 $(INSTALLED): pyproject.toml constraints.txt | tools
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq -c constraints.txt torch
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[sample,onnx,dev]'
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[sample,onnx,dev,docs]'
 	@# DeepSpeed's operator for CPU ranks: compiled now, so that the first run does not wait for it.
 	@$(RUN) python -c 'from deepspeed.accelerator import get_accelerator as a; b = a().create_op_builder("ShareMemCommBuilder"); b and b.load()' >/dev/null 2>&1 || true
 	@touch $@

@@ -5,7 +5,7 @@ Functions that take a SummaryWriter; called on rank 0 only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,12 @@ TAGS = {
     "sparsity/target": "pruning/target_sparsity",
     "sparsity/achieved": "pruning/sparsity",
     "samples/s": "efficiency/samples_per_second",
-    "memory/parameters(bytes)": "efficiency/parameter_bytes_per_rank",
-    "memory/live(bytes)": "efficiency/live_bytes_per_rank",
+    "memory/parameters(bytes)": "efficiency/parameters_MiB",
+    "memory/live(bytes)": "efficiency/live_MiB",
     "time/train(s)": "efficiency/train_seconds",
 }
-"""Metrics whose group in TensorBoard is not that of metrics.jsonl."""
+"""Metrics whose group in TensorBoard is not that of metrics.jsonl. Memory is that of a rank."""
+DOTS_PER_INCH = 200  # pictures are looked at larger than they are
 
 LAYOUT = {
     "run": {
@@ -31,6 +32,7 @@ LAYOUT = {
         "sparsity": ["Multiline", [TAGS["sparsity/achieved"], TAGS["sparsity/target"]]],
         "speed": ["Multiline", [TAGS["samples/s"]]],
         "loss": ["Multiline", ["train/loss"]],
+        "memory (MiB)": ["Multiline", [TAGS["memory/live(bytes)"], TAGS["memory/parameters(bytes)"]]],
     }
 }
 
@@ -40,17 +42,26 @@ def tag(metric: str) -> str:
     return TAGS.get(metric, metric.replace("learning_rate/", "train/learning_rate_"))
 
 
+def scaled(metric: str, value: float) -> float:
+    """The value that TensorBoard shows: MiB where metrics.jsonl says bytes, whose curves would read 5.5e+7."""
+    return value / 2**20 if metric.endswith("(bytes)") else value
+
+
 def begin(writer: Any) -> None:
-    """One dashboard with score, sparsity, speed and loss ("Custom Scalars")."""
+    """One dashboard with score, sparsity, speed, loss and memory ("Custom Scalars")."""
     writer.add_custom_scalars(LAYOUT)
 
 
 def decision(writer: Any, *, step: int, plan: PruningPlan, scores: Tensor, gates: Tensor) -> None:
     """Scores [U] and what was decided from them, by layer; gates: float [units that are physically there]."""
     tables = score_tables(plan, scores)
-    figure = figures.drawn(importance_figure, tables)
-    writer.add_figure("pruning/importance", figure, step)
-    writer.add_figure("pruning/kept", figures.drawn(kept_figure, figures.kept_tables(plan.to_dict())), step)
+    for name, draw, table in (
+        ("importance", importance_figure, tables),
+        ("kept", kept_figure, figures.kept_tables(plan.to_dict())),
+    ):
+        figure = figures.drawn(draw, table)
+        figure.set_dpi(DOTS_PER_INCH)
+        writer.add_figure(f"pruning/{name}", figure, step)
     for kind in tables:
         values = torch.cat([scores[s.span] for s in plan.structure.sublayers if s.kind == kind]).float()
         writer.add_histogram(f"pruning/log10_scores_{kind}", values.clamp(min=1e-20).log10(), step)
@@ -94,13 +105,26 @@ def kept_figure(tables: Mapping[str, np.ndarray]) -> Any:
     return figure
 
 
-def result(writer: Any, options: Mapping[str, Any], measures: Mapping[str, float | None]) -> None:
-    """The run as one row of TensorBoard's table of runs ("HParams")."""
+def result(
+    writer: Any, options: Mapping[str, Any], measures: Mapping[str, float | None], given: Collection[str] = ()
+) -> None:
+    """The run as one row of TensorBoard's table of runs ("HParams").
+
+    The table shows five options unasked: those said to differ between runs, then by the alphabet. So it is said of what
+    tells runs apart whatever they are, and of the options that somebody chose (`given`).
+    """
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
     plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in options.items()}
     known = {f"result/{name}": value for name, value in measures.items() if value is not None}
-    for summary in hparams(plain, known):
+    table, *row = hparams(plain, known)
+    content = table.value[0].metadata.plugin_data
+    head = HParamsPluginData.FromString(content.content)
+    for info in head.experiment.hparam_infos:
+        info.differs = info.name in _ALWAYS_SHOWN or info.name in set(given) - _SAME_IN_A_SWEEP
+    content.content = head.SerializeToString()
+    for summary in (table, *row):
         writer.file_writer.add_summary(summary)
     for name, value in known.items():
         writer.add_scalar(name, value)
@@ -129,6 +153,8 @@ def options_of(config: Mapping[str, Mapping[str, Any]], names: Sequence[str] = (
     return {name: flat[name] for name in names or _COMPARED if flat.get(name) is not None}
 
 
+_ALWAYS_SHOWN = {"method", "target_sparsity"}
+_SAME_IN_A_SWEEP = {"model_name_or_path", "task_name", "num_train_epochs"}
 _COMPARED = (
     *("model_name_or_path", "task_name", "method", "criterion", "target_sparsity", "budget", "r", "lora_alpha"),
     *("learning_rate", "gate_learning_rate", "distill_weight", "num_train_epochs", "num_decisions", "seed"),

@@ -171,7 +171,8 @@ def csv_text(rows: Sequence[report.Row]) -> str:
 def trade_off(found: Sequence[Line], name: str, label: str) -> figures.Picture | None:
     """Score against a cost; what nothing else beats is filled and joined. One task only: scores of two do not compare."""
     known = [(line, line.mean(name), line.mean("score")) for line in found]
-    points = [(line, cost, score) for line, cost, score in known if cost is not None and score is not None]
+    scale = 1 if any(line.key[0] == "causal_lm" for line in found) else 100  # as in the table
+    points = [(line, cost, score * scale) for line, cost, score in known if cost is not None and score is not None]
     if len(points) < 2 or len({line.key[0] for line, *_ in points}) > 1:
         return None
     sign = -1 if points[0][0].key[0] == "causal_lm" else 1  # less perplexity is better
@@ -179,14 +180,16 @@ def trade_off(found: Sequence[Line], name: str, label: str) -> figures.Picture |
     drawing, axis = figures.figure(3.6)
     best = sorted((cost, score) for (_, cost, score), on in zip(points, front, strict=True) if on)
     axis.plot(*zip(*best, strict=True), color=figures.INK, linestyle=":", linewidth=1)
+    told = {i for i in range(len(KEY)) if len({line.key[i] for line, *_ in points}) > 1}  # what tells the points apart
     words = []
     for (line, cost, score), on in zip(points, front, strict=True):
-        title = " ".join(part for part in (line.key[1], line.key[2], line.key[4]) if part != "-")
+        title = " ".join(report.short_model(part) for i, part in enumerate(line.key) if i in told and part != "-")
+        title = title or line.key[1]
         axis.scatter(
             [cost], [score], s=34, facecolor=figures.ACCENT if on else "white", edgecolor=figures.ACCENT, zorder=3
         )
         axis.annotate(title, (cost, score), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        words.append(f"{title}: {label} {cost:.3g}, score {score:.3f}{', on the front' if on else ''}")
+        words.append(f"{title}: {label} {cost:.3g}, score {score:.2f}{', on the front' if on else ''}")
     axis.set_xlabel(label)
     axis.set_ylabel("score")
     axis.margins(0.12)
@@ -198,8 +201,9 @@ def trade_off(found: Sequence[Line], name: str, label: str) -> figures.Picture |
 def page(found: Sequence[Line], rows: Sequence[report.Row]) -> str:
     drawn = [figures.drawn(trade_off, found, name, label) for name, label in TRADE_OFFS]
     pictures = "".join(pages.image(picture) for picture in drawn if picture is not None)
+    short = [(*row[:3], report.short_model(row[3]), *row[4:]) for row in rows]
     note = "Parameters, MACs and latency are shares of the dense model's; ± is the standard deviation over seeds."
-    body = f"<h1>Runs compared</h1>{pages.html_table(HEADER, rows, 'Runs', 5)}<p>{note}</p><div class=pictures>{pictures}</div>"
+    body = f"<h1>Runs compared</h1>{pages.html_table(HEADER, short, 'Runs', 5)}<p>{note}</p><div class=pictures>{pictures}</div>"
     return pages.document("Runs compared", body)
 
 

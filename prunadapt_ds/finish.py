@@ -85,7 +85,7 @@ def finish(
     milestone("report")
     write_report(session, session.report["status"])
     options, found = board.options_of(session.config.to_dict()), board.measures_of(session.report)
-    session.tracker.show(lambda writer: board.result(writer, options, found))
+    session.tracker.show(lambda writer: board.result(writer, options, found, session.config.given))
     session.tracker.say(report.table(session.report))
     session.tracker.say(outline.footer(session.config, session.data.task.name))
     session.tracker.close()

@@ -183,7 +183,7 @@ def image(picture: Picture) -> str:
 
 def page(result: dict[str, Any], drawn: Sequence[Picture], examples: Sequence[report.Row]) -> str:
     """report.html."""
-    title = html.escape(f"{result['task']}: {result['method']} on {result['model']}")
+    title = html.escape(f"{result['task']}: {result['method']} on {report.short_model(str(result['model']))}")
     cards = "".join(
         f"<li><b>{html.escape(figure)}</b> <span>{html.escape(what)}</span> <small>{html.escape(beside)}</small></li>"
         for what, figure, beside in headline(result)
@@ -234,11 +234,16 @@ caption { text-align: left; font-weight: 600; font-size: 1.1rem; padding: .3rem 
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #d5dae1; vertical-align: top; }
 th { border-bottom: 2px solid #1b2a41; }
 .first, .text { text-align: left; } .first { min-width: 9rem; } .number { text-align: right; white-space: nowrap; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1rem; align-items: start; }
-figure { margin: 0; border: 1px solid #d5dae1; border-radius: .5rem; padding: .6rem; }
+.pictures { columns: 26rem; column-gap: 1rem; }
+figure { margin: 0 0 1rem; break-inside: avoid; border: 1px solid #d5dae1; border-radius: .5rem; padding: .6rem; }
 figcaption { font-weight: 600; padding-bottom: .3rem; }
 img { width: 100%; height: auto; }
 pre { background: #f3f5f8; padding: .7rem; border-radius: .5rem; }
 summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 30rem) {
+  th, td { padding: .3rem .25rem; font-size: .82rem; }
+  .first { min-width: 5.5rem; overflow-wrap: anywhere; }
+  .number { white-space: normal; }
+}
 @media print { details { display: block; } .scroll { overflow: visible; } }
 """

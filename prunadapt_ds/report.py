@@ -141,6 +141,11 @@ def _share(kept: float | None, dense: float | None) -> str:
     return f" ({kept / dense:.1%})" if kept is not None and dense else ""
 
 
+def short_model(model: str) -> str:
+    """A folder's own name instead of its path; a name on the hub as it is."""
+    return model.rstrip("/").rpartition("/")[2] if model.startswith(("/", ".", "~")) else model
+
+
 Row = tuple[str, ...]
 SCORE_HEADER = ("score", "teacher", "masked", "exported")
 COST_HEADER = ("cost", "dense", "pruned")

@@ -81,7 +81,7 @@ class Tracker:
         line: dict[str, Any] = {"step": step, "phase": phase}
         for key, value in metrics.items():
             line[key] = value if math.isfinite(value) else None  # JSON has no NaN
-            self._board("add_scalar", board.tag(key), value, step)
+            self._board("add_scalar", board.tag(key), board.scaled(key, value), step)
         try:
             text = json.dumps(line).encode() + b"\n"
             if self._file.write(text) != len(text):

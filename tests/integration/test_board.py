@@ -1,5 +1,6 @@
 """TensorBoard's real server lists what a run writes."""
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -14,28 +15,25 @@ from tests.unit.test_board import written
 pytestmark = pytest.mark.ci
 
 
-def test_the_real_server_lists_it(tmp_path):
-    written(tmp_path)
+@contextlib.contextmanager
+def server(folder):
+    """TensorBoard's real server on a folder; yields its address."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        "--logdir",
-        str(tmp_path),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", "127.0.0.1"]
+    process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        found = ask(f"http://127.0.0.1:{port}/data/plugin/", 180)
+        yield f"http://127.0.0.1:{port}"
     finally:
-        server.kill()
-        server.wait()
+        process.kill()
+        process.wait()
+
+
+def test_the_real_server_lists_it(tmp_path):
+    written(tmp_path)
+    with server(tmp_path) as address:
+        found = ask(f"{address}/data/plugin/", 180)
     assert {"train/loss", "pruning/sparsity"} <= set(found["scalars"]["runs"])
     assert {"pruning/importance", "pruning/kept"} <= set(found["images"]["runs"])
     assert "pruning/gates" in found["histograms"]["runs"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunadapt_ds import compare
+from prunadapt_ds import compare, report
 from tests.conftest import ROOT
 from tests.unit.test_report import filled
 
@@ -58,6 +58,17 @@ def test_everything_is_written(tmp_path):
     assert tuple(rows[0]) == compare.HEADER and len(rows) == 5
     page = (out / "compare.html").read_text()
     assert page.count("<img alt=") == 3 and "1 failed" in page and "on the front" in page
+
+
+def test_points_are_called_by_what_tells_them_apart(tmp_path):
+    base = sweep(tmp_path)
+    found = compare.lines(compare.find([str(base)]))
+    words = compare.trade_off(found, "parameters", "parameters / dense").alt
+    assert words.removesuffix(".").split("; ") == [
+        "0.8: parameters / dense 0.2, score 70.00, on the front",
+        "0.5: parameters / dense 0.4, score 85.00, on the front",
+    ]
+    assert report.short_model("/data/models/bert/") == "bert" and report.short_model("org/bert") == "org/bert"
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path, capsys):
