@@ -46,31 +46,40 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def capture(engine: Any) -> TrainingState:
     """The engine's training state, on the CPU of every rank. Collective: all ranks must call."""
     started = any(state for state in _torch_optimizer(engine).state.values())
-    masters: dict[str, Tensor] = {}
     moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
     if started:
         _link_moments(engine)
-    for name, parameter in trainable(engine.module).items():
-        masters[name] = _read(engine, parameter, None)
-        if started:
+        for name, parameter in trainable(engine.module).items():
             for key in MOMENTS:
                 moments[key][name] = _read(engine, parameter, key)
     steps = max((int(s["step"]) for s in _torch_optimizer(engine).state.values() if s), default=0)
-    return TrainingState(masters, moments, steps)
+    return TrainingState(read_masters(engine), moments, steps)
+
+
+def read_masters(engine: Any) -> dict[str, Tensor]:
+    """The fp32 masters alone, on the CPU of every rank. Collective."""
+    return {name: _read(engine, parameter, None) for name, parameter in trainable(engine.module).items()}
 
 
 def restore(engine: Any, state: TrainingState) -> None:
     """Give an engine this training state: masters, moments and the weights that follow from them. Collective."""
-    parameters = trainable(engine.module)
-    assert parameters.keys() == state.masters.keys(), "the state is of another model"
     if state.steps:
         _make_moments(engine, state.steps)
         _link_moments(engine)
+    write_masters(engine, state.masters)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            _write(engine, parameter, None, state.masters[name])
+        for name, parameter in trainable(engine.module).items():
             for key in MOMENTS if state.steps else ():
                 _write(engine, parameter, key, state.moments[key][name])
+
+
+def write_masters(engine: Any, masters: dict[str, Tensor]) -> None:
+    """Give an engine other masters, and the weights that follow from them; moments stay. Collective."""
+    parameters = trainable(engine.module)
+    assert parameters.keys() == masters.keys(), "these are another model's"
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            _write(engine, parameter, None, masters[name])
 
 
 # ------------------------------------------------------------------- where DeepSpeed keeps masters, by ZeRO stage

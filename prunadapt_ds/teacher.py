@@ -7,7 +7,6 @@ at the price of a few copies of the trainables, which are small.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ class WeightAverage:
 
     def add(self, engine: Any) -> None:
         """Another snapshot of what the engine trains. Collective."""
-        masters = state.capture(engine).masters
+        masters = state.read_masters(engine)
         self.sums = {name: self.sums[name] + master for name, master in masters.items()} if self.count else masters
         self.count += 1
 
@@ -41,9 +40,9 @@ def averaged(engine: Any, average: WeightAverage) -> Iterator[None]:
     if not average.count:
         yield
         return
-    learnt = state.capture(engine)
-    state.restore(engine, dataclasses.replace(learnt, masters=average.mean()))
+    learnt = state.read_masters(engine)
+    state.write_masters(engine, average.mean())
     try:
         yield
     finally:
-        state.restore(engine, learnt)
+        state.write_masters(engine, learnt)

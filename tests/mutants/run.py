@@ -192,7 +192,7 @@ MUTANTS = (
            "return step / self.warmup_steps", "tests/unit/test_schedule.py::test_learning_rate_factor"),
     Mutant("teacher of the last step alone", "teacher.py", "self.sums[name] + master for", "master * (self.count + 1) for",
            "tests/distributed/test_teacher.py::test_the_engine_gets_the_mean_and_its_own_weights_back[3-2]"),
-    Mutant("student goes on from the mean", "teacher.py", "        state.restore(engine, learnt)", "        pass",
+    Mutant("student goes on from the mean", "teacher.py", "        state.write_masters(engine, learnt)", "        pass",
            "tests/distributed/test_teacher.py::test_the_engine_gets_the_mean_and_its_own_weights_back[3-2]"),
     Mutant("teacher never leaves", "schedule.py", "return min(1.0, max(0.0, (total_steps - step) / max(1, total_steps - first)))",
            "return 1.0", "tests/unit/test_schedule.py::test_the_teacher_counts_from_the_first_decision_and_no_more_at_the_end"),

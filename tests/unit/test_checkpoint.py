@@ -265,7 +265,7 @@ def test_a_decision_of_the_clock_is_repeated_not_made_again(tmp_path, decided):
         backbone=SimpleNamespace(structure=None),
         plan=SimpleNamespace(hash="new"),
         present=SimpleNamespace(hash="old"),
-        step_times=SimpleNamespace(seconds={100: [1.0]}),
+        weighed_times=lambda: SimpleNamespace(seconds={100: [1.0]}),
         rebuilt={6: decided},
     )
     resume.note_rebuilds(session)
