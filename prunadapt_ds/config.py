@@ -85,6 +85,9 @@ class PruningOptions:
     teacher_window: float = option(
         0.6, "the teacher's weights are a mean over that share of the steps before it; 0: as they are", least=0, most=1
     )
+    distill_top_k: int = option(
+        0, "language: likeliest words that the teacher keeps of each learnt token, on disk; 0: no teacher", least=0
+    )
     distill_fades: bool = option(True, "the teacher counts less and less after the first decision, nothing at the end")
     neuron_multiple: int = option(8, "feed-forward neurons are cut in groups, kept counts are multiples", least=1)
     uniform: bool = option(False, "all layers keep the same counts, so that stock classes load what is left")
@@ -252,6 +255,9 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(Problem("save_scores", True, "there are no decisions but those of --method prunadapt"))
     if data.task_type == "causal_lm":
         found += _language_problems(config)
+    elif prune.distill_top_k:
+        remedy = "a classifier's teacher keeps all its logits; leave it out, or say --task_type causal_lm"
+        found.append(Problem("distill_top_k", prune.distill_top_k, remedy))
     if data.test_file is not None:
         found.append(
             Problem(
@@ -305,15 +311,15 @@ def _language_problems(config: Config) -> list[Problem]:
         found.append(Problem("train_file", None, "--task_type causal_lm needs --train_file and --validation_file"))
     if prune.method == "tmp":
         found.append(Problem("method", "tmp", "its rule is one for classifiers; use prunadapt, lora or full"))
-    if "distill_weight" in config.given and prune.distill_weight > 0:
-        remedy = "a teacher's logits of every token and word are not kept; leave it out, or write 0"
+    if "distill_weight" in config.given and prune.distill_weight > 0 and not prune.distill_top_k:
+        remedy = "all logits of a teacher fit nowhere; say how many words it keeps of each token, as --distill_top_k 16"
         found.append(Problem("distill_weight", prune.distill_weight, remedy))
     return found
 
 
 def _resolve(config: Config) -> None:
     """Fill in the defaults that depend on other options."""
-    if config.data.task_type == "causal_lm":
+    if config.data.task_type == "causal_lm" and not config.prune.distill_top_k:
         config.prune.distill_weight = 0.0
     if config.prune.target_speedup is not None:
         config.prune.target_sparsity, config.prune.budget = 1 - 1 / config.prune.target_speedup, "latency"

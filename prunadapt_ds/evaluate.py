@@ -20,29 +20,41 @@ from prunadapt_ds.distributed import all_gather_rows, rank, world_size
 from prunadapt_ds.reload import summary
 
 
+def forward_passes(
+    engine: Any, rows: Rows, batch_size: int, device: torch.device
+) -> Iterator[tuple[list[int], dict[str, Tensor], Tensor]]:
+    """This rank's batches of an evaluation: (positions in `rows`, inputs on the device, logits). Collective.
+
+    A rank without rows of its own keeps the others company: its batch is empty and the logits are another row's.
+    `engine`: a DeepSpeed engine or a module.
+    """
+    was_training = engine.module.training if hasattr(engine, "module") else engine.training
+    engine.eval()
+    zero3.forget_trace(engine)
+    for batch in evaluation_batches(rows.lengths, batch_size, rank(), world_size()):
+        watchdog.beat()
+        inputs = {k: v.to(device) for k, v in rows.inputs(batch or [0]).items()}
+        with torch.no_grad():
+            logits = engine(**inputs).logits
+        yield batch, inputs, logits
+    engine.train(was_training)
+    zero3.forget_trace(engine)
+
+
 @torch.no_grad()
 def predict(engine: Any, rows: Rows, batch_size: int, device: torch.device) -> Tensor:
     """float32 [N, C] in the order of `rows`, on the CPU of every rank: the logits, or what `reload.summary` keeps of
     language. `engine`: a DeepSpeed engine or a module."""
-    was_training = engine.module.training if hasattr(engine, "module") else engine.training
-    engine.eval()
-    zero3.forget_trace(engine)
     positions, logits = [], []
-    per_rank = batch_size
-    for batch in evaluation_batches(rows.lengths, batch_size, rank(), world_size()):
-        watchdog.beat()
-        inputs = rows.inputs(batch or [0])  # a rank without rows keeps the others company
-        output = engine(**{k: v.to(device) for k, v in inputs.items()}).logits
+    for batch, inputs, output in forward_passes(engine, rows, batch_size, device):
         if output.dim() == 3:
             labels = rows.padded_labels(batch or [0], output.shape[1])
-            output = summary(output, inputs["attention_mask"].to(device), None if labels is None else labels.to(device))
+            output = summary(output, inputs["attention_mask"], None if labels is None else labels.to(device))
         output = output.float()
-        padding = per_rank - len(batch)
+        padding = batch_size - len(batch)
         index = torch.tensor(batch + [-1] * padding, device=device)
         positions.append(index)
         logits.append(F.pad(output[: len(batch)], (0, 0, 0, padding)))
-    engine.train(was_training)
-    zero3.forget_trace(engine)
     index, values = all_gather_rows(torch.cat(positions)).cpu(), all_gather_rows(torch.cat(logits)).cpu()
     result = torch.full((len(rows), values.shape[1]), torch.nan)
     real = index >= 0

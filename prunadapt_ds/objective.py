@@ -1,9 +1,11 @@
 """The loss of each sample: the task's own, and distillation from the run's own dense model once there is one.
 
-Legend: B samples, C classes (1 for regression), T tokens, V vocabulary.
+Legend: B samples, C classes (1 for regression), T tokens, V vocabulary, M learnt tokens of all B samples, k words.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -37,22 +39,59 @@ def trust(teacher_logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor
     return teacher_logits.float().softmax(-1).gather(1, labels[:, None]).squeeze(1)
 
 
+@dataclass(frozen=True)
+class TopWords:
+    """What a language model's teacher thinks of each learnt token: words int64 and their log-probabilities float32, [M, k]."""
+
+    words: Tensor
+    log_probs: Tensor
+
+    def to(self, device: torch.device) -> TopWords:
+        return TopWords(self.words.to(device), self.log_probs.to(device))
+
+
+def language_losses(logits: Tensor, labels: Tensor, teacher: TopWords, distill_weight: float) -> Tensor:
+    """As `sample_losses`, token by token, then each sequence's own mean: [B, T, V], [B, T] -> float32 [B].
+
+    The KL divergence is that of k + 1 outcomes: the teacher's k words, and any other. Trust is the probability that it
+    gives the token's word, 0 if that is none of the k.
+    """
+    targets = labels[:, 1:]
+    real = targets >= 0
+    student = logits[:, :-1][real].float().log_softmax(-1)  # [M, V]
+    target = targets[real][:, None]  # [M, 1]
+    theirs = with_others(teacher.log_probs)  # [M, k + 1]
+    ours = with_others(student.gather(1, teacher.words))
+    distillation = (theirs.exp() * (theirs - ours)).sum(-1)
+    trusted = (teacher.log_probs.exp() * (teacher.words == target)).sum(-1)
+    losses = torch.lerp(-student.gather(1, target).squeeze(1), distillation, distill_weight * trusted)  # [M]
+    sums = torch.zeros(len(labels), device=logits.device).index_add(0, real.nonzero()[:, 0], losses)
+    return sums / real.sum(1).clamp(min=1)
+
+
+def with_others(log_probs: Tensor) -> Tensor:
+    """[M, k] -> [M, k + 1]: and the log-probability of all other words together, at least 1e-6."""
+    others = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=1e-6)
+    return torch.cat([log_probs, others.log()], 1)
+
+
 def sample_losses(
     logits: Tensor,
     labels: Tensor,
     *,
     is_regression: bool,
-    teacher_logits: Tensor | None = None,
+    teacher: Tensor | TopWords | None = None,
     distill_weight: float = 0.0,
 ) -> Tensor:
     """float32 [B]: (1 - w) * task + w * distillation, w = distill_weight * trust; the task's loss alone without a teacher.
 
-    The teacher is taken after a part of the training and may be poor. It is followed on a sample as far as it got that
-    sample right: `trust` is the probability that it gives the true class (1 for regression). It depends on the sample
-    alone, so that a step's loss stays the same for every split of its samples.
+    `teacher`: its logits [B, C], of language its words. It is taken after a part of the training and may be poor, so it is
+    followed on a sample as far as it got that sample right: `trust` is the probability that it gives the true class (1 for
+    regression). It depends on the sample alone, so that a step's loss stays the same for every split of its samples.
     """
-    loss = task_loss(logits, labels, is_regression)
-    if teacher_logits is None or distill_weight == 0:
-        return loss
-    distillation = distillation_loss(logits, teacher_logits, is_regression)
-    return torch.lerp(loss, distillation, distill_weight * trust(teacher_logits, labels, is_regression))
+    if teacher is None or distill_weight == 0:
+        return task_loss(logits, labels, is_regression)
+    if isinstance(teacher, TopWords):
+        return language_losses(logits, labels, teacher, distill_weight)
+    loss, distillation = task_loss(logits, labels, is_regression), distillation_loss(logits, teacher, is_regression)
+    return torch.lerp(loss, distillation, distill_weight * trust(teacher, labels, is_regression))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunadapt_ds import checkpoint, distributed, files, gates, state
+from prunadapt_ds import checkpoint, distributed, files, gates, state, token_teacher
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.checkpoint import Checkpoint, Damaged
 from prunadapt_ds.config import SECTIONS, Config
@@ -28,6 +29,7 @@ from prunadapt_ds.errors import Problem, PrunadaptError, UserError
 from prunadapt_ds.session import Session, add_trainables
 from prunadapt_ds.shrink import StepTimes
 from prunadapt_ds.teacher import WeightAverage
+from prunadapt_ds.token_teacher import TokenTeacher
 from prunadapt_ds.watchdog import milestone
 
 # Options that may change while a run is interrupted, because they do not change what it computes ...
@@ -198,6 +200,7 @@ def begin(session: Session) -> None:
         for _, folder in checkpoint.listed(root_of(session.config)):
             checkpoint.discard(folder)
         (root_of(session.config) / REBUILDS).unlink(missing_ok=True)
+        shutil.rmtree(session.output_dir / token_teacher.FOLDER, ignore_errors=True)
         for name in LEFT_BEHIND:
             (session.output_dir / name).unlink(missing_ok=True)
         text = json.dumps(
@@ -264,8 +267,8 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["scores"] = session.scores.value
     if session.recorder is not None:
         tensors["window"] = distributed.all_gather_rows(session.recorder.capture()[None]).cpu()  # [ranks, S * U + 1]
-    if session.teacher_logits is not None:
-        tensors["teacher"] = session.teacher_logits
+    if isinstance(session.teacher, Tensor):
+        tensors["teacher"] = session.teacher
     tensors |= {f"average/{name}": total for name, total in session.average.sums.items()}
     for name, states in random_states(session.device).items():
         tensors[f"random/{name}"] = distributed.all_gather_rows(states.to(session.device)[None]).cpu()  # [ranks, bytes]
@@ -285,6 +288,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "ranks": of_ranks,
         "rebuilt": session.rebuilt,
         "average_count": session.average.count,
+        "token_teacher": isinstance(session.teacher, TokenTeacher),
         "teacher_metric": session.report["metric"]["teacher"],
         "progress": session.report["progress"],
         "clocks": clocks(session),
@@ -364,7 +368,11 @@ def restore(session: Session, start: Checkpoint) -> None:
     gates.apply_mask(session.model, session.plan.mask()[session.present.mask()])
     write_latency(session)
     session.step = saved["step"]
-    session.teacher_logits = tensors.get("teacher")
+    session.teacher = tensors.get("teacher")
+    if saved["token_teacher"]:
+        session.teacher = distributed.together(
+            lambda: token_teacher.open_again(session.output_dir / token_teacher.FOLDER)
+        )
     session.average = WeightAverage(below("average/"), saved["average_count"])
     session.report["metric"]["teacher"] = saved["teacher_metric"]
     session.report["progress"] = list(saved["progress"])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunadapt_ds import board, distributed, files, gates, memory, outline, resume, tmp, watchdog
+from prunadapt_ds import board, distributed, files, gates, memory, outline, resume, tmp, token_teacher, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds import report as reports
 from prunadapt_ds.batches import Batch, Rows, Sampler
@@ -27,13 +27,14 @@ from prunadapt_ds.evaluate import predict
 from prunadapt_ds.finish import finish, report_unfinished
 from prunadapt_ds.importance import CRITERIA, STATISTICS, Recorder, WindowSums
 from prunadapt_ds.keeper import Keeper, StepLosses
-from prunadapt_ds.objective import sample_losses
+from prunadapt_ds.objective import TopWords, sample_losses
 from prunadapt_ds.pulse import StopSignals
 from prunadapt_ds.resize import resize
 from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
 from prunadapt_ds.session import Session, add_trainables, attach_gates, build_engine, eval_batch, evaluate, setup
 from prunadapt_ds.shrink import pays_now, shrink
 from prunadapt_ds.teacher import WeightAverage, averaged
+from prunadapt_ds.token_teacher import TokenTeacher, num_bytes
 from prunadapt_ds.watchdog import milestone
 
 
@@ -63,6 +64,7 @@ def run(config: Config) -> dict[str, Any]:
         try:
             fit(session, keeper)
             finish(session, keeper.stop_if_asked)
+            token_teacher.remove(session.output_dir / token_teacher.FOLDER)
         except PrunadaptError as error:
             report_unfinished(session, error)
             raise
@@ -208,7 +210,7 @@ def learning_rate_schedule(session: Session, pruning: PruningSchedule | None) ->
 def distill_weight(session: Session, pruning: PruningSchedule | None, step: int) -> float:
     """Weight of the teacher in the loss of the step after `step`; 0 as long as there is none."""
     prune = session.config.prune
-    if pruning is None or session.teacher_logits is None:
+    if pruning is None or session.teacher is None:
         return 0.0
     return prune.distill_weight * (pruning.teacher_factor(step, session.total_steps) if prune.distill_fades else 1.0)
 
@@ -294,11 +296,20 @@ def keep_teacher(session: Session, step: int) -> None:
         metrics, _ = evaluate(session)
         if session.config.prune.distill_weight > 0:
             with session.timed("teacher"):
-                logits = predict(session.engine, session.train_rows, eval_batch(session), session.device)
-                session.teacher_logits = logits
+                session.teacher = taught(session)
     session.average = WeightAverage()
     session.report["metric"]["teacher"] = metrics
     session.tracker.log(step, "teacher", {"eval/score": metrics["score"]})
+
+
+def taught(session: Session) -> Tensor | TokenTeacher:
+    """What the engine's model answers to the training set: logits, or of language the likeliest words, on disk."""
+    rows, batch_size, top_k = session.train_rows, eval_batch(session), session.config.prune.distill_top_k
+    if not session.data.is_language:
+        return predict(session.engine, rows, batch_size, session.device)
+    folder = session.output_dir / token_teacher.FOLDER
+    session.tracker.say(f"the teacher's {top_k} likeliest words: {num_bytes(rows, top_k) / 2**20:.1f} MiB in {folder}")
+    return token_teacher.write(session.engine, rows, top_k, batch_size, session.device, folder)
 
 
 def save_scores(session: Session, window: WindowSums, step: int, samples: list[int]) -> None:
@@ -347,15 +358,20 @@ def forward_backward(session: Session, batch: Batch, recorder: Recorder | None, 
         logits,
         batch.labels,
         is_regression=session.data.is_regression,
-        teacher_logits=None
-        if session.teacher_logits is None
-        else session.teacher_logits[batch.index].to(logits.device),
+        teacher=teacher_answers(session, batch) if distill_weight else None,
         distill_weight=distill_weight,
     )
     engine.backward((losses * batch.weights).sum())
     if recorder is not None:
         recorder.end()
     return losses.detach()
+
+
+def teacher_answers(session: Session, batch: Batch) -> Tensor | TopWords:
+    assert session.teacher is not None
+    if isinstance(session.teacher, TokenTeacher):
+        return session.teacher.answers(batch.index.tolist()).to(session.device)
+    return session.teacher[batch.index].to(session.device)
 
 
 class _Interval:

@@ -232,10 +232,11 @@ def tiny_glue(folder, tasks=("rte", "wnli"), n_train=48, n_dev=24):
     """Files in the layout of GLUE's own pairs, from the words of `tiny_data`."""
     draw = random.Random(1)
     for task in tasks:
-        labels = {"rte": ("not_entailment", "entailment"), "wnli": ("0", "1")}[task]
+        labels = {"rte": ("not_entailment", "entailment")}.get(task, ("0", "1"))
         (folder / task.upper()).mkdir(parents=True, exist_ok=True)
         for name, count in (("train", n_train), ("dev", n_dev)):
-            lines = ["index\tsentence1\tsentence2\tlabel"]
+            header = {"mrpc": "#1 ID\t#1 String\t#2 String\tQuality"}
+            lines = [header.get(task, "index\tsentence1\tsentence2\tlabel")]
             for i in range(count):
                 words = draw.choices(_WORDS["plain"], k=4) + draw.choices(_WORDS[("bad", "good")[i % 2]], k=3)
                 lines.append(f"{i}\t{' '.join(words)}\t{' '.join(draw.choices(_WORDS['plain'], k=3))}\t{labels[i % 2]}")

@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from prunadapt_ds import report as reports
 from tests.distributed import runs
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import Ranks, run_ranks
 from tests.distributed.test_laws import arguments
 from tests.integration.test_runs import launch
 from tests.tiny import tiny_instructions, tiny_language_folder
@@ -91,3 +91,38 @@ def test_an_encoder_generates_nothing(tmp_path):
     argv[argv.index("--model_name_or_path") + 1] = str(tmp_path / "bert")
     done = launch(["python", "launcher/train.py", *argv])
     assert done.returncode == 2 and "no decoder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_teacher_of_words_is_the_same_for_every_split(tmp_path):
+    """Two ranks learn from it what one does; each has written its own file."""
+    found = {}
+    for name, ranks, options in (("one", 1, {"distill_top_k": 32}), ("two", 2, {"distill_top_k": 32})):
+        argv = language_arguments(tmp_path / name, "llama", batch=8 // ranks, **options)
+        found[name] = run_ranks(runs.fit, ranks, argv)[0]
+    assert found["one"]["losses"] == pytest.approx(found["two"]["losses"], rel=1e-4)
+    assert found["one"]["plan_hash"] == found["two"]["plan_hash"]
+    ranks = sorted(file.name for file in (tmp_path / "two" / "out" / "teacher").iterdir())
+    assert ranks == ["index.safetensors", "rank-0.safetensors", "rank-1.safetensors"]
+
+
+@pytest.mark.full
+def test_a_run_with_a_teacher_of_words_goes_on(tmp_path):
+    """Killed after the first decision and resumed, it ends as the uninterrupted one; a finished run leaves no teacher."""
+    options = {"distill_top_k": 32, "checkpoint_steps": 1, "max_steps": 10}
+    whole = language_arguments(tmp_path / "whole", "gpt2", batch=4, **options)
+    assert run_ranks(runs.whole_run, 2, whole) == [0, 0]
+    assert not (tmp_path / "whole" / "out" / "teacher").exists()
+    killed = language_arguments(tmp_path / "killed", "gpt2", batch=4, **options)
+    assert -9 in [ended.code for ended in Ranks(killed, 2, {"PRUNADAPT_FAULT": "SIGKILL@step-6@0"}).wait()]
+    assert (tmp_path / "killed" / "out" / "teacher" / "index.safetensors").exists()
+    assert run_ranks(runs.whole_run, 2, killed) == [0, 0]
+    reports_of = [json.loads((tmp_path / name / "out" / "report.json").read_text()) for name in ("whole", "killed")]
+    assert reports_of[0]["plan_hash"] == reports_of[1]["plan_hash"]
+    assert reports_of[0]["metric"]["masked"] == reports_of[1]["metric"]["masked"]
+    alone = language_arguments(tmp_path / "alone", "gpt2", batch=4, **{**options, "distill_top_k": 0})
+    assert run_ranks(runs.whole_run, 2, alone) == [0, 0]
+    losses = [
+        [row["loss"] for row in json.loads((tmp_path / name / "out" / "report.json").read_text())["progress"]]
+        for name in ("whole", "alone")
+    ]
+    assert losses[0][:4] == losses[1][:4] and losses[0] != losses[1], "the teacher counts after the first decision"

@@ -4,8 +4,10 @@ import json
 import time
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
+from tests.tiny import tiny_instructions, tiny_language_folder
 
 ci, full = pytest.mark.slurm, pytest.mark.full
 TEMPLATES = ["train.sh", "llm.sh", "glue_all.sh", "gather.sh"]
@@ -143,6 +145,28 @@ def test_preempted_and_gone_on(cluster, submit, glue, tmp_path):
     assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= 1, text
     assert "exit code 75" in text and "goes on after step" in text
     same_result(report_of(out), report_of(root / "rte" / "seed0"))
+
+
+@full
+def test_a_language_model_on_two_nodes(cluster, submit, tmp_path):
+    """llm.sh from instructions to a folder that the stock classes load and generate from."""
+    from transformers import AutoModelForCausalLM
+
+    out, data = tmp_path / "out", tiny_instructions(tmp_path / "data")
+    model = tiny_language_folder(tmp_path / "llama", "llama")
+    words = ["--task_type", "causal_lm", "--train_file", str(data / "train.jsonl")]
+    words += ["--validation_file", str(data / "validation.jsonl"), "--uniform", "--distill_top_k", "4"]
+    node = ["--cpus-per-task=16", *TWO_NODES]
+    job = submit("llm.sh", *node, MODEL=str(model), DATA_DIR="", OUTPUT_DIR=str(out), arguments=words)
+    (ended,) = cluster.wait(job).values()
+    assert ended["JobState"] == "COMPLETED", (tmp_path / "log").read_text()
+    report = report_of(out)
+    assert (
+        report["status"] == "complete" and report["world_size"] == 2 and report["metric"]["exported"]["perplexity"] > 1
+    )
+    assert not report["exports"]["uniform"]["needs_remote_code"]
+    stock = AutoModelForCausalLM.from_pretrained(out / "exports" / "uniform")
+    assert stock.generate(torch.tensor([[6, 9, 12]]), max_new_tokens=5, do_sample=False).shape[1] > 3
 
 
 @full

@@ -23,7 +23,7 @@ FLOORS = (
     {"budget", "tmp"},
     {"resize"},
     {"engine", "state"},
-    {"teacher", "export", "shrink", "board", "report", "checkpoint", "given_adapter"},
+    {"teacher", "export", "shrink", "board", "report", "checkpoint", "given_adapter", "token_teacher"},
     {"tracking"},
     {"card", "session", "graphs", "scoring", "adapter_folder", "pages"},
     {"finish", "resume", "compare", "answers", "planner"},

@@ -50,6 +50,6 @@ def test_a_teacher_is_followed_as_far_as_it_is_right():
     assert trust(teacher[:, :1], labels, True).tolist() == [1, 1, 1]
     logits = torch.randn(3, 2)
     alone = sample_losses(logits, labels, is_regression=False)
-    led = sample_losses(logits, labels, is_regression=False, teacher_logits=teacher, distill_weight=1.0)
+    led = sample_losses(logits, labels, is_regression=False, teacher=teacher, distill_weight=1.0)
     torch.testing.assert_close(led[1], alone[1], atol=1e-2, rtol=1e-2)
     assert abs(led[2] - alone[2]) > 1e-2

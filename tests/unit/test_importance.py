@@ -48,7 +48,7 @@ def record(model, recorder, chunks, accumulation=1, teacher=None):
             logits,
             labels[rows],
             is_regression=False,
-            teacher_logits=None if teacher is None else teacher[rows],
+            teacher=None if teacher is None else teacher[rows],
             distill_weight=0.5,
         )
         ((losses * weights).sum() / accumulation).backward()
@@ -91,9 +91,7 @@ def test_equals_autograd_sample_by_sample(model_type):
     for row in range(ROWS):
         masks.clear()
         logits = model(input_ids=input_ids[[row]], attention_mask=attention_mask[[row]]).logits
-        loss = sample_losses(
-            logits, labels[[row]], is_regression=False, teacher_logits=teacher[[row]], distill_weight=0.5
-        )
+        loss = sample_losses(logits, labels[[row]], is_regression=False, teacher=teacher[[row]], distill_weight=0.5)
         d = torch.cat(torch.autograd.grad(loss.sum(), [masks[start] for start in sorted(masks)]))
         slow += torch.stack([d.square(), d.abs()])
     torch.testing.assert_close(fast.sums["grad_sq"], slow[0], rtol=1e-3, atol=1e-10)

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
-from prunadapt_ds import adapters, gates
+from prunadapt_ds import adapters, gates, token_teacher
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import parse
 from prunadapt_ds.data import compute_perplexity, load_language, tokenize_language
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.importance import STATISTICS, Recorder
 from prunadapt_ds.models.families import FAMILIES
-from prunadapt_ds.objective import sample_losses
+from prunadapt_ds.objective import TopWords, sample_losses
 from tests.tiny import layout_and_structure, tiny_config, tiny_instructions, tiny_tokenizer
 
 pytestmark = pytest.mark.fast
@@ -156,3 +157,69 @@ def test_what_language_does_not_go_with(argv, field):
     with pytest.raises(UserError) as caught:
         parse(["--task_type", "causal_lm", *argv])
     assert field in {p.field for p in caught.value.problems}
+
+
+def test_a_teacher_of_words_is_a_language_model_s():
+    with pytest.raises(UserError, match="a classifier's teacher keeps all its logits"):
+        parse(["--distill_top_k", "4"])
+    few = ["--task_type", "causal_lm", "--train_file", "a.txt", "--validation_file", "b.txt", "--distill_top_k", "4"]
+    assert parse(few).prune.distill_weight == 0.5 and parse(few[:-2]).prune.distill_weight == 0
+
+
+def test_all_words_kept_is_the_whole_divergence():
+    """With k = V nothing is left for others: sample by sample the loss is the one of all logits, token by token."""
+    torch.manual_seed(0)
+    labels = torch.tensor([[-100, 3, 4, -100], [2, 0, 1, 1], [5, -100, -100, -100]])
+    logits, teacher = torch.randn(3, 4, 6), torch.randn(3, 4, 6)
+    real = labels[:, 1:] >= 0
+    top = teacher[:, :-1][real].log_softmax(-1).topk(6)
+    found = sample_losses(
+        logits, labels, is_regression=False, teacher=TopWords(top.indices, top.values), distill_weight=0.7
+    )
+    for row in range(3):
+        tokens = []
+        for t in range(3):
+            if labels[row, t + 1] < 0:
+                continue
+            student, theirs = logits[row, t].log_softmax(-1), teacher[row, t].log_softmax(-1)
+            weight = 0.7 * theirs.exp()[labels[row, t + 1]]
+            divergence = (theirs.exp() * (theirs - student)).sum()
+            tokens.append((1 - weight) * -student[labels[row, t + 1]] + weight * divergence)
+        expected = torch.stack(tokens).mean() if tokens else torch.zeros(())
+        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_of_few_words_the_others_are_one_outcome():
+    teacher = TopWords(torch.tensor([[2, 0]]), torch.tensor([[0.5, 0.3]]).log())
+    student = torch.tensor([0.1, 0.2, 0.4, 0.3])
+    logits, labels = student.log().expand(1, 2, 4), torch.tensor([[-100, 0]])
+    found = sample_losses(logits, labels, is_regression=False, teacher=teacher, distill_weight=1.0)
+    divergence = 0.5 * math.log(0.5 / 0.4) + 0.3 * math.log(0.3 / 0.1) + 0.2 * math.log(0.2 / 0.5)
+    assert float(found) == pytest.approx(0.7 * -math.log(0.1) + 0.3 * divergence, rel=1e-4), (
+        "trust: 0.3 for the right word"
+    )
+    unknown = sample_losses(logits, torch.tensor([[-100, 3]]), is_regression=False, teacher=teacher, distill_weight=1.0)
+    assert float(unknown) == pytest.approx(-math.log(0.3)), "a teacher that does not name the word is not followed"
+
+
+def test_the_teacher_s_words_are_found_again(rows, tmp_path):
+    """By any rows in any order, and by a later process; each token's own, with the likeliest first."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+    folder = tmp_path / "teacher"
+    written = token_teacher.write(model, rows, 3, 2, torch.device("cpu"), folder)
+    positions = [5, 0, 5, 7]
+    for teacher in (written, token_teacher.open_again(folder)):
+        found, expected = teacher.answers(positions), []
+        for i in positions:
+            batch = rows.batch([i], 1.0)
+            with torch.no_grad():
+                logits = model(**batch.inputs).logits
+            expected.append(logits[:, :-1][batch.labels[:, 1:] >= 0].log_softmax(-1).topk(3))
+        assert torch.equal(found.words, torch.cat([top.indices for top in expected]))
+        torch.testing.assert_close(found.log_probs, torch.cat([top.values for top in expected]), rtol=2e-3, atol=2e-3)
+    on_disk = sum(file.stat().st_size for file in folder.glob("rank-*"))
+    assert token_teacher.num_bytes(rows, 3) <= on_disk <= token_teacher.num_bytes(rows, 3) + 500
+    token_teacher.remove(folder)
+    with pytest.raises(UserError, match="--resume never"):
+        token_teacher.open_again(folder)

@@ -1,0 +1,118 @@
+"""What the pages tell a reader to type, typed: every bash block, run by bash, on models and data of the names it uses.
+
+Programs are the real ones. Trainings are told to be short, and tasks to be read from a folder, as no hub is there.
+"""
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.distributed import runs
+from tests.distributed.harness import run_ranks
+from tests.tiny import tiny_data, tiny_folder, tiny_glue, tiny_instructions, tiny_language_folder
+from tests.unit import commands
+
+pytestmark = pytest.mark.full
+# Run by tests of their own: the Makefile's targets, SLURM's and MPI's programs, a server, the installation.
+LEFT_OUT = ("make", "sbatch", "srun", "mpirun", "tensorboard", "jupyter", "pip", "source", "kill", "bash")
+SHORT = ["--max_steps", "6", "--max_seq_length", "32", "--num_decisions", "1", "--per_device_train_batch_size", "4"]
+ENCODERS, LANGUAGE = ("bert-base-uncased", "bert-base", "my-encoder", "roberta-base"), ("Qwen/Qwen3-0.6B", "llama")
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+LLAMA_70B |= {
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+}
+SHIM = """#!{python}
+import os, sys
+words, name = sys.argv[1:], os.path.basename(sys.argv[0])
+behind = [b for a, b in zip([name, *words], words) if a in ("prunadapt", "prunadapt_ds")]
+said = [*behind[:1], *[os.path.basename(w)[:-3] for w in words if w.startswith("launcher/")]]
+if said[:1] == ["train"]:
+    words += {short} + ([] if "--output_dir" in words else ["--resume", "never"])
+if said[:1] in (["train"], ["evaluate"]) and "--task_name" in words and "--data_dir" not in words:
+    words += ["--data_dir", "glue_data"]
+os.execv({programs!r} + "/" + name, [name, *words])
+"""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder in which everything has happened that a page takes for granted."""
+    folder = tmp_path_factory.mktemp("walk")
+    for name in ("launcher", "examples", "benchmarks", "ds_configs", "slurm", "prunadapt_ds"):
+        (folder / name).symlink_to(ROOT / name)
+    for name in ENCODERS:
+        tiny_folder(folder / name, "bert")
+    for name in LANGUAGE:
+        tiny_language_folder(folder / name, "qwen3" if "Qwen" in name else "llama")
+    (folder / "meta-llama" / "Llama-2-70b-hf").mkdir(parents=True)
+    (folder / "meta-llama" / "Llama-2-70b-hf" / "config.json").write_text(json.dumps(LLAMA_70B))
+    tiny_glue(folder / "glue_data", tasks=("rte", "wnli", "mrpc"))
+    (folder / "glue_data" / "MRPC" / "test.tsv").write_text(
+        "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + "".join(f"{i}\t1\t2\tsun rain\tjoy\n" for i in range(5))
+    )
+    for data, theirs in ((tiny_data(folder / "own"), "csv"), (tiny_instructions(folder / "own"), "jsonl txt")):
+        for suffix in theirs.split():
+            shutil.copy(data / f"train.{suffix}", folder / f"train.{suffix}")
+            shutil.copy(data / f"validation.{suffix}", folder / f"dev.{suffix}")
+    (folder / "new.csv").write_text("sentence1,sentence2\nsun and joy,rain\npain,tree\n")
+    argv = ["--task_name", "mrpc", "--data_dir", str(folder / "glue_data"), "--uniform", *SHORT]
+    argv += ["--model_name_or_path", str(folder / "bert-base-uncased"), "--output_dir", str(folder / "outputs")]
+    assert run_ranks(runs.whole_run, 1, argv) == [0]
+    copies = ["mrpc/lora", "rte/0.5", *(f"glue/{task}/seed{seed}" for task in ("mrpc", "rte") for seed in range(3))]
+    for name in copies:
+        shutil.copytree(folder / "outputs", folder / "copies" / name)
+    for copy in (folder / "copies").iterdir():
+        shutil.move(copy, folder / "outputs" / copy.name)
+    return folder
+
+
+@pytest.fixture
+def walk(start, tmp_path):
+    """(run a block, from the start): output and exit code."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("deepspeed", "torchrun", "python", "prunadapt"):
+        text = SHIM.format(python=sys.executable, short=SHORT, programs=str(Path(sys.executable).parent))
+        (programs / name).write_text(text)
+        (programs / name).chmod(stat.S_IRWXU)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+    def run(block, number, files):
+        folder = tmp_path / str(number)
+        shutil.copytree(start, folder, symlinks=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        command = ["bash", "-euo", "pipefail", "-c", block]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+
+    return run
+
+
+def typed(block):
+    """The lines of a block that are not another test's."""
+    lines = block.replace("\\\n", " ").splitlines()
+    words = [re.sub(r"^([A-Z_]+=\S+ )*", "", line.strip()).partition(" ")[0] for line in lines]
+    kept = [line for line, first in zip(lines, words, strict=True) if first not in LEFT_OUT]
+    return "\n".join(kept).replace(" ...", "")
+
+
+@pytest.mark.parametrize("page", commands.PAGES)
+def test_every_block_of_a_page_runs(walk, page):
+    text = commands.PAGES[page].read_text()
+    named = [re.match(r"# ([\w.]+)\n", block) for block in commands.blocks(text, "yaml")]
+    files = {m[1]: m.string for m in named if m}
+    blocks = [b for b in map(typed, commands.blocks(text, "bash")) if re.sub(r"#.*|\s", "", b)]
+    for number, block in enumerate(blocks):
+        done = walk(block, number, files)
+        assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
