@@ -19,7 +19,7 @@ test-fast: $(INSTALLED)
 	$(RUN) python -m pytest -m fast -q -n auto --maxprocesses 4
 
 test-ci: $(INSTALLED)
-	$(RUN) python -m pytest -m ci -q
+	$(RUN) python -m pytest -m "ci and not full" -q
 
 # Where there is a chromium, what it shows is tested as well.
 test-full: $(INSTALLED)

@@ -65,7 +65,8 @@ def test_generation_with_the_cache_follows_the_masked_model(tmp_path, model_type
 
 
 def test_two_ranks_on_a_text_file_and_its_score(tmp_path):
-    argv = language_arguments(tmp_path, "qwen3", "txt", batch=4, max_seq_length=16, uniform=True, target_sparsity=0.5)
+    options = {"uniform": True, "target_sparsity": 0.5, "distill_top_k": 8}
+    argv = language_arguments(tmp_path, "qwen3", "txt", batch=4, max_seq_length=16, **options)
     assert run_ranks(runs.whole_run, 2, argv) == [0, 0]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["task"] == "causal_lm" and report["metric"]["exported"]["perplexity"] > 1
@@ -93,6 +94,7 @@ def test_an_encoder_generates_nothing(tmp_path):
     assert done.returncode == 2 and "no decoder" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_a_teacher_of_words_is_the_same_for_every_split(tmp_path):
     """Two ranks learn from it what one does; each has written its own file."""
     found = {}
