@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +48,31 @@ class TokenTeacher:
     of: Tensor
     start: Tensor
     count: Tensor
+    _files: dict[int, Any] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )  # opened and mapped so far
 
     def answers(self, positions: Sequence[int]) -> TopWords:
         """The learnt tokens of these rows, row by row: [M, k] each."""
-        from safetensors import safe_open
-
         parts = []
         for i in positions:
-            first = int(self.start[i])
+            file, first = self._opened(int(self.of[i])), int(self.start[i])
             rows = slice(first, first + int(self.count[i]))
-            with safe_open(self.folder / shard(int(self.of[i])), framework="pt") as file:  # mapped, not read
-                parts.append([file.get_slice(name)[rows] for name in ("words", "log_probs")])
+            parts.append([file.get_slice(name)[rows] for name in ("words", "log_probs")])
         words, log_probs = (torch.cat(column) for column in zip(*parts, strict=True))
         return TopWords(words.long(), log_probs.float())
+
+    def _opened(self, rank: int) -> Any:
+        from safetensors import safe_open
+
+        if rank not in self._files:
+            self._files[rank] = safe_open(self.folder / shard(rank), framework="pt")
+        return self._files[rank]
+
+    def open_all(self) -> None:
+        """Raises what opening raises, rather than in the middle of a step that other ranks take too."""
+        for rank in self.of.unique().tolist():
+            self._opened(rank)
 
 
 def shard(rank: int) -> str:
@@ -73,26 +85,36 @@ def write(engine: Any, rows: Rows, k: int, batch_size: int, device: torch.device
 
     remove(folder)
     distributed.on_rank_0("making the teacher's folder", folder.mkdir)
-    words, log_probs, place = [], [], torch.zeros(3, len(rows), dtype=torch.long, device=device)
+    words, log_probs, place = [], [], torch.zeros(3, len(rows), dtype=torch.long)
     end = 0
     for batch, _, logits in forward_passes(engine, rows, batch_size, device):
         labels = rows.padded_labels(batch or [0], logits.shape[1])
         assert labels is not None
-        for row, position in enumerate(batch):
-            real = labels[row, 1:].to(device) >= 0
-            top = logits[row, :-1][real].float().log_softmax(-1).topk(min(k, logits.shape[-1]))
-            words.append(top.indices.int().cpu())
-            log_probs.append(top.values.half().cpu())
-            place[:, position] = torch.tensor([distributed.rank(), end, len(words[-1])])
-            end += len(words[-1])
-    tensors = {"words": torch.cat(words or [torch.zeros(0, k).int()])}
-    tensors["log_probs"] = torch.cat(log_probs or [torch.zeros(0, k).half()])
-    distributed.together(lambda: save_file(tensors, folder / shard(distributed.rank())))
-    place = distributed.dist_sum(place).cpu()  # every row was answered by one rank
-    of, start, count = place
+        real = labels[: len(batch), 1:] >= 0
+        top = logits[: len(batch), :-1][real.to(device)].float().log_softmax(-1).topk(min(k, logits.shape[-1]))
+        words.append(top.indices.int().cpu())
+        log_probs.append(top.values.half().cpu())
+        for position, count in zip(batch, real.sum(1).tolist(), strict=True):
+            place[:, position] = torch.tensor([distributed.rank(), end, count])
+            end += count
+    tensors = {"words": torch.cat(words), "log_probs": torch.cat(log_probs)}
+    distributed.together(lambda: _save(tensors, folder / shard(distributed.rank())))
+    of, start, count = distributed.dist_sum(place.to(device)).cpu()  # every row was answered by one rank
     index = {"of": of.clone(), "start": start.clone(), "count": count.clone()}
     distributed.on_rank_0("writing the teacher's index", lambda: save_file(index, folder / INDEX))
     return TokenTeacher(folder, **index)
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    """Raises UserError where there is no room, which all ranks then raise."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file)
+    except (OSError, SafetensorError) as error:
+        remedy = f"the teacher's words cannot be written ({error}); make room, or lower --distill_top_k"
+        raise UserError(Problem("output_dir", str(file.parent), remedy)) from error
 
 
 def remove(folder: Path) -> None:
@@ -101,11 +123,14 @@ def remove(folder: Path) -> None:
 
 
 def open_again(folder: Path) -> TokenTeacher:
-    """What an earlier process of the run has written. Raises UserError where it is gone."""
+    """What an earlier process of the run has written. Raises UserError where it, or a part of it, is gone or damaged."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return TokenTeacher(folder, **load_file(folder / INDEX))
-    except (OSError, TypeError) as error:
+        teacher = TokenTeacher(folder, **load_file(folder / INDEX))
+        teacher.open_all()
+    except (OSError, TypeError, SafetensorError) as error:
         remedy = "has no answers of the teacher any more, by which this run goes on; begin anew with --resume never"
         raise UserError(Problem("output_dir", str(folder), remedy)) from error
+    return teacher

@@ -220,6 +220,26 @@ def test_the_teacher_s_words_are_found_again(rows, tmp_path):
         torch.testing.assert_close(found.log_probs, torch.cat([top.values for top in expected]), rtol=2e-3, atol=2e-3)
     on_disk = sum(file.stat().st_size for file in folder.glob("rank-*"))
     assert token_teacher.num_bytes(rows, 3) <= on_disk <= token_teacher.num_bytes(rows, 3) + 500
-    token_teacher.remove(folder)
+
+
+@pytest.mark.parametrize("damage", ["no index", "no file of a rank", "cut short"])
+def test_a_teacher_that_is_not_whole_is_refused_before_any_step(rows, tmp_path, damage):
+    model, folder = AutoModelForCausalLM.from_config(tiny_config("llama")).eval(), tmp_path / "teacher"
+    token_teacher.write(model, rows, 3, 2, torch.device("cpu"), folder)
+    file = folder / (token_teacher.INDEX if damage == "no index" else token_teacher.shard(0))
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "cut short":
+        file.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="--resume never"):
         token_teacher.open_again(folder)
+
+
+def test_a_teacher_for_whom_there_is_no_room_is_every_rank_s_error(rows, tmp_path, monkeypatch):
+    def full(tensors, file):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+    with pytest.raises(UserError, match="make room"):
+        token_teacher.write(model, rows, 3, 2, torch.device("cpu"), tmp_path / "teacher")
