@@ -66,16 +66,21 @@ def run(run_dir: Path, kinds: Sequence[str], dtype: str | None = None, *, trust_
     """
     distributed.init()
     start = distributed.on_rank_0(f"reading {run_dir}", lambda: unfinished.find(run_dir))
-    found = graphs.problems(kinds, dtype)
-    if "compact" in kinds and start is None and (run_dir / "exports" / "compact").is_dir():
-        found.append(Problem("export_formats", "compact", "the run is finished and has written it; leave it out"))
-    if found:
-        raise UserError(found)
+    distributed.together(lambda: check(run_dir, kinds, dtype, is_finished=start is None))
     if start is not None and ("compact" in kinds or not unfinished.is_exported(run_dir, start)):
         unfinished.export(run_dir, start, dtype, trust_remote_code=trust_remote_code)
     others = [kind for kind in kinds if kind != "compact"] if start else kinds
     status = "interrupted" if start else "complete"
     distributed.on_rank_0(f"exporting from {run_dir}", lambda: make_all(run_dir, others, dtype, status))
+
+
+def check(run_dir: Path, kinds: Sequence[str], dtype: str | None, *, is_finished: bool) -> None:
+    """Raises UserError for formats that cannot be had here."""
+    found = graphs.problems(kinds, dtype)
+    if "compact" in kinds and is_finished and (run_dir / "exports" / "compact").is_dir():
+        found.append(Problem("export_formats", "compact", "the run is finished and has written it; leave it out"))
+    if found:
+        raise UserError(found)
 
 
 def make_all(run_dir: Path, kinds: Sequence[str], dtype: str | None, status: str) -> None:
