@@ -65,7 +65,7 @@ def table(found: dict) -> str:
         "| step | CPU s, median | of `lora`, CPU (quartiles) | of `lora`, wall (quartiles) |",
         "|---|--:|--:|--:|",
     ]
-    for name in VARIANTS:
+    for name in found["seconds"][0]:  # older results have other variants
         cells = [f"{median(row[name]['cpu'] for row in found['seconds']):.3f}"]
         for kind in ("cpu", "wall"):
             low, middle, high = quantiles((row[name][kind] / row["lora"][kind] for row in found["seconds"]), n=4)
