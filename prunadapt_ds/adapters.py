@@ -81,5 +81,12 @@ def add_lora(
             parameter.requires_grad_(name.replace(".base_layer", "") in trained or name in trained)
 
 
+def train_norms(model: nn.Module) -> None:
+    """Let every layer normalisation train as well."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+            module.requires_grad_(True)
+
+
 def is_lora(module: Any) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "base_layer")

@@ -336,3 +336,20 @@ def freeze(model: nn.Module, trainable: frozenset[str]) -> None:
     """Only the parameters named in `trainable` keep a gradient."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
+
+
+def check_recomputation(model: Any) -> None:
+    """Gradient checkpointing needs blocks that transformers can compute again. Raises UserError."""
+    if not model.supports_gradient_checkpointing:
+        remedy = f"transformers cannot recompute the blocks of {model.config.model_type}; leave it out"
+        raise UserError(Problem("gradient_checkpointing", True, remedy))
+
+
+def no_dropout(model: nn.Module) -> None:
+    """Switch off the backbone's own dropout: frozen weights need no regulariser, and samples' gradients become exact."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "layerdrop"):  # probabilities of functional dropout
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -193,6 +193,20 @@ def max_sparsity(structure: Structure, budget: str) -> float:
     return 1 - structure.cost(budget, (s.floor for s in structure.sublayers)) / structure.dense_cost(budget)
 
 
+def check_target(structure: Structure, target: float, budget: str, speedup: float | None = None) -> None:
+    """A sparsity beyond what can be cut is said before training, not at the last decision.
+
+    `speedup`: what the user asked for, where the sparsity follows from it. Raises UserError.
+    """
+    most = max_sparsity(structure, budget)
+    if target <= most:
+        return
+    if speedup is None:
+        raise _too_sparse(target, most)
+    remedy = f"more than can be cut from this model; at most {1 / (1 - most):.2f} by what its blocks take here"
+    raise UserError(Problem("target_speedup", speedup, remedy))
+
+
 def _too_sparse(sparsity: float, maximum: float) -> UserError:
     return UserError(
         Problem("target_sparsity", sparsity, f"more than can be cut from this model; at most {maximum:.4f}")

@@ -9,17 +9,15 @@ import time
 from collections import deque
 
 import torch
-from torch import Tensor
 
 from prunadapt_ds import distributed, resume, watchdog
 from prunadapt_ds.errors import Interrupted, PrunadaptError
 from prunadapt_ds.pulse import Pulse, StopSignals
 from prunadapt_ds.session import Session
+from prunadapt_ds.step import StepLosses
 
 LEAST_SECONDS_APART = 60.0
 SHARE_OF_TIME = 0.01  # of a run that saving may take at the default interval
-
-StepLosses = list[tuple[list[int], Tensor]]  # by micro-batch: the samples, and the loss of each
 
 
 class Keeper:

@@ -14,7 +14,8 @@ from typing import Any
 from prunadapt_ds import resources
 from prunadapt_ds.config import TASK_TYPES, parse
 from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.planner import BYTES, Machine, plan, read_config
+from prunadapt_ds.planner import plan, read_config
+from prunadapt_ds.zero_costs import BYTES, Machine
 
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}

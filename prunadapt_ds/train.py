@@ -8,31 +8,30 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunadapt_ds import board, distributed, files, gates, memory, outline, resume, tmp, token_teacher, watchdog
+from prunadapt_ds import board, distributed, files, gates, memory, outline, resume, token_teacher, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds import report as reports
-from prunadapt_ds.batches import Batch, Rows, Sampler
-from prunadapt_ds.budget import PruningPlan, decide
+from prunadapt_ds.budget import decide
 from prunadapt_ds.config import Config, parse
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import PrunadaptError
 from prunadapt_ds.evaluate import predict
 from prunadapt_ds.finish import finish, report_unfinished
-from prunadapt_ds.importance import CRITERIA, STATISTICS, Recorder, WindowSums
-from prunadapt_ds.keeper import Keeper, StepLosses
-from prunadapt_ds.objective import TopWords, sample_losses
+from prunadapt_ds.importance import CRITERIA
+from prunadapt_ds.keeper import Keeper
+from prunadapt_ds.one_shot import prune_once, save_scores, score_only
 from prunadapt_ds.pulse import StopSignals
-from prunadapt_ds.resize import resize
 from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
-from prunadapt_ds.session import Session, add_trainables, attach_gates, build_engine, eval_batch, evaluate, setup
+from prunadapt_ds.session import Session, add_trainables, build_engine, eval_batch, evaluate
+from prunadapt_ds.setup import setup
 from prunadapt_ds.shrink import pays_now, shrink
+from prunadapt_ds.step import train_step, watched
 from prunadapt_ds.teacher import WeightAverage, averaged
 from prunadapt_ds.token_teacher import TokenTeacher, num_bytes
 from prunadapt_ds.watchdog import milestone
@@ -312,68 +311,6 @@ def taught(session: Session) -> Tensor | TokenTeacher:
     return token_teacher.write(session.engine, rows, top_k, batch_size, session.device, folder)
 
 
-def save_scores(session: Session, window: WindowSums, step: int, samples: list[int]) -> None:
-    """scores/<step>.safetensors: raw sums [U] of every statistic, the count, and the ids of the samples behind them."""
-    if distributed.rank() != 0:
-        return
-    from safetensors.torch import save_file
-
-    tensors = {name: window.sums[name].clone() for name in STATISTICS}
-    tensors |= {"count": torch.tensor([window.count]), "sample_ids": torch.tensor(samples)}
-    folder = session.output_dir / "scores"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"{step}.safetensors")
-
-
-# --------------------------------------------------------------------------------------------------- one step
-
-
-def train_step(session: Session, step: int, *, record: bool, distill_weight: float = 0.0) -> StepLosses:
-    """One optimizer step over all micro-batches; returns the samples of each and their losses.
-
-    The step's mean loss on this rank's share (scalar tensor) joins `session.losses`.
-    """
-    engine, recorder = session.engine, session.recorder if record else None
-    total = torch.zeros((), device=session.device)
-    seen: StepLosses = []
-    for positions, weight in session.sampler.micro_batches(step):
-        batch = session.train_rows.batch(positions, weight).to(session.device)
-        losses = forward_backward(session, batch, recorder, distill_weight)
-        total += (losses * batch.weights).sum() / session.sampler.accumulation_steps
-        seen.append((positions, losses))
-        engine.step()
-    session.losses.append(total)
-    return seen
-
-
-def forward_backward(session: Session, batch: Batch, recorder: Recorder | None, distill_weight: float) -> Tensor:
-    """Loss of each sample [B] and gradients of one micro-batch; the recorder learns with which factor autograd sees each."""
-    engine = session.engine
-    if recorder is not None:
-        # DeepSpeed divides by the accumulation steps on top of our weights.
-        coefficients = batch.weights / session.sampler.accumulation_steps
-        recorder.begin(coefficients, batch.inputs["attention_mask"])
-    logits = engine(**batch.inputs).logits
-    losses = sample_losses(
-        logits,
-        batch.labels,
-        is_regression=session.data.is_regression,
-        teacher=teacher_answers(session, batch) if distill_weight else None,
-        distill_weight=distill_weight,
-    )
-    engine.backward((losses * batch.weights).sum())
-    if recorder is not None:
-        recorder.end()
-    return losses.detach()
-
-
-def teacher_answers(session: Session, batch: Batch) -> Tensor | TopWords:
-    assert session.teacher is not None
-    if isinstance(session.teacher, TokenTeacher):
-        return session.teacher.answers(batch.index.tolist()).to(session.device)
-    return session.teacher[batch.index].to(session.device)
-
-
 class _Interval:
     """Samples per second since the last call."""
 
@@ -385,85 +322,3 @@ class _Interval:
         rate = (samples - self.samples) / (now - self.time)
         self.samples, self.time = samples, now
         return rate
-
-
-@contextlib.contextmanager
-def watched(session: Session, step: int) -> Iterator[None]:
-    """Time a step; on the first with an engine, and on those with longer samples than before, count what autograd saves."""
-    length = max(session.train_rows.lengths[i] for i in session.sampler.step_samples(step))
-    if length <= session.watched_length:
-        start, cpu_start = time.perf_counter(), time.process_time()
-        yield
-        size = session.present.cost("macs")
-        session.step_times.add(size, time.perf_counter() - start)
-        session.step_cpu_times.add(size, time.process_time() - cpu_start)
-        return
-    saved = memory.SavedActivations()
-    with saved.watch():
-        yield
-    session.activation_bytes = saved.bytes // session.sampler.accumulation_steps
-    session.live_bytes["after_shrink" if session.is_shrunk else "dense"] = int(distributed.dist_max(session.live()))
-    session.watched_length = length
-
-
-# ------------------------------------------------------------------------------------- scoring without training
-
-
-def score_samples(session: Session, samples: list[int]) -> WindowSums:
-    """Statistics of these training samples at the present weights: steps are taken at a learning rate of zero."""
-    assert session.recorder is not None
-    everything, plain = session.train_rows, session.sampler
-    session.sampler = Sampler(
-        len(samples), plain.micro_batch_size, plain.accumulation_steps, plain.rank, plain.world_size, plain.seed
-    )
-    session.train_rows = _Subset(everything, samples)  # type: ignore[assignment]
-    engines.set_learning_rates(session.engine, 0.0)
-    for step in range(session.sampler.steps_per_epoch):
-        train_step(session, step, record=True)
-    session.sampler, session.train_rows = plain, everything
-    session.losses.clear()
-    return session.recorder.all_reduce()
-
-
-@dataclass(frozen=True)
-class _Subset:
-    rows: Rows
-    samples: list[int]
-
-    def batch(self, positions: Sequence[int], weight: float) -> Batch:
-        return self.rows.batch([self.samples[i] for i in positions], weight)
-
-
-def score_only(session: Session) -> None:
-    """Write the statistics of the whole training set at the initial weights."""
-    samples = list(range(len(session.train_rows)))
-    save_scores(session, score_samples(session, samples), 0, samples)
-    session.report["status"] = "complete"
-    session.tracker.close()
-
-
-def prune_once(session: Session) -> None:
-    """TMP: rank heads at the initial weights, cut the least important in one shot, choose LoRA ranks by layer."""
-    loaded, config = session.backbone, session.config
-    with session.timed("importance"):
-        attach_gates(session, "taylor")
-        session.engine = build_engine(session)
-        count = min(config.prune.tmp_scoring_examples, len(session.train_rows))
-        generator = torch.Generator().manual_seed(config.train.seed)
-        samples = torch.randperm(len(session.train_rows), generator=generator)[:count].tolist()
-        window = score_samples(session, samples)
-        engines.destroy(session.engine)
-        heads = [s for s in loaded.structure.sublayers if s.kind == "heads"]
-        scores = torch.stack([window.sums["grad_abs"][s.span] for s in heads])  # [L, N]
-        selection = tmp.select(scores, [s.floor for s in heads])
-        keep = torch.ones(loaded.structure.num_units, dtype=torch.bool)
-        for sublayer, kept in zip(heads, selection.keep, strict=True):
-            keep[sublayer.span] = kept
-        session.plan = PruningPlan.from_mask(loaded.structure, keep)
-        distributed.same_on_all_ranks("the heads that TMP keeps", session.plan.hash)
-    with session.timed("shrink"):
-        gates.detach(loaded.model)
-        resize(loaded.model, loaded.layout, session.plan, editing=engines.rewriting)
-        session.present = session.plan
-    session.recorder = None
-    session.rank_per_layer = selection.rank_per_layer

@@ -14,7 +14,7 @@ from prunadapt_ds import checkpoint, distributed, files, resume
 from prunadapt_ds.checkpoint import Checkpoint
 from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.finish import finish
-from prunadapt_ds.session import setup
+from prunadapt_ds.setup import setup
 
 
 def report_of(run_dir: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ BAD_INPUT = "tests/unit/test_bad_input.py"
 MUTANTS = (
     Mutant("coefficient not undone", "importance.py", "d = self._d * inverse[:, None]", "d = self._d",
            f"{IMPORTANCE}::test_same_for_every_split[halves-bert]"),
-    Mutant("accumulation not undone", "train.py", "batch.weights / session.sampler.accumulation_steps", "batch.weights",
+    Mutant("accumulation not undone", "step.py", "batch.weights / session.sampler.accumulation_steps", "batch.weights",
            f"{LAWS}::test_scores_do_not_depend_on_the_split[1x4x2]"),
     Mutant("square of the mean", "importance.py", "self._sums[0] += d.square().sum(0)",
            "self._sums[0] += d.mean(0).square() * real.sum()",
@@ -152,7 +152,7 @@ MUTANTS = (
     Mutant("a block timed at its full width", "latency.py",
            'narrow(holder, replace(layout, layers="layers"), [list(kept)])', "pass",
            "tests/unit/test_latency.py::test_each_width_is_timed[bert]"),
-    Mutant("times taken anew on a resume", "session.py",
+    Mutant("times taken anew on a resume", "setup.py",
            "if saved is not None:\n        return saved", "if False:\n        return saved",
            f"{RESUME}::test_a_speed_is_met_and_a_resumed_run_keeps_its_table"),
     Mutant("zeros at the wrong rows", "formats.py", ".index_copy_(axis, index, tensor)",

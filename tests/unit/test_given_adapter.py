@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from prunadapt_ds import adapters, backbone, given_adapter
 from prunadapt_ds.config import LoraOptions, parse
 from prunadapt_ds.errors import UserError
-from prunadapt_ds.session import refuse_changed
+from prunadapt_ds.setup import refuse_changed
 from tests.tiny import tiny_folder
 from tests.unit.test_resize import inputs
 

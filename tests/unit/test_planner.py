@@ -8,14 +8,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from prunadapt_ds import adapters, gates, plan_command, planner
+from prunadapt_ds import adapters, gates, inventory, plan_command, planner, zero_costs
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.config import parse
 from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.memory import SavedActivations
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.resize import resize
-from prunadapt_ds.session import train_norms
 from tests.conftest import ROOT
 from tests.tiny import layout_and_structure, tiny_config, tiny_model
 
@@ -44,7 +43,7 @@ def llama(size, **changes):
 
 
 def planned(config, *words, files=FILES, **machine):
-    return planner.plan(config, parse(list(words)), planner.Machine(**machine), files)
+    return planner.plan(config, parse(list(words)), zero_costs.Machine(**machine), files)
 
 
 def resolved(file, world):
@@ -60,7 +59,7 @@ def test_shapes_from_one_gpu_to_512(size):
     """What must hold at any size: parameters as published, stage 3 divides them, more ranks never hold more, answers in seconds."""
     start = time.process_time()
     config, words = llama(size), ("--per_device_train_batch_size", "1", "--gradient_checkpointing")
-    built = planner.skeleton(config, parse(list(words)), torch.bfloat16)
+    built = inventory.skeleton(config, parse(list(words)), torch.bfloat16)
     shapes = planner.phases(built, parse(list(words)), 1, 2)
     assert time.process_time() - start < 60
     dense, last = shapes[0][2], shapes[-1][2]
@@ -68,14 +67,14 @@ def test_shapes_from_one_gpu_to_512(size):
     assert dense.frozen > last.frozen > dense.frozen / 2 and dense.macs > 1.9 * last.macs
     totals = []
     for world in (1, 8, 64, 512):
-        machine = planner.Machine(world_size=world)
+        machine = zero_costs.Machine(world_size=world)
         ds = {f.name: resolved(f, world) for f in FILES}
-        held = {n: planner.rank_bytes(dense, d, machine, recomputes=True)["device"] for n, d in ds.items()}
+        held = {n: zero_costs.rank_bytes(dense, d, machine, recomputes=True)["device"] for n, d in ds.items()}
         assert held["zero3.json"]["frozen"] == pytest.approx(2 * dense.frozen / world, rel=1e-3)
         assert held["zero2.json"]["frozen"] == 2 * dense.frozen
         assert held["zero3_offload_cpu.json"]["frozen"] == 0
         totals.append(sum(held["zero3.json"].values()))
-        sent = planner.traffic(dense, ds["zero3.json"], machine, parse(list(words)))
+        sent = zero_costs.traffic(dense, ds["zero3.json"], machine, parse(list(words)))
         assert (sent["gather"] == 0) == (world == 1)
     assert totals == sorted(totals, reverse=True)
 
@@ -113,7 +112,7 @@ def really(model_type, words, cut=None):
         outside = not name.startswith(model.base_model_prefix + ".")
         parameter.requires_grad_(outside or name.startswith(tuple(f"{h}." for h in head)))
     adapters.add_lora(model, layout, adapters.target_modules(layout), r=8, lora_alpha=16)
-    train_norms(model)
+    adapters.train_norms(model)
     gates.attach(model, layout, structure)
     if cut is not None:
         resize(model, layout, cut)
@@ -131,14 +130,14 @@ def test_a_skeleton_is_the_trainer_s_model(model_type):
     """Parameters by name, dense and cut, exactly; activations of a real forward pass within a tenth (attentions differ)."""
     words = ("--max_seq_length", "24", "--target_sparsity", "0.4", "--per_device_train_batch_size", "4")
     config = parse(list(words))
-    built = planner.skeleton(tiny_config(model_type), config, torch.float32)
+    built = inventory.skeleton(tiny_config(model_type), config, torch.float32)
     cut = planner.plan_for(built.structure, 0.4, "params", 8)
     assert cut.sparsity("params") == pytest.approx(0.4, abs=0.15)
     tensors, activations = really(model_type, words)
-    dense = planner.take_stock(built, config, 4, 2)
+    dense = inventory.take_stock(built, config, 4, 2)
     assert sizes(dense) == tensors and dense.activations == pytest.approx(activations, rel=0.1)
-    planner.cut_down(built, cut)
-    small = planner.take_stock(built, config, 4, 2, cut)
+    inventory.cut_down(built, cut)
+    small = inventory.take_stock(built, config, 4, 2, cut)
     tensors, activations = really(model_type, words, cut)
     assert sizes(small) == tensors and small.activations == pytest.approx(activations, rel=0.1)
     assert small.exported == sum(
@@ -167,7 +166,7 @@ def test_methods(method):
 
 
 def test_even_plans_meet_the_target():
-    built = planner.skeleton(llama("7B"), parse([]), torch.bfloat16)
+    built = inventory.skeleton(llama("7B"), parse([]), torch.bfloat16)
     for budget in ("params", "macs"):
         cut = planner.plan_for(built.structure, 0.6, budget, 8)
         assert cut.sparsity(budget) == pytest.approx(0.6, abs=0.01)

@@ -1,0 +1,252 @@
+"""What a model of one shape holds, keeps and computes, read off real shapes without a weight.
+
+The model is built on the meta device by the same code that trains it (records, adapters, gates, cuts), so that every activation
+counted is one that autograd would really keep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prunadapt_ds import adapters, backbone, gates, memory, tmp, zero3
+from prunadapt_ds.budget import PruningPlan, check_target
+from prunadapt_ds.config import Config
+from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.models.families import Family, family_of, layout_of
+from prunadapt_ds.models.modeling_prunadapt import Layout
+from prunadapt_ds.models.structure import Structure, layers_of, measure
+from prunadapt_ds.objective import sample_losses
+from prunadapt_ds.resize import resize
+
+NAME = "prunadapt_plan"  # of its attention, among transformers' attention functions
+
+
+class Size(NamedTuple):
+    """Elements of a parameter, whether it trains, and elements of the block it is in (0: of none, or of a shared one)."""
+
+    elements: int
+    trains: bool
+    block: int
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a model of one shape holds, keeps and computes.
+
+    tensors: each parameter's size, by name.  largest_module: most elements of one module's own parameters.  activations:
+    bytes kept for the backward pass of a micro-batch; accounted: those of them that memory.SavedActivations counts (it does
+    not see what a block saves while it is computed again).  macs: of a micro-batch's forward pass.  exported: elements of
+    the exported model.
+    """
+
+    tensors: dict[str, Size]
+    largest_module: int
+    activations: int
+    accounted: int
+    macs: int
+    exported: int
+
+    @property
+    def trainable(self) -> int:
+        return sum(size.elements for size in self.tensors.values() if size.trains)
+
+    @property
+    def frozen(self) -> int:
+        return sum(size.elements for size in self.tensors.values() if not size.trains)
+
+    def whole(self, zero: dict[str, Any]) -> int:
+        """Elements of what trains and stays whole between steps under ZeRO-3: see `engine.keep_whole`."""
+        threshold = zero.get("stage3_param_persistence_threshold", 0)
+        small = [size for size in self.tensors.values() if size.trains and size.elements <= threshold]
+        return sum(size.elements for size in small if not zero3.is_piece(size.block, zero))
+
+
+@dataclass
+class Skeleton:
+    """A model on the meta device, as `setup.setup` and `session.add_trainables` would have built it."""
+
+    model: Any
+    family: Family
+    layout: Layout
+    structure: Structure
+    is_language: bool
+    head: frozenset[str]
+
+
+def skeleton(model_config: Any, config: Config, dtype: torch.dtype) -> Skeleton:
+    """The dense model with everything that trains, on the meta device. Raises UserError as training would."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.initialization import no_init_weights
+
+    is_language = config.data.task_type == "causal_lm"
+    family = family_of(model_config)
+    if is_language and not family.is_decoder:
+        raise UserError(Problem("task_type", "causal_lm", f"{model_config.model_type} is no decoder"))
+    if family.is_decoder:
+        model_config.use_cache = False
+        model_config.pad_token_id = model_config.pad_token_id or 0
+    auto: Any = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
+    _register()
+    with torch.device("meta"), no_init_weights():
+        model = auto.from_config(model_config, dtype=dtype, attn_implementation=NAME)
+    layout = layout_of(family, model_config, model.base_model_prefix)
+    structure = measure(model, layout, config.data.max_seq_length)
+    prune = config.prune
+    check_target(structure, prune.target_sparsity or 0.0, prune.budget, prune.target_speedup)
+    inside = f"{model.base_model_prefix}."
+    below = tuple(f"{module}." for module in family.head)
+    new = (n for n, _ in model.named_parameters() if n.startswith(below) or not (is_language or n.startswith(inside)))
+    head = frozenset(new)
+    backbone.freeze(model, head)
+    backbone.no_dropout(model)
+    method = config.prune.method
+    if method == "full":
+        model.requires_grad_(True)
+    else:
+        ranks = {}
+        if method == "tmp":  # which layers get the higher rank makes no difference to any size
+            important = round(layout.num_layers * tmp.IMPORTANT_FRACTION)
+            ranks = {i: tmp.IMPORTANT_RANK if i < important else tmp.OTHER_RANK for i in range(layout.num_layers)}
+        targets = adapters.target_modules(layout, config.lora.target_modules, only_head_inputs=method == "tmp")
+        with torch.device("meta"):
+            adapters.add_lora(
+                model, layout, targets, r=config.lora.r, lora_alpha=config.lora.lora_alpha, rank_per_layer=ranks
+            )
+    if config.lora.train_norms:
+        adapters.train_norms(model)
+    if method == "prunadapt":
+        gates.attach(model, layout, structure)
+    return Skeleton(model, family, layout, structure, is_language, head)
+
+
+class _Kept(torch.autograd.Function):
+    """What a fused attention keeps: q, k, v, the mask, its output, and a float per row."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, mask, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise AssertionError("a plan has no backward pass")
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any) -> Any:
+    """transformers' attention function on the meta device; keys and values of a group are repeated, as with any mask."""
+    sharing = query.shape[1] // key.shape[1]
+    if sharing > 1:
+        key, value = key.repeat_interleave(sharing, 1), value.repeat_interleave(sharing, 1)
+    return _Kept.apply(query, key, value, mask).transpose(1, 2).contiguous(), None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attention)
+
+    def padded_mask(*args: Any, **options: Any) -> Tensor | None:
+        """A batch is taken to be padded: nothing on the meta device can be looked at."""
+        return sdpa_mask(*args, **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+    AttentionMaskInterface.register(NAME, padded_mask)
+
+
+def kept_bytes(built: Skeleton, batch_size: int, seq_length: int, num_labels: int) -> tuple[int, int, int, int]:
+    """Bytes that a forward pass keeps: outside the blocks, in all blocks, in the largest block, and a block's input.
+
+    A real forward pass on the meta device, with the loss, counted by `memory.SavedActivations`.
+    """
+    from torch.fx.experimental import _config as fx_config
+
+    ids = torch.zeros(batch_size, seq_length, dtype=torch.long, device="meta")
+    labels = ids if built.is_language else ids[:, 0]
+    if num_labels == 1 and not built.is_language:
+        labels = labels.float()
+    saved, blocks, entered = memory.SavedActivations(), [], []
+    hidden = 0
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal hidden
+        hidden = args[0].numel() * args[0].element_size()
+        entered.append(saved.bytes)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        blocks.append(saved.bytes - entered.pop())
+
+    hooks = [
+        h
+        for _, layer in layers_of(built.model, built.layout)
+        for h in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))
+    ]
+    try:
+        everything_counts = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+        with everything_counts, saved.watch():  # every token of a language model is taken to be learnt
+            logits = built.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            loss = sample_losses(logits, labels, is_regression=num_labels == 1 and not built.is_language)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    del loss
+    return saved.bytes - sum(blocks), sum(blocks), max(blocks), hidden * len(blocks)
+
+
+def take_stock(
+    built: Skeleton, config: Config, batch: int, num_labels: int, present: PruningPlan | None = None
+) -> Inventory:
+    """Count what the skeleton holds, keeps and computes: `present` (None: dense), micro-batches of `batch` samples."""
+    model, structure, length = built.model, built.structure, config.data.max_seq_length
+    outside, blocks, largest, inputs = kept_bytes(built, batch, length, num_labels)
+    recomputes = config.train.gradient_checkpointing
+    tensors = {name: Size(p.numel(), p.requires_grad, 0) for name, p in model.named_parameters()}
+    for index, block in [] if built.family.shares_layers else layers_of(model, built.layout):
+        total = sum(p.numel() for p in block.parameters())
+        for name, _ in block.named_parameters(prefix=f"{built.layout.layers}.{index}"):
+            tensors[name] = tensors[name]._replace(block=total)
+    extra = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n or f".{gates.GATE_NAME}." in n)
+    lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    head = model.get_output_embeddings().weight.numel() if built.is_language else 0
+    block_macs = present.cost("macs") if present else structure.dense_cost("macs")
+    return Inventory(
+        tensors=tensors,
+        largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
+        activations=outside + inputs + largest if recomputes else outside + blocks,
+        accounted=outside + (inputs if recomputes else blocks),
+        macs=batch * (block_macs + length * (lora * built.layout.passes + head)),
+        exported=sum(size.elements for size in tensors.values()) - extra,
+    )
+
+
+def cut_down(built: Skeleton, cut: PruningPlan) -> None:
+    """Cut the skeleton. Its gates are made anew: masks have no values here that could be sliced."""
+    had_gates = next(gates.gates_of(built.model), None) is not None
+    gates.detach(built.model)
+    resize(built.model, built.layout, cut)
+    if had_gates:
+        pairs = zip(built.structure.sublayers, cut.kept, strict=True)
+        left = tuple(dataclasses.replace(s, num_units=len(kept)) for s, kept in pairs if kept)
+        gates.attach(built.model, built.layout, dataclasses.replace(built.structure, sublayers=left))
+
+
+def between(dense: Inventory, small: Inventory, way: float) -> Inventory:
+    """The inventory that lies `way` (0 to 1) on the line from dense to small."""
+
+    def mix(a: int, b: int) -> int:
+        return round(a + way * (b - a))
+
+    gone = Size(0, False, 0)  # a sub-layer without units has no weights, and its output bias another name
+
+    def mixed(name: str, trains: bool) -> Size:
+        a, b = dense.tensors.get(name, gone), small.tensors.get(name, gone)
+        return Size(mix(a.elements, b.elements), trains, mix(a.block, b.block or a.block))
+
+    tensors = {name: mixed(name, size.trains) for name, size in {**small.tensors, **dense.tensors}.items()}
+    names = ("largest_module", "activations", "accounted", "macs", "exported")
+    return Inventory(tensors, *(mix(getattr(dense, name), getattr(small, name)) for name in names))

@@ -1,0 +1,90 @@
+"""Scores without training, and the cut that TMP makes of them before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prunadapt_ds import distributed, gates, tmp
+from prunadapt_ds import engine as engines
+from prunadapt_ds.batches import Batch, Rows, Sampler
+from prunadapt_ds.budget import PruningPlan
+from prunadapt_ds.importance import STATISTICS, WindowSums
+from prunadapt_ds.resize import resize
+from prunadapt_ds.session import Session, attach_gates, build_engine
+from prunadapt_ds.step import train_step
+
+
+def score_samples(session: Session, samples: list[int]) -> WindowSums:
+    """Statistics of these training samples at the present weights: steps are taken at a learning rate of zero."""
+    assert session.recorder is not None
+    everything, plain = session.train_rows, session.sampler
+    session.sampler = Sampler(
+        len(samples), plain.micro_batch_size, plain.accumulation_steps, plain.rank, plain.world_size, plain.seed
+    )
+    session.train_rows = _Subset(everything, samples)  # type: ignore[assignment]
+    engines.set_learning_rates(session.engine, 0.0)
+    for step in range(session.sampler.steps_per_epoch):
+        train_step(session, step, record=True)
+    session.sampler, session.train_rows = plain, everything
+    session.losses.clear()
+    return session.recorder.all_reduce()
+
+
+@dataclass(frozen=True)
+class _Subset:
+    rows: Rows
+    samples: list[int]
+
+    def batch(self, positions: Sequence[int], weight: float) -> Batch:
+        return self.rows.batch([self.samples[i] for i in positions], weight)
+
+
+def score_only(session: Session) -> None:
+    """Write the statistics of the whole training set at the initial weights."""
+    samples = list(range(len(session.train_rows)))
+    save_scores(session, score_samples(session, samples), 0, samples)
+    session.report["status"] = "complete"
+    session.tracker.close()
+
+
+def prune_once(session: Session) -> None:
+    """TMP: rank heads at the initial weights, cut the least important in one shot, choose LoRA ranks by layer."""
+    loaded, config = session.backbone, session.config
+    with session.timed("importance"):
+        attach_gates(session, "taylor")
+        session.engine = build_engine(session)
+        count = min(config.prune.tmp_scoring_examples, len(session.train_rows))
+        generator = torch.Generator().manual_seed(config.train.seed)
+        samples = torch.randperm(len(session.train_rows), generator=generator)[:count].tolist()
+        window = score_samples(session, samples)
+        engines.destroy(session.engine)
+        heads = [s for s in loaded.structure.sublayers if s.kind == "heads"]
+        scores = torch.stack([window.sums["grad_abs"][s.span] for s in heads])  # [L, N]
+        selection = tmp.select(scores, [s.floor for s in heads])
+        keep = torch.ones(loaded.structure.num_units, dtype=torch.bool)
+        for sublayer, kept in zip(heads, selection.keep, strict=True):
+            keep[sublayer.span] = kept
+        session.plan = PruningPlan.from_mask(loaded.structure, keep)
+        distributed.same_on_all_ranks("the heads that TMP keeps", session.plan.hash)
+    with session.timed("shrink"):
+        gates.detach(loaded.model)
+        resize(loaded.model, loaded.layout, session.plan, editing=engines.rewriting)
+        session.present = session.plan
+    session.recorder = None
+    session.rank_per_layer = selection.rank_per_layer
+
+
+def save_scores(session: Session, window: WindowSums, step: int, samples: list[int]) -> None:
+    """scores/<step>.safetensors: raw sums [U] of every statistic, the count, and the ids of the samples behind them."""
+    if distributed.rank() != 0:
+        return
+    from safetensors.torch import save_file
+
+    tensors = {name: window.sums[name].clone() for name in STATISTICS}
+    tensors |= {"count": torch.tensor([window.count]), "sample_ids": torch.tensor(samples)}
+    folder = session.output_dir / "scores"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / f"{step}.safetensors")

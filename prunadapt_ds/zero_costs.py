@@ -1,0 +1,140 @@
+"""What DeepSpeed makes of an inventory at each ZeRO stage: bytes of a rank, bytes it sends, seconds of a step.
+
+Legend: W ranks, N elements that train, e bytes of an element as it is stored (2 for bf16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from prunadapt_ds.config import Config
+from prunadapt_ds.ds_config import DsConfig
+from prunadapt_ds.inventory import Inventory
+
+MASTERS, MOMENTS = 4, 8  # bytes of an element: an fp32 master; Adam's two moments
+DEEPSPEED_REUSE_ELEMENTS = 1_000_000_000  # stage3_max_reuse_distance where a file does not say
+DEEPSPEED_BUCKET_ELEMENTS = 500_000_000  # reduce_bucket_size, likewise
+BYTES = ("frozen", "trainable", "gradients", "optimizer", "activations", "buffers")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the seconds rest on. Sustained rates, not those of a data sheet."""
+
+    world_size: int = 1
+    gpus_per_node: int = 8
+    gpu_memory: float = 80 * 2**30  # bytes
+    flops: float = 400e12  # floating-point operations/s of one GPU in these matrix products
+    bandwidth: float = 400e9  # bytes/s of one GPU to the others of its node
+    network_bandwidth: float = 25e9  # bytes/s of one GPU to other nodes
+    host_bandwidth: float = 25e9  # bytes/s of one GPU to its host's memory
+    reserve: float = 0.1  # share of the GPU's memory for the driver, libraries and fragments
+
+    @property
+    def link(self) -> float:
+        """Bytes/s of a collective over all ranks: its slowest part."""
+        return self.bandwidth if self.world_size <= self.gpus_per_node else self.network_bandwidth
+
+
+def rank_bytes(stock: Inventory, ds: DsConfig, machine: Machine, *, recomputes: bool) -> dict[str, dict[str, int]]:
+    """Bytes of one rank, {"device": {...}, "host": {...}}, by what they hold: `BYTES`. At the peak of a step."""
+    world, stage, e = machine.world_size, ds.stage, _element_bytes(ds)
+    zero = ds.values["zero_optimization"]
+    n, share = stock.trainable, 1 / world if stage else 1.0
+    if stage == 3:
+        parts = [(ceil(size.elements / world), size.trains) for size in stock.tensors.values()]
+        frozen_e = 1 if zero.get("zero_quantized_nontrainable_weights") else e
+        frozen = sum(part for part, trains in parts if not trains) * frozen_e
+        trainable = (sum(part for part, trains in parts if trains) + stock.whole(zero)) * e
+    else:
+        frozen, trainable = stock.frozen * e, n * e
+    gradients = round(n * e * (share if stage >= 2 else 1)) + (n * 4 if stage == 0 and e == 2 else 0)
+    states = n * (MOMENTS if stage == 0 and e == 4 else MASTERS + MOMENTS)
+    bucket = zero.get("reduce_bucket_size", DEEPSPEED_BUCKET_ELEMENTS) * e if stage else 0
+    gathered = 0
+    if stage == 3:
+        live = max(stock.largest_module, _held_elements(stock, zero, recomputes))
+        gathered = min(live + zero.get("stage3_prefetch_bucket_size", 0), stock.frozen + n) * e
+    device = {
+        "frozen": frozen,
+        "trainable": trainable,
+        "gradients": gradients,
+        "optimizer": round(states * share),
+        "activations": stock.activations,
+        "buffers": bucket + gathered,
+    }
+    host = dict.fromkeys(BYTES, 0)
+    for block, names in (("offload_param", ("frozen",)), ("offload_optimizer", ("optimizer",))):
+        if (zero.get(block) or {}).get("device", "none") != "none":
+            for name in names:
+                host[name], device[name] = device[name], 0
+    return {"device": device, "host": host}
+
+
+def _element_bytes(ds: DsConfig) -> int:
+    return 2 if ds.dtype == "bf16" else 4
+
+
+def _held_elements(stock: Inventory, zero: dict[str, Any], recomputes: bool) -> int:
+    """Elements that ZeRO-3 does not let go between forward and backward pass, because they are used again soon.
+
+    A module whose parameters come again within `stage3_max_reuse_distance` elements stays gathered: those of the last blocks,
+    which lie d elements before the turn and 2 d before their next use (3 d with recomputation).
+    """
+    reuse = zero.get("stage3_max_reuse_distance", DEEPSPEED_REUSE_ELEMENTS)
+    return min(stock.frozen + stock.trainable, round(reuse / (3 if recomputes else 2)))
+
+
+def accounted_bytes(stock: Inventory, ds: DsConfig, machine: Machine) -> int:
+    """What a report's `live_tensor_bytes` would say: parameters, optimizer, and the activations that are counted.
+
+    Without ZeRO and in fp32 the optimizer's masters are the parameters themselves, which are then counted twice.
+    """
+    parts = rank_bytes(stock, ds, machine, recomputes=False)
+    total = sum(parts[place][name] for place in parts for name in ("frozen", "trainable", "optimizer"))
+    twice = stock.trainable * MASTERS if ds.stage == 0 and ds.dtype == "fp32" else 0
+    return total + twice + stock.accounted
+
+
+def traffic(stock: Inventory, ds: DsConfig, machine: Machine, config: Config) -> dict[str, int]:
+    """Bytes that a rank sends in an optimizer step: {"gather", "reduce", "host"}."""
+    world, stage, e = machine.world_size, ds.stage, _element_bytes(ds)
+    zero, train = ds.values["zero_optimization"], config.train
+    others = (world - 1) / world
+    n = stock.trainable
+    reduce = n * e * others * (2 if stage == 0 else 1)
+    gather = host = 0.0
+    if stage in (1, 2):
+        gather = n * e * others
+    if stage == 3:
+        whole = stock.whole(zero)
+        quantised = zero.get("zero_quantized_nontrainable_weights") or zero.get("zero_quantized_weights")
+        total = stock.frozen * (1 if quantised else e) + (n - whole) * e
+        held = _held_elements(stock, zero, train.gradient_checkpointing) / max(1, stock.frozen + n)
+        passes = (2 - held) * ds.values["gradient_accumulation_steps"]
+        gather = others * (total * passes + whole * e)
+        if (zero.get("offload_param") or {}).get("device", "none") != "none":
+            host += total / world * passes
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        host += 2 * n * e / world
+    return {"gather": round(gather), "reduce": round(reduce), "host": round(host)}
+
+
+def step_seconds(
+    stock: Inventory, sent: dict[str, int], ds: DsConfig, machine: Machine, config: Config
+) -> dict[str, float]:
+    """Seconds of an optimizer step: {"compute", "communication", "total"}; parameters travel while others compute."""
+    steps = ds.values["gradient_accumulation_steps"]
+    compute = 2 * macs_per_step(stock, config, steps) / machine.flops
+    travel = max(sent["gather"] / machine.link, sent["host"] / machine.host_bandwidth)
+    reduce = sent["reduce"] / machine.link
+    overlapped = max(compute, travel) if ds.stage == 3 else compute + travel
+    return {"compute": compute, "communication": travel + reduce, "total": overlapped + reduce}
+
+
+def macs_per_step(stock: Inventory, config: Config, accumulation_steps: int = 1) -> int:
+    """Multiply-accumulates of a rank's step: forward, the gradients of activations, those of weights that train, recomputation."""
+    passes = 3 if config.prune.method == "full" else 2
+    return stock.macs * (passes + config.train.gradient_checkpointing) * accumulation_steps
