@@ -18,8 +18,9 @@ test: test-fast test-ci
 test-fast: $(INSTALLED)
 	$(RUN) python -m pytest -m fast -q -n auto --maxprocesses 4
 
+# Two files at a time: while ranks start, half of two cores is idle.
 test-ci: $(INSTALLED)
-	$(RUN) python -m pytest -m "ci and not full" -q
+	$(RUN) python -m pytest -m "ci and not full" -q -n auto --maxprocesses 2 --dist loadfile
 
 # Where there is a chromium, what it shows is tested as well.
 test-full: $(INSTALLED)

@@ -2,6 +2,7 @@
 
 python tests/summary.py                                     everything
 python tests/summary.py full tests/slurm                    a tier, below some paths
+python tests/summary.py full tests/unit --args -n 2         with options of pytest
 """
 
 import datetime
@@ -16,9 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> int:
     start = time.monotonic()
-    paths = [word for word in sys.argv[1:] if "/" in word]
-    tiers = " or ".join([word for word in sys.argv[1:] if "/" not in word] or ["fast", "ci", "slurm", "full"])
-    command = [sys.executable, "-m", "pytest", "-q", "-m", tiers, "-p", "no:cacheprovider", *paths]
+    words, _, options = " ".join(sys.argv[1:]).partition("--args")
+    paths = [word for word in words.split() if "/" in word]
+    tiers = " or ".join([word for word in words.split() if "/" not in word] or ["fast", "ci", "slurm", "full"])
+    command = [sys.executable, "-m", "pytest", "-q", "-m", tiers, "-p", "no:cacheprovider", *options.split(), *paths]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     lines = []
