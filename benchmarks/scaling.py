@@ -44,7 +44,7 @@ def model_folder(size: str, work: Path) -> str:
 
 
 class Traffic:
-    """Bytes this rank sends in DeepSpeed's collectives between two calls of `take`."""
+    """Collectives of DeepSpeed's between two calls of `take`: how many of each kind, and what this rank sends in them."""
 
     def __init__(self) -> None:
         import deepspeed
@@ -53,15 +53,16 @@ class Traffic:
         self.logger = deepspeed.comm.comm.comms_logger
         self.take()
 
-    def take(self) -> dict[str, int]:
+    def take(self) -> tuple[dict[str, int], dict[str, int]]:
         from prunadapt_ds.distributed import world_size
 
-        n, sent = world_size(), {}
+        n, calls, sent = world_size(), {}, {}
         for name, by_size in self.logger.comms_dict.items():
             factor = 2 * (n - 1) / n if "all_reduce" in name else n - 1
+            calls[name] = sum(entry[0] for entry in by_size.values())
             sent[name] = int(sum(factor * size * entry[0] for size, entry in by_size.items()))
         self.logger.comms_dict.clear()
-        return sent
+        return calls, sent
 
 
 def measure(argv: list[str], result: Path) -> None:
@@ -82,11 +83,12 @@ def measure(argv: list[str], result: Path) -> None:
             with train.watched(session, step):
                 train.train_step(session, step, record=phase == "dense")
             seconds.append(time.perf_counter() - start)
-            sent = traffic.take()
+            calls, sent = traffic.take()
         found[phase] = {
             "step_s": median(seconds[2:]),
             "sent_bytes": sum(sent.values()),
             "sent_by": {name: size for name, size in sent.items() if size},
+            "gathers": sum(count for name, count in calls.items() if "all_gather" in name),
             "live_bytes": int(distributed.dist_max(session.live())),
             "frozen_bytes": int(distributed.dist_max(engine.frozen_shard_bytes(session.model))),
         }
@@ -113,9 +115,9 @@ def draw(results: Path) -> str:
 
     found = [(p.stem.rsplit("-", 1)[0], json.loads(p.read_text())) for p in sorted(results.glob("*.json"))]
     lines = [
-        "| model | ranks | frozen MiB per rank | live MiB per rank, dense / after | MiB sent per step, dense / after "
-        "| step s, dense / after | rebuild s |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| model | ranks | frozen MiB per rank | live MiB per rank, dense / after | gathers in a step, dense / after "
+        "| MiB sent per step, dense / after | step s, dense / after | rebuild s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
     for size in dict.fromkeys(name for name, _ in found):
@@ -124,7 +126,8 @@ def draw(results: Path) -> str:
             pairs = [[r[phase][key] for phase in ("dense", "after")] for key in ("live_bytes", "sent_bytes", "step_s")]
             live, sent = ([value / 2**20 for value in pair] for pair in pairs[:2])
             cells = [size, str(r["ranks"]), f"{r['dense']['frozen_bytes'] / 2**20:.1f}"]
-            cells += [f"{live[0]:.0f} / {live[1]:.0f}", f"{sent[0]:.1f} / {sent[1]:.1f}"]
+            gathers = [r[phase].get("gathers", "-") for phase in ("dense", "after")]  # older results have none
+            cells += [f"{live[0]:.0f} / {live[1]:.0f}", "{} / {}".format(*gathers), f"{sent[0]:.1f} / {sent[1]:.1f}"]
             cells += [f"{pairs[2][0]:.2f} / {pairs[2][1]:.2f}", f"{r['rebuild_s']:.1f}"]
             lines.append("| " + " | ".join(cells) + " |")
         for axis, key, scale in zip(axes, ("live_bytes", "sent_bytes"), (2**20, 2**20), strict=True):

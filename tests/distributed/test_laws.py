@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
     return base
 
 
-def ds_config(path, stage=3, **more):
+def ds_config(path, stage=3, zero=None, **more):
     values = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -30,6 +30,7 @@ def ds_config(path, stage=3, **more):
         "zero_optimization": {
             "stage": stage,
             **({"stage3_param_persistence_threshold": 100_000} if stage == 3 else {}),
+            **(zero or {}),
         },
         **more,
     }
@@ -37,7 +38,8 @@ def ds_config(path, stage=3, **more):
     return str(path)
 
 
-def arguments(folder, output, *, stage=3, batch=4, **options):
+def arguments(folder, output, *, stage=3, batch=4, zero=None, **options):
+    """`zero`: more of the ds_config's ZeRO block; {"stage3_max_reuse_distance": 0} has blocks fetched module by module."""
     data = folder / "data"
     options = {
         "model_name_or_path": folder / "bert",
@@ -53,7 +55,7 @@ def arguments(folder, output, *, stage=3, batch=4, **options):
         **options,
     }
     output.mkdir(parents=True, exist_ok=True)
-    argv = ["--ds_config", ds_config(output / "ds.json", stage)]
+    argv = ["--ds_config", ds_config(output / "ds.json", stage, zero)]
     for name, value in options.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return argv
@@ -144,8 +146,9 @@ def one_rank(folder, tmp_path_factory):
         (2, {"batch": 4, "stage": 1}),
         (2, {"batch": 2, "stage": 2, "gradient_accumulation_steps": 2}),
         (2, {"batch": 4, "gradient_checkpointing": True}),
+        (2, {"batch": 4, "gradient_checkpointing": True, "zero": {"stage3_max_reuse_distance": 0}}),
     ],
-    ids=["2x4", "1x4x2", "stage0", "stage1", "stage2", "checkpointing"],
+    ids=["2x4", "1x4x2", "stage0", "stage1", "stage2", "checkpointing", "checkpointing-modules"],
 )
 def test_loss_curve_does_not_depend_on_the_split(folder, tmp_path, one_rank, world_size, options):
     found = run_ranks(runs.fit, world_size, arguments(folder, tmp_path / "out", shrink="always", **options))

@@ -51,7 +51,9 @@ def test_every_stage_and_method(base, tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"method": "tmp"}, {"method": "lora"}, {"method": "full"}, {"uniform": True}], ids=str
+    "options",
+    [{}, {"method": "tmp"}, {"method": "lora"}, {"method": "full"}, {"uniform": True, "target_sparsity": 0.3}],
+    ids=lambda options: "-".join(options) or "prunadapt",
 )
 def test_every_method_is_exported_on_as_many_ranks(base, tmp_path, options):
     """Killed after it has shrunk; every format that it can have is made, and the run still goes on."""
@@ -59,7 +61,7 @@ def test_every_method_is_exported_on_as_many_ranks(base, tmp_path, options):
     if "method" in options:
         options = {**options, "target_sparsity": None, "shrink": "auto"}
     arguments = argv(base, tmp_path / "out", **options)
-    run(arguments, fault="SIGKILL@step-9@all")
+    assert {rank.code for rank in run(arguments, fault="SIGKILL@step-9@all")} == {-9}
     for rank in run(["--run_dir", str(tmp_path / "out"), "--export_formats", *kinds]):
         assert rank.code == 0, rank.text[-3000:]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
