@@ -182,6 +182,14 @@ def test_a_speed_is_met_and_a_resumed_run_keeps_its_table(base, tmp_path):
     assert report["latency"]["speedup"] > 0 and "Speed-up: 1.30 asked for" in said
 
 
+def test_killed_within_a_window(base, tmp_path, uninterrupted):
+    """Step 5 lies between two decisions: every rank goes on with its own sums, and none with those of all."""
+    arguments = argv(base, tmp_path / "out", checkpoint_steps=5)
+    run(arguments, fault="SIGKILL@step-6@all")
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").glob("step-*")] == ["step-5"]
+    assert complete(arguments)[0] == uninterrupted[1]
+
+
 @pytest.mark.parametrize("name, rank", [("SIGUSR1", "1"), ("SIGTERM", "all")])
 def test_asked_to_stop_and_started_again(base, tmp_path, uninterrupted, name, rank):
     """Every rank leaves with 75, whichever got the signal; the same command goes on."""

@@ -170,7 +170,7 @@ MUTANTS = (
            "self._sums = torch.zeros(len(STATISTICS), self.num_units)", f"{CHECKPOINT}::test_a_window_goes_on_where_it_stood"),
     Mutant("window counted on every rank", "resume.py", "session.recorder.restore(window[rank])",
            "session.recorder.restore(window.sum(0))",
-           DAMAGED),
+           f"{RESUME}::test_killed_within_a_window"),
     Mutant("resume without the average", "resume.py", 'session.scores.value = tensors.get("scores")', "pass",
            f"{RESUME}::test_killed_and_resumed_is_uninterrupted[in a shrink]"),
     Mutant("resume without random states", "resume.py", 'torch.set_rng_state(tensors["random/cpu"][rank].clone())', "pass",
