@@ -1,4 +1,4 @@
-"""Scores without training, and the cut that TMP makes of them before any training."""
+"""Scores written to a file, scores without training, and the cut that TMP makes of them before any."""
 
 from __future__ import annotations
 

@@ -162,11 +162,8 @@ def test_a_block_without_feed_forward_is_computed_again(folder, tmp_path):
     found = []
     for recomputes in (False, True):
         options = {"model_name_or_path": tmp_path / "llama", "target_sparsity": 0.7, "shrink": "always"}
-        options |= {
-            "gradient_checkpointing": recomputes,
-            "zero": {"stage3_max_reuse_distance": 0},
-        }  # no block in one piece
-        argv = arguments(folder, tmp_path / str(recomputes), batch=8, **options)
+        options["zero"] = {"stage3_max_reuse_distance": 0}  # no block in one piece
+        argv = arguments(folder, tmp_path / str(recomputes), gradient_checkpointing=recomputes, batch=8, **options)
         found.append(run_ranks(runs.fit, 1, argv)[0])
     assert any(row["neurons"] == 0 for row in found[0]["counts"])
     assert found[0]["plan_hash"] == found[1]["plan_hash"]

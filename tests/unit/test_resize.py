@@ -26,9 +26,7 @@ def adapted(model_type, seed=0):
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "delta" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter, 0, 0.1)
-        elif (
-            "base_layer" in name
-        ):  # as initialised, attention is so even that heads of another width would go unnoticed
+        elif "base_layer" in name:  # attention as it is initialised is too even to tell heads of another width
             torch.nn.init.normal_(parameter, 0, 0.5)
     return model, layout, structure
 
