@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from prunadapt_ds.distributed import dist_sum
+from prunadapt_ds.distributed import dist_sum, rank
 
 BACKWARD = ("grad_sq", "grad_abs")
 FORWARD = {"activation_abs": 1, "activation_sq": 2, "activation_4th": 4}  # and the power of |x| that each is a mean of
@@ -36,6 +38,19 @@ class WindowSums:
 
     def mean(self, statistic: str) -> Tensor:
         return self.sums[statistic] / self.count
+
+
+def save_sums(window: WindowSums, folder: Path, step: int, samples: list[int]) -> None:
+    """<step>.safetensors in `folder`: raw sums [U] of every statistic, the count, and the ids of the samples behind them.
+
+    Rank 0 writes.
+    """
+    if rank() != 0:
+        return
+    tensors = {name: window.sums[name].clone() for name in STATISTICS}
+    tensors |= {"count": torch.tensor([window.count]), "sample_ids": torch.tensor(samples)}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / f"{step}.safetensors")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Scores written to a file, scores without training, and the cut that TMP makes of them before any."""
+"""Scores without training, and the cut that TMP makes of them before any."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prunadapt_ds import distributed, gates, tmp
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Batch, Rows, Sampler
 from prunadapt_ds.budget import PruningPlan
-from prunadapt_ds.importance import STATISTICS, WindowSums
+from prunadapt_ds.importance import WindowSums, save_sums
 from prunadapt_ds.resize import resize
 from prunadapt_ds.session import Session, attach_gates, build_engine
 from prunadapt_ds.step import train_step
@@ -45,7 +45,7 @@ class _Subset:
 def score_only(session: Session) -> None:
     """Write the statistics of the whole training set at the initial weights."""
     samples = list(range(len(session.train_rows)))
-    save_scores(session, score_samples(session, samples), 0, samples)
+    save_sums(score_samples(session, samples), session.output_dir / "scores", 0, samples)
     session.report["status"] = "complete"
     session.tracker.close()
 
@@ -75,16 +75,3 @@ def prune_once(session: Session) -> None:
         session.present = session.plan
     session.recorder = None
     session.rank_per_layer = selection.rank_per_layer
-
-
-def save_scores(session: Session, window: WindowSums, step: int, samples: list[int]) -> None:
-    """scores/<step>.safetensors: raw sums [U] of every statistic, the count, and the ids of the samples behind them."""
-    if distributed.rank() != 0:
-        return
-    from safetensors.torch import save_file
-
-    tensors = {name: window.sums[name].clone() for name in STATISTICS}
-    tensors |= {"count": torch.tensor([window.count]), "sample_ids": torch.tensor(samples)}
-    folder = session.output_dir / "scores"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"{step}.safetensors")

@@ -1,35 +1,21 @@
-"""Save what a run has learnt, and go on from it on any number of ranks.
-
-What a checkpoint holds does not depend on how the run is split: whole fp32 masters and moments, the plan, the averages of
-scores. What is each rank's own (random states, sums of the open decision window) is kept rank by rank: on as many ranks as
-before every one gets its own back and the run goes on bit for bit; on another number the sums go to rank 0 together.
-"""
+"""Go on where a run was interrupted: which checkpoint, whether it is the same run's, and the files that say so."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from prunadapt_ds import checkpoint, distributed, files, gates, state, token_teacher
-from prunadapt_ds.budget import PruningPlan
+from prunadapt_ds import checkpoint, distributed, files, snapshot, token_teacher
 from prunadapt_ds.checkpoint import Checkpoint, Damaged
 from prunadapt_ds.config import SECTIONS, Config
 from prunadapt_ds.ds_config import resolve_ds_config
-from prunadapt_ds.errors import Problem, PrunadaptError, UserError
+from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.session import Session, add_trainables
-from prunadapt_ds.shrink import StepTimes
-from prunadapt_ds.teacher import WeightAverage
-from prunadapt_ds.token_teacher import TokenTeacher
 from prunadapt_ds.watchdog import milestone
 
 # Options that may change while a run is interrupted, because they do not change what it computes ...
@@ -57,7 +43,6 @@ RESOLVED = {
 LATENCY = "latency.json"
 LEFT_BEHIND = ("report.json", "report.md", "plan.json", "predictions.jsonl", "run.json", LATENCY)
 REBUILDS = "rebuilds.json"
-STEP_TIMES_KEPT = 1000  # of each size
 
 
 @dataclass
@@ -236,15 +221,13 @@ def noted_rebuilds(config: Config) -> dict[int, bool]:
         return {}
 
 
-# ------------------------------------------------------------------------------------------------------- save
-
-
 def save(session: Session) -> Path:
     """Write a checkpoint of the run as it is. Collective; PrunadaptError on all ranks where it cannot be written."""
     root = root_of(session.config)
     with session.timed("checkpoint"):
         milestone(f"checkpoint-{session.step}/begin")
-        tensors, saved = collect(session)
+        tensors, saved = snapshot.collect(session)
+        saved |= {"options": session.options or options(session.config), "names": names(session.config)}
 
         def write() -> None:
             saved["metrics_bytes"] = session.tracker.metrics_bytes()
@@ -255,172 +238,9 @@ def save(session: Session) -> Path:
     return root / f"{checkpoint.PREFIX}{session.step}"
 
 
-def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and the rest as JSON. Collective."""
-    learnt = state.capture(session.engine)
-    if not all(bool(torch.isfinite(t).all()) for t in learnt.masters.values()):
-        raise PrunadaptError(f"the weights are no numbers after step {session.step}; no checkpoint is made of them")
-    tensors = {f"master/{name}": tensor for name, tensor in learnt.masters.items()}
-    for key, moments in learnt.moments.items():
-        tensors |= {f"{key}/{name}": tensor for name, tensor in moments.items()}
-    if session.scores is not None and session.scores.value is not None:
-        tensors["scores"] = session.scores.value
-    if session.recorder is not None:
-        tensors["window"] = distributed.all_gather_rows(session.recorder.capture()[None]).cpu()  # [ranks, S * U + 1]
-    if isinstance(session.teacher, Tensor):
-        tensors["teacher"] = session.teacher
-    tensors |= {f"average/{name}": total for name, total in session.average.sums.items()}
-    for name, states in random_states(session.device).items():
-        tensors[f"random/{name}"] = distributed.all_gather_rows(states.to(session.device)[None]).cpu()  # [ranks, bytes]
-    of_ranks = distributed.all_gather_objects(
-        {"losses": [float(loss) for loss in session.losses], "python": random.getstate(), "numpy": numpy_state()}
-    )
-    return tensors, {
-        "options": session.options or options(session.config),
-        "names": names(session.config),
-        "identity": session.identity,
-        "latency": session.latency,
-        "world_size": distributed.world_size(),
-        "optimizer_steps": learnt.steps,
-        "plan": session.plan.kept,
-        "present": session.present.kept,
-        "rank_per_layer": session.rank_per_layer,
-        "ranks": of_ranks,
-        "rebuilt": session.rebuilt,
-        "average_count": session.average.count,
-        "token_teacher": isinstance(session.teacher, TokenTeacher),
-        "teacher_metric": session.report["metric"]["teacher"],
-        "progress": session.report["progress"],
-        "clocks": clocks(session),
-        "memory": memory_marks(session),
-    }
-
-
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    """uint8 [bytes] of torch's generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def numpy_state() -> list[Any]:
-    kind, keys, *rest = cast("tuple[Any, ...]", np.random.get_state(legacy=True))
-    return [kind, keys.tolist(), *rest]
-
-
-def clocks(session: Session) -> dict[str, Any]:
-    def recent(times: StepTimes) -> dict[int, list[float]]:
-        return {size: taken[-STEP_TIMES_KEPT:] for size, taken in times.seconds.items()}
-
-    return {
-        "seconds": session.seconds,
-        "cpu_seconds": session.cpu_seconds,
-        "step_times": recent(session.step_times),
-        "step_cpu_times": recent(session.step_cpu_times),
-        "build": session.build_seconds,
-        "rebuild": session.rebuild_seconds,
-    }
-
-
-def memory_marks(session: Session) -> dict[str, Any]:
-    return {
-        "live": session.live_bytes,
-        "peak": session.peak_bytes,
-        "now": distributed.dist_max(session.peak.bytes()),
-        "micro_batch": session.sampler.micro_batch_size,
-        "activations": session.activation_bytes,
-        "watched_length": session.watched_length,
-    }
-
-
-# ---------------------------------------------------------------------------------------------------- restore
-
-
-def plans(session: Session, saved: Mapping[str, Any]) -> PruningPlan | None:
-    """Take over what was decided; returns what the dense model must be cut to, if it must."""
-    structure = session.backbone.structure
-
-    def plan(kept: list[list[int]]) -> PruningPlan:
-        return PruningPlan(structure, tuple(map(tuple, kept)))
-
-    session.plan, present = plan(saved["plan"]), plan(saved["present"])
-    session.rank_per_layer = {int(layer): rank for layer, rank in saved["rank_per_layer"].items()}
-    return None if present.hash == PruningPlan.dense(structure).hash else present
-
-
 def rebuild(session: Session, start: Checkpoint) -> None:
     """Make a new session's model what it was at a checkpoint: its shape, and what training had learnt. Collective."""
-    add_trainables(session, cut_to=plans(session, start.state))
-    restore(session, start)
-
-
-def restore(session: Session, start: Checkpoint) -> None:
-    """Put back what training had learnt into a session whose model has the right shape. Collective."""
-    saved = start.state
-    tensors = distributed.broadcast_tensors(start.tensors() if distributed.rank() == 0 else None)
-
-    def below(prefix: str) -> dict[str, Tensor]:
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-    moments = {key: below(f"{key}/") for key in state.MOMENTS}
-    state.restore(session.engine, state.TrainingState(below("master/"), moments, saved["optimizer_steps"]))
-    gates.apply_mask(session.model, session.plan.mask()[session.present.mask()])
+    add_trainables(session, cut_to=snapshot.plans(session, start.state))
+    snapshot.restore(session, start)
+    session.rebuilt = distributed.broadcast_object(noted_rebuilds(session.config)) | session.rebuilt
     write_latency(session)
-    session.step = saved["step"]
-    session.teacher = tensors.get("teacher")
-    if saved["token_teacher"]:
-        session.teacher = distributed.together(
-            lambda: token_teacher.open_again(session.output_dir / token_teacher.FOLDER)
-        )
-    session.average = WeightAverage(below("average/"), saved["average_count"])
-    session.report["metric"]["teacher"] = saved["teacher_metric"]
-    session.report["progress"] = list(saved["progress"])
-    if session.scores is not None:
-        session.scores.value = tensors.get("scores")
-    noted = distributed.broadcast_object(noted_rebuilds(session.config))
-    session.rebuilt = noted | {int(step): rebuilt for step, rebuilt in saved["rebuilt"].items()}
-    restore_of_ranks(session, saved, tensors)
-    restore_marks(session, saved)
-
-
-def restore_of_ranks(session: Session, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """What was each rank's own: given back to it, or shared out where the number of ranks is another."""
-    rank, same = distributed.rank(), saved["world_size"] == distributed.world_size()
-    if session.recorder is not None and "window" in tensors:
-        window = tensors["window"]
-        if same:
-            session.recorder.restore(window[rank])
-        elif rank == 0:
-            session.recorder.restore(window.sum(0))
-    losses = torch.tensor([of_rank["losses"] for of_rank in saved["ranks"]])  # [ranks, steps]
-    session.losses = list((losses[rank] if same else losses.mean(0)).to(session.device))
-    if not same or f"random/{session.device.type}" not in tensors:
-        seed = session.config.train.seed * 1_000_003 + saved["step"] * 1009 + rank
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        return
-    mine = saved["ranks"][rank]
-    torch.set_rng_state(tensors["random/cpu"][rank].clone())
-    if session.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random/cuda"][rank].clone(), session.device)
-    version, internal, gauss = mine["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = mine["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-
-
-def restore_marks(session: Session, saved: Mapping[str, Any]) -> None:
-    """Clocks and memory go on as one run's."""
-    times, marks = saved["clocks"], saved["memory"]
-    session.seconds = dict(times["seconds"])
-    session.cpu_seconds = dict(times["cpu_seconds"])
-    for name in ("step_times", "step_cpu_times"):
-        getattr(session, name).seconds = {int(size): list(taken) for size, taken in times[name].items()}
-    session.build_seconds, session.rebuild_seconds = times["build"], times["rebuild"]
-    session.live_bytes, session.peak_bytes = dict(marks["live"]), dict(marks["peak"])
-    session.peak.reset()
-    session.peak.before = int(marks["now"])
-    if marks["micro_batch"] == session.sampler.micro_batch_size:
-        session.activation_bytes, session.watched_length = marks["activations"], marks["watched_length"]

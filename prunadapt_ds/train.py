@@ -23,9 +23,9 @@ from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import PrunadaptError
 from prunadapt_ds.evaluate import predict
 from prunadapt_ds.finish import finish, report_unfinished
-from prunadapt_ds.importance import CRITERIA
+from prunadapt_ds.importance import CRITERIA, save_sums
 from prunadapt_ds.keeper import Keeper
-from prunadapt_ds.one_shot import prune_once, save_scores, score_only
+from prunadapt_ds.one_shot import prune_once, score_only
 from prunadapt_ds.pulse import StopSignals
 from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
 from prunadapt_ds.session import Session, add_trainables, build_engine, eval_batch, evaluate
@@ -246,7 +246,7 @@ def decide_and_cut(session: Session, pruning: PruningSchedule, step: int) -> Non
         session.tracker.say(f"step {step}: shrunk to {1 - plan.sparsity(prune.budget):.1%} in {seconds:.1f} s")
     if prune.save_scores:
         samples = [i for s in range(pruning.window_start(step), step) for i in session.sampler.step_samples(s)]
-        save_scores(session, window, step, samples)
+        save_sums(window, session.output_dir / "scores", step, samples)
 
 
 def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> bool:

@@ -27,7 +27,7 @@ FLOORS = (
     {"teacher", "zero_costs", "export", "shrink", "board", "report", "checkpoint", "given_adapter", "token_teacher"},
     {"tracking"},
     {"card", "session", "graphs", "scoring", "adapter_folder", "pages"},
-    {"setup", "step"},
+    {"setup", "step", "snapshot"},
     {"finish", "resume", "compare", "answers", "planner", "one_shot"},
     {"keeper", "submission", "plan_command", "unfinished"},
     {"train", "doctor", "glue_table", "predict", "init_slurm", "reexport"},

@@ -1,0 +1,185 @@
+"""What a run has learnt, as tensors and JSON, and back into a session on any number of ranks.
+
+What a checkpoint holds does not depend on how the run is split: whole fp32 masters and moments, the plan, the averages of
+scores. What is each rank's own (random states, sums of the open decision window) is kept rank by rank: on as many ranks as
+before every one gets its own back and the run goes on bit for bit; on another number the sums go to rank 0 together.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunadapt_ds import distributed, gates, state, token_teacher
+from prunadapt_ds.budget import PruningPlan
+from prunadapt_ds.checkpoint import Checkpoint
+from prunadapt_ds.errors import PrunadaptError
+from prunadapt_ds.session import Session
+from prunadapt_ds.shrink import StepTimes
+from prunadapt_ds.teacher import WeightAverage
+from prunadapt_ds.token_teacher import TokenTeacher
+
+STEP_TIMES_KEPT = 1000  # of each size
+
+
+def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and the rest as JSON. Collective."""
+    learnt = state.capture(session.engine)
+    if not all(bool(torch.isfinite(t).all()) for t in learnt.masters.values()):
+        raise PrunadaptError(f"the weights are no numbers after step {session.step}; no checkpoint is made of them")
+    tensors = {f"master/{name}": tensor for name, tensor in learnt.masters.items()}
+    for key, moments in learnt.moments.items():
+        tensors |= {f"{key}/{name}": tensor for name, tensor in moments.items()}
+    if session.scores is not None and session.scores.value is not None:
+        tensors["scores"] = session.scores.value
+    if session.recorder is not None:
+        tensors["window"] = distributed.all_gather_rows(session.recorder.capture()[None]).cpu()  # [ranks, S * U + 1]
+    if isinstance(session.teacher, Tensor):
+        tensors["teacher"] = session.teacher
+    tensors |= {f"average/{name}": total for name, total in session.average.sums.items()}
+    for name, states in random_states(session.device).items():
+        tensors[f"random/{name}"] = distributed.all_gather_rows(states.to(session.device)[None]).cpu()  # [ranks, bytes]
+    of_ranks = distributed.all_gather_objects(
+        {"losses": [float(loss) for loss in session.losses], "python": random.getstate(), "numpy": numpy_state()}
+    )
+    return tensors, {
+        "identity": session.identity,
+        "latency": session.latency,
+        "world_size": distributed.world_size(),
+        "optimizer_steps": learnt.steps,
+        "plan": session.plan.kept,
+        "present": session.present.kept,
+        "rank_per_layer": session.rank_per_layer,
+        "ranks": of_ranks,
+        "rebuilt": session.rebuilt,
+        "average_count": session.average.count,
+        "token_teacher": isinstance(session.teacher, TokenTeacher),
+        "teacher_metric": session.report["metric"]["teacher"],
+        "progress": session.report["progress"],
+        "clocks": clocks(session),
+        "memory": memory_marks(session),
+    }
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """uint8 [bytes] of torch's generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def numpy_state() -> list[Any]:
+    kind, keys, *rest = cast("tuple[Any, ...]", np.random.get_state(legacy=True))
+    return [kind, keys.tolist(), *rest]
+
+
+def clocks(session: Session) -> dict[str, Any]:
+    def recent(times: StepTimes) -> dict[int, list[float]]:
+        return {size: taken[-STEP_TIMES_KEPT:] for size, taken in times.seconds.items()}
+
+    return {
+        "seconds": session.seconds,
+        "cpu_seconds": session.cpu_seconds,
+        "step_times": recent(session.step_times),
+        "step_cpu_times": recent(session.step_cpu_times),
+        "build": session.build_seconds,
+        "rebuild": session.rebuild_seconds,
+    }
+
+
+def memory_marks(session: Session) -> dict[str, Any]:
+    return {
+        "live": session.live_bytes,
+        "peak": session.peak_bytes,
+        "now": distributed.dist_max(session.peak.bytes()),
+        "micro_batch": session.sampler.micro_batch_size,
+        "activations": session.activation_bytes,
+        "watched_length": session.watched_length,
+    }
+
+
+def plans(session: Session, saved: Mapping[str, Any]) -> PruningPlan | None:
+    """Take over what was decided; returns what the dense model must be cut to, if it must."""
+    structure = session.backbone.structure
+
+    def plan(kept: list[list[int]]) -> PruningPlan:
+        return PruningPlan(structure, tuple(map(tuple, kept)))
+
+    session.plan, present = plan(saved["plan"]), plan(saved["present"])
+    session.rank_per_layer = {int(layer): rank for layer, rank in saved["rank_per_layer"].items()}
+    return None if present.hash == PruningPlan.dense(structure).hash else present
+
+
+def restore(session: Session, start: Checkpoint) -> None:
+    """Put back what training had learnt into a session whose model has the right shape. Collective."""
+    saved = start.state
+    tensors = distributed.broadcast_tensors(start.tensors() if distributed.rank() == 0 else None)
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    moments = {key: below(f"{key}/") for key in state.MOMENTS}
+    state.restore(session.engine, state.TrainingState(below("master/"), moments, saved["optimizer_steps"]))
+    gates.apply_mask(session.model, session.plan.mask()[session.present.mask()])
+    session.step = saved["step"]
+    session.teacher = tensors.get("teacher")
+    if saved["token_teacher"]:
+        session.teacher = distributed.together(
+            lambda: token_teacher.open_again(session.output_dir / token_teacher.FOLDER)
+        )
+    session.average = WeightAverage(below("average/"), saved["average_count"])
+    session.report["metric"]["teacher"] = saved["teacher_metric"]
+    session.report["progress"] = list(saved["progress"])
+    if session.scores is not None:
+        session.scores.value = tensors.get("scores")
+    session.rebuilt = {int(step): rebuilt for step, rebuilt in saved["rebuilt"].items()}
+    restore_of_ranks(session, saved, tensors)
+    restore_marks(session, saved)
+
+
+def restore_of_ranks(session: Session, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """What was each rank's own: given back to it, or shared out where the number of ranks is another."""
+    rank, same = distributed.rank(), saved["world_size"] == distributed.world_size()
+    if session.recorder is not None and "window" in tensors:
+        window = tensors["window"]
+        if same:
+            session.recorder.restore(window[rank])
+        elif rank == 0:
+            session.recorder.restore(window.sum(0))
+    losses = torch.tensor([of_rank["losses"] for of_rank in saved["ranks"]])  # [ranks, steps]
+    session.losses = list((losses[rank] if same else losses.mean(0)).to(session.device))
+    if not same or f"random/{session.device.type}" not in tensors:
+        seed = session.config.train.seed * 1_000_003 + saved["step"] * 1009 + rank
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        return
+    mine = saved["ranks"][rank]
+    torch.set_rng_state(tensors["random/cpu"][rank].clone())
+    if session.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random/cuda"][rank].clone(), session.device)
+    version, internal, gauss = mine["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = mine["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+def restore_marks(session: Session, saved: Mapping[str, Any]) -> None:
+    """Clocks and memory go on as one run's."""
+    times, marks = saved["clocks"], saved["memory"]
+    session.seconds = dict(times["seconds"])
+    session.cpu_seconds = dict(times["cpu_seconds"])
+    for name in ("step_times", "step_cpu_times"):
+        getattr(session, name).seconds = {int(size): list(taken) for size, taken in times[name].items()}
+    session.build_seconds, session.rebuild_seconds = times["build"], times["rebuild"]
+    session.live_bytes, session.peak_bytes = dict(marks["live"]), dict(marks["peak"])
+    session.peak.reset()
+    session.peak.before = int(marks["now"])
+    if marks["micro_batch"] == session.sampler.micro_batch_size:
+        session.activation_bytes, session.watched_length = marks["activations"], marks["watched_length"]
