@@ -16,7 +16,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.models.structure import Structure, SubLayer
+from prunadapt_ds.models.structure import Structure, SubLayer, without_layers
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,13 @@ class PruningPlan:
     def sparsity(self, budget: str) -> float:
         """1 - kept / dense over all parameters (or multiply-accumulates, or nanoseconds) of the blocks."""
         return 1 - self.cost(budget) / self.structure.dense_cost(budget)
+
+    @property
+    def skipped(self) -> set[int]:
+        """Layers that are skipped as a whole."""
+        pairs = list(zip(self.structure.sublayers, self.kept, strict=True))
+        left = {s.layer for s, kept in pairs if kept}
+        return {s.layer for s, _ in pairs} - left if self.structure.skips else set()
 
     def counts(self) -> list[dict[str, int]]:
         """Units kept per layer: [{"layer", "heads", "neurons"}]."""
@@ -104,12 +111,15 @@ def decide(
     scores: float [U]. The cost kept differs from `(1 - sparsity) * dense` by at most one item (one head, or one group of
     `neuron_multiple` neurons). `floors`: least units left of a (layer, kind), beside the structure's own. `gone`: bool
     [U], units that are physically removed already and cannot come back. `uniform`: all layers lose alike; an item is then
-    the least important head (or group of neurons) of every layer together, and all layers must have equal floors. Ties
-    break by flat index.
+    the least important head (or group of neurons) of every layer together, and all layers must have equal floors; where the
+    structure skips layers without units, whole layers go as well when less importance is lost that way. Ties break by flat
+    index.
     Raises UserError when `sparsity` is more than can be cut, naming the maximum.
     """
     scores = scores.detach().double().cpu()
     assert scores.shape == (structure.num_units,) and bool(torch.isfinite(scores).all())
+    if uniform and structure.skips:
+        return _decide_depth(scores, structure, sparsity, budget, neuron_multiple, floors, gone)
     if gone is not None:
         scores = scores.masked_fill(gone, -torch.inf)  # before all others
     pieces = [
@@ -142,6 +152,45 @@ def decide(
         is_cut[order[:count]] = True
         keep[flat[is_cut[owner]]] = False
     return PruningPlan.from_mask(structure, keep)
+
+
+def _decide_depth(
+    scores: Tensor,
+    structure: Structure,
+    sparsity: float,
+    budget: str,
+    neuron_multiple: int,
+    floors: Mapping[tuple[int, str], int] | None,
+    gone: Tensor | None,
+) -> PruningPlan:
+    """How many whole layers go, the least important ones, before those that are left lose alike. See `decide`.
+
+    Every depth that can meet the budget is tried; the one whose cuts have the least score wins, of equals the deepest model.
+    """
+    gone = torch.zeros(structure.num_units, dtype=torch.bool) if gone is None else gone
+    how: dict[str, Any] = {"budget": budget, "neuron_multiple": neuron_multiple, "floors": floors, "uniform": True}
+    owners = torch.cat([torch.full((s.num_units,), s.layer) for s in structure.sublayers])
+    layers = sorted({s.layer for s in structure.sublayers})
+    absent = {layer for layer in layers if bool(gone[owners == layer].all())}
+    order = sorted(layers, key=lambda layer: (layer not in absent, float(scores[owners == layer].sum()), layer))
+    wanted = (1 - sparsity) * structure.dense_cost(budget)
+    least_lost, best = torch.inf, None
+    for depth in range(len(absent), len(layers)):
+        rest, mine = without_layers(structure, order[:depth])
+        dense = rest.dense_cost(budget)
+        if best is not None and dense < wanted:
+            break
+        inside = max(0.0, 1 - wanted / dense)
+        if inside > max_sparsity(rest, budget) + 0.5 / dense:
+            continue
+        keep = torch.zeros_like(gone)
+        keep[mine] = decide(scores[mine], rest, inside, gone=gone[mine], **how).mask()
+        lost = float(scores[~keep].sum())
+        if lost < least_lost:
+            least_lost, best = lost, keep
+    if best is None:
+        raise _too_sparse(sparsity, max_sparsity(structure, budget))
+    return PruningPlan.from_mask(structure, best)
 
 
 def _piece_costs(sublayer: SubLayer, sizes: Tensor, budget: str) -> Tensor:
@@ -189,8 +238,10 @@ def _item_numbers(structure: Structure, counts: list[int], uniform: bool) -> tup
 
 
 def max_sparsity(structure: Structure, budget: str) -> float:
-    """The sparsity at which every unit is gone that may go."""
-    return 1 - structure.cost(budget, (s.floor for s in structure.sublayers)) / structure.dense_cost(budget)
+    """The sparsity at which every unit is gone that may go; of layers that may be skipped, all but one."""
+    first = structure.sublayers[0].layer
+    fewest = (s.floor if s.layer == first or not structure.skips else 0 for s in structure.sublayers)
+    return 1 - structure.cost(budget, fewest) / structure.dense_cost(budget)
 
 
 def check_target(structure: Structure, target: float, budget: str, speedup: float | None = None) -> None:

@@ -171,8 +171,8 @@ _WHY = {
     "carries its own small modelling file, which needs transformers only. Read it before you trust it. Servers and converters that "
     "have code of their own for this architecture do not know such layers.",
     "whole": "Nothing was cut, so the stock class loads it.",
-    "uniform": "All layers keep the same numbers of heads and neurons, so the stock class loads it, and whatever else knows the "
-    "architecture.",
+    "uniform": "All layers that are left keep the same numbers of heads and neurons, so the stock class loads it, and whatever "
+    "else knows the architecture.",
     "padded": "Cut heads and neurons are zeros in matrices of the stock shape: the stock class loads it, and it is neither smaller "
     "nor faster than the model it was made of.",
     "onnx": "Any batch size and number of tokens, float32; inputs are padded on the right. Of a language model it computes the "

@@ -90,7 +90,7 @@ class PruningOptions:
     )
     distill_fades: bool = option(True, "the teacher counts less and less after the first decision, nothing at the end")
     neuron_multiple: int = option(8, "feed-forward neurons are cut in groups, kept counts are multiples", least=1)
-    uniform: bool = option(False, "all layers keep the same counts, so that stock classes load what is left")
+    uniform: bool = option(False, "layers keep the same counts or go whole, so that stock classes load what is left")
     keep_in_outer_layers: float = option(
         0.0, "share of the heads and of the neurons that stay in the first and the last layer", least=0, most=1
     )

@@ -97,7 +97,7 @@ def pruned_tensors(
     One module is gathered at a time. A tensor that several modules share comes once, under its first name.
     """
     cuts = cuts_of(layout, plan, present or PruningPlan.dense(plan.structure))
-    inside: tuple[str, ...] = ()
+    inside = tuple(f"{layout.layers}.{layer}." for layer in plan.skipped)  # nothing of these is exported
     seen: set[int] = set()
     for name, module in model.named_modules():
         if name.startswith(inside):  # part of a projection that was taken as a whole

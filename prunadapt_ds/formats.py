@@ -1,7 +1,8 @@
 """Other folders made of a compact one, file to file: no model, no ranks, one weight file in memory at a time.
 
     padded    every tensor has its dense shape again, zeros where units were: any stock class loads it, nothing is saved
-    uniform   the same tensors under a stock configuration that says how many units every layer has; needs equal counts
+    uniform   the same tensors under a stock configuration that says how many units every layer has, and how many layers
+              there are; needs equal counts
 
 A compact folder and the run's `plan.json` hold all that is needed.
 """
@@ -27,6 +28,7 @@ from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 
 MODELING_FILE = "modeling_prunadapt.py"
 Shapes = dict[str, tuple[int, ...]]
+Change = Callable[[str, Tensor], tuple[str, Tensor]]
 
 
 def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> None:
@@ -37,15 +39,20 @@ def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> Non
     config = read_object(compact / "config.json", _refuse(compact))
     structure = config.get("pruned_structure")
     stock = stock_config(config)
-    change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor  # noqa: E731
+    change: Change = lambda name, tensor: (name, tensor)  # noqa: E731
     shapes: Shapes = {}
     if structure is not None and kind == "uniform":
         stock |= uniform_fields(config, plan)
+        renamed = without_gaps(structure["layout"]["layers"], layers_left(config, plan))
+        change = lambda name, tensor: (renamed(name), tensor)  # noqa: E731
     elif structure is not None:
         layout = Layout.from_dict(structure["layout"])
         shapes = dense_shapes(stock)
         places = kept_places(layout, plan)
-        change = lambda name, tensor: spread(tensor, shapes[name], places.get(name))  # noqa: E731
+        if layout.skips and len(layers_left(config, plan)) < layout.num_layers:
+            remedy = "whole layers are gone, which zeros cannot say; the uniform folder loads with stock classes"
+            raise UserError(Problem("export_formats", "padded", remedy))
+        change = lambda name, tensor: (name, spread(tensor, shapes[name], places.get(name)))  # noqa: E731
 
     with whole_folder(folder) as unfinished:
         copy_others(compact, unfinished)
@@ -112,8 +119,11 @@ def uniform_fields(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, An
     family, values = FAMILIES[config["model_type"]], as_config(stock_config(config))
     widths = widths_of(values)
     fields: dict[str, int] = {}
+    left = layers_left(config, plan)
+    if len(left) < values.num_hidden_layers:
+        fields[values.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(left)
     for kind, record in (("heads", family.heads), ("neurons", family.neurons)):
-        units = [u for u in plan["units"] if u["kind"] == kind]
+        units = [u for u in plan["units"] if u["kind"] == kind and u["layer"] in left]
         counts = {len(u["kept"]) for u in units}
         if counts == {units[0]["dense"]}:
             continue
@@ -129,6 +139,28 @@ def uniform_fields(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, An
         if kind == "heads":
             fields["head_dim"] = head_dim_of(values)
     return fields
+
+
+def layers_left(config: dict[str, Any], plan: dict[str, Any]) -> list[int]:
+    """The layers of a compact folder that are not skipped, in order."""
+    every = sorted({u["layer"] for u in plan["units"]})
+    if not config["pruned_structure"]["layout"].get("skips"):
+        return every
+    some = {u["layer"] for u in plan["units"] if u["kept"]}
+    return [layer for layer in every if layer in some]
+
+
+def without_gaps(layers: str, left: list[int]) -> Callable[[str], str]:
+    """What a tensor is called when the layers below `layers` that are left are counted anew."""
+    number = {str(old): str(new) for new, old in enumerate(left)}
+
+    def renamed(name: str) -> str:
+        if not name.startswith(f"{layers}."):
+            return name
+        old, _, rest = name[len(layers) + 1 :].partition(".")
+        return f"{layers}.{number[old]}.{rest}"
+
+    return renamed
 
 
 def as_config(values: dict[str, Any]) -> Any:
@@ -201,7 +233,7 @@ def copy_others(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def _rewrite_weights(source: Path, target: Path, change: Callable[[str, Tensor], Tensor], shapes: Shapes) -> None:
+def _rewrite_weights(source: Path, target: Path, change: Change, shapes: Shapes) -> None:
     """Every weight file with its tensors changed; the last one also gets zeros for what `shapes` has and no file holds."""
     from safetensors.torch import save_file
 
@@ -210,7 +242,8 @@ def _rewrite_weights(source: Path, target: Path, change: Callable[[str, Tensor],
     weight_map: dict[str, str] = {}
     total = 0
     for file in files:
-        tensors = {name: change(name, tensor).contiguous() for name, tensor in tensors_of(file)}
+        changed = (change(name, tensor) for name, tensor in tensors_of(file))
+        tensors = {name: tensor.contiguous() for name, tensor in changed}
         if file == files[-1]:
             dtype = next(iter(tensors.values())).dtype
             tensors |= {name: torch.zeros(shapes[name], dtype=dtype) for name in missing}

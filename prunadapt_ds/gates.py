@@ -114,7 +114,7 @@ class Gate(nn.Module):
         self.register_buffer("mask", torch.ones(num_units, dtype=dtype, device=device), persistent=False)
         self.cut: Tensor | None = None  # indices of units with mask 0, or None: known on the host, no sync
         self.recorder: SampleStatistics | None = None
-        self.hook: RemovableHandle | None = None
+        self.hooks: list[RemovableHandle] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, U * W] -> the same, scaled. Also [B * T, U * W], as some models flatten before the feed-forward."""
@@ -125,11 +125,22 @@ class Gate(nn.Module):
             self.recorder.add_activations(self.start, x.detach().unflatten(-1, (self.num_units, self.width)))
         return _Gating.apply(x, self.delta, self)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether any unit is kept."""
+        return self.cut is None or len(self.cut) < self.num_units
+
     def set_mask(self, keep: Tensor) -> None:
         """keep: bool [U]."""
         self.mask.copy_(keep)
         cut = (~keep).nonzero().flatten()
         self.cut = cut.to(self.mask.device) if len(cut) else None
+
+    def release(self) -> None:
+        """Let go of the modules that call this gate."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
 
     def extra_repr(self) -> str:
         return f"num_units={self.num_units}, width={self.width}"
@@ -150,11 +161,28 @@ def attach(model: nn.Module, layout: Layout, structure: Structure, recorder: Sam
             parent = _parent(layer, path)
             assert not hasattr(parent, GATE_NAME)
             parent.add_module(GATE_NAME, gate)
-            gate.hook = layer.get_submodule(path).register_forward_pre_hook(_applying(gate))
+            gate.hooks.append(layer.get_submodule(path).register_forward_pre_hook(_applying(gate)))
+        if layout.skips:
+            whole = list(gates_of(layer))
+            whole[0].hooks.append(layer.register_forward_hook(_skipping(whole), with_kwargs=True))
 
 
 def _applying(gate: Gate) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     return lambda projection, args: (gate(args[0]), *args[1:])
+
+
+def _skipping(gates: list[Gate]) -> Callable[..., Tensor | None]:
+    """A layer whose gates are all shut passes on what it was given.
+
+    It stays in the graph, with gradients of zero: ZeRO-3 would go on with those of the step before.
+    """
+
+    def skip(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        if any(gate.is_open for gate in gates):
+            return None
+        return (args[0] if args else kwargs["hidden_states"]) + 0 * output
+
+    return skip
 
 
 def _parent(module: nn.Module, path: str) -> nn.Module:
@@ -176,8 +204,7 @@ def remove_gate(module: nn.Module, path: str) -> None:
     """Take away the gate in front of the projection at `path` below `module`, if there is one."""
     gate = gate_before(module, path)
     if gate is not None:
-        assert gate.hook is not None
-        gate.hook.remove()
+        gate.release()
         delattr(_parent(module, path), GATE_NAME)
 
 
@@ -186,8 +213,7 @@ def detach(model: nn.Module) -> None:
     for module in list(model.modules()):
         gate = getattr(module, GATE_NAME, None)
         if isinstance(gate, Gate):
-            assert gate.hook is not None
-            gate.hook.remove()
+            gate.release()
             delattr(module, GATE_NAME)
 
 

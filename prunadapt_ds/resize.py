@@ -15,12 +15,12 @@ from prunadapt_ds.gates import Gate, gate_before, gate_path, remove_gate
 from prunadapt_ds.models.modeling_prunadapt import (
     Layout,
     ProjectionLayout,
+    SkippedLayer,
     remove_sublayer,
     select,
     slice_linear,
     update_attributes,
 )
-from prunadapt_ds.models.structure import layers_of
 
 Slices = dict[str, tuple[int, Tensor]]  # by parameter name: the axis and the int64 indices that stayed
 Editing = Callable[[nn.Module], AbstractContextManager[None]]  # makes one module's parameters whole while it is cut
@@ -36,15 +36,20 @@ def resize(
     """Physically remove the units that `plan` cuts from a model that still holds `present` (None: dense). In place.
 
     The model may carry LoRA and gates; those of the kept units keep their values. A sub-layer without units is replaced
-    by the bias of its output projection. Each projection is cut inside `editing(projection)`, one at a time: under
-    ZeRO-3 `engine.rewriting`. Returns how every parameter that changed its shape was sliced, for whatever must follow it.
+    by the bias of its output projection; a layer without any by nothing, where the layout says so. Each projection is cut
+    inside `editing(projection)`, one at a time: under ZeRO-3 `engine.rewriting`. Returns how every parameter that changed
+    its shape was sliced, for whatever must follow it.
     """
     slices: Slices = {}
     before = present or PruningPlan.dense(plan.structure)
     pairs = iter(zip(before.kept, plan.kept, strict=True))
-    for number, layer in layers_of(model, layout):
-        for sublayer in layout.sublayers:
-            old, new = next(pairs)
+    layers: Any = model.get_submodule(layout.layers)
+    for number, layer in enumerate(layers):
+        of_layer = [next(pairs) for _ in layout.sublayers]
+        if layout.skips and not any(new for _, new in of_layer):
+            layers[number] = SkippedLayer()
+            continue
+        for sublayer, (old, new) in zip(layout.sublayers, of_layer, strict=True):
             if len(new) == len(old):
                 continue
             output = layer.get_submodule(sublayer.output.path)

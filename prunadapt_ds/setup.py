@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,10 @@ def prunable(config: Config, loaded: backbone.Backbone, table: dict[str, Any] | 
     prune, structure = config.prune, loaded.structure
     if prune.uniform:
         structure = uniform_floors(loaded.family, structure, prune.neuron_multiple)
+        loaded.layout = replace(loaded.layout, skips=structure.skips)
+        if structure.skips and "padded" in (config.output.export_formats or ()):
+            remedy = "zeros cannot say that whole layers are gone, which --uniform may decide; leave one of them out"
+            raise UserError(Problem("export_formats", "padded", remedy))
     structure = with_outer_floor(structure, prune.keep_in_outer_layers)
     if table is not None:
         structure = latency.with_times(structure, loaded.layout, latency.LatencyTable.from_dict(table))
@@ -264,7 +269,9 @@ def announce(session: Session) -> None:
         say(note)
     say(f"peak learning rate {session.learning_rate:.2g}, {session.total_steps} steps")
     if config.prune.uniform and not session.backbone.family.heads.config_fields:
-        say(f"--uniform: heads stay; the stock configuration of {session.backbone.family.model_type} cannot say fewer")
+        whole = "neurons and whole layers go" if session.backbone.layout.skips else "neurons go"
+        name = session.backbone.family.model_type
+        say(f"--uniform: {whole}, no single heads; the stock configuration of {name} cannot say fewer")
     if session.latency is not None and session.latency["clock"] == "cpu":
         say("this machine is busy: blocks were timed by processor seconds on one thread, not by the clock")
     session.tracker.text("config", json.dumps(config.to_dict(), indent=2))

@@ -66,6 +66,7 @@ class Family:
     `layers`: path of the blocks below the base model.  `head`: modules below the classification model that are always
     trained, beside whatever loading reports as newly initialised.  `is_decoder`: causal; pooled at the last token, padded
     on the right, generates from a cache.  `shares_layers`: one block runs `num_hidden_layers` times; it keeps a head.
+    `drops_layers`: all layers are alike and independent of their number, so that the stock configuration can say fewer.
     `relative_positions`: how many positions each query and key is compared with beside the tokens.
     """
 
@@ -76,6 +77,7 @@ class Family:
     head: tuple[str, ...]
     is_decoder: bool = False
     shares_layers: bool = False
+    drops_layers: bool = False
     relative_positions: Callable[[Any], int] = lambda config: 0
 
 
@@ -109,6 +111,7 @@ def _bert_like(model_type: str, head: tuple[str, ...]) -> Family:
             Projection("intermediate.dense", ("neuron",)), Projection("output.dense", ("neuron",)), "intermediate_size"
         ),
         head=head,
+        drops_layers=True,
     )
 
 
@@ -177,6 +180,7 @@ _RECORDS = (
         ),
         neurons=_feed_forward(Projection("ffn.lin1", ("neuron",)), Projection("ffn.lin2", ("neuron",)), "hidden_dim"),
         head=("pre_classifier", "classifier"),
+        drops_layers=True,
     ),
     Family(
         model_type="deberta-v2",
@@ -357,7 +361,7 @@ def head_floors(family: Family, config: Any, num_layers: int) -> tuple[int, ...]
 
 def uniform_floors(family: Family, structure: Structure, neuron_multiple: int) -> Structure:
     """The same structure where each layer keeps what a stock configuration needs: at least one unit of each kind, and all of
-    a kind whose number it cannot say."""
+    a kind whose number it cannot say; where it can say fewer layers, whole ones may go."""
     sayable = {"heads": bool(family.heads.config_fields), "neurons": bool(family.neurons.config_fields)}
     least = {"heads": 1, "neurons": neuron_multiple}
     return replace(
@@ -366,6 +370,7 @@ def uniform_floors(family: Family, structure: Structure, neuron_multiple: int) -
             replace(s, floor=min(least[s.kind], s.num_units) if sayable[s.kind] else s.num_units)
             for s in structure.sublayers
         ),
+        skips=family.drops_layers,
     )
 
 

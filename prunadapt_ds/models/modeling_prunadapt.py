@@ -87,6 +87,7 @@ class Layout:
     num_layers: int
     sublayers: tuple[SubLayerLayout, ...]
     passes: int = 1  # how often each block runs, where layers share their weights
+    skips: bool = False  # a layer without any unit is skipped, its norms and biases too; else those stay
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,7 +110,7 @@ class Layout:
             )
             for s in values["sublayers"]
         )
-        return cls(values["layers"], values["num_layers"], sublayers, values["passes"])
+        return cls(values["layers"], values["num_layers"], sublayers, values["passes"], values.get("skips", False))
 
 
 class RemovedProjection(nn.Module):
@@ -155,6 +156,13 @@ class RemovedAttention(nn.Module):
             return nothing, None
         output: Any = self.get_submodule(self.output_name)
         return output(nothing), None
+
+
+class SkippedLayer(nn.Module):
+    """Stands where a layer was that is skipped: its output is its input."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
 
 
 def select(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
@@ -215,7 +223,10 @@ def update_attributes(layer: nn.Module, sublayer: SubLayerLayout, num_kept: int)
 def narrow(model: nn.Module, layout: Layout, kept: list[list[int]]) -> None:
     """Give a freshly built stock model the widths `kept[layer][sublayer]`, in place. Values are loaded afterwards."""
     layers: Any = model.get_submodule(layout.layers)
-    for layer, counts in zip(layers, kept, strict=True):
+    for number, (layer, counts) in enumerate(zip(layers, kept, strict=True)):
+        if layout.skips and not any(counts):
+            layers[number] = SkippedLayer()
+            continue
         for sublayer, count in zip(layout.sublayers, counts, strict=True):
             if count == sublayer.num_units:
                 continue

@@ -5,7 +5,7 @@ Legend: U units of the whole model in one flat order: layer by layer, heads befo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
@@ -47,6 +47,7 @@ class Structure:
 
     `fixed_params`: parameters of the blocks that no cut removes (norms, output biases, the key and value of multi-query
     attention); `fixed_macs` and `fixed_latency` (ns) alike.  `other_params`: embeddings and head, not part of sparsity.
+    `skips`: a layer without units is skipped and costs nothing; its layers then have equal fixed costs.
     """
 
     sublayers: tuple[SubLayer, ...]
@@ -55,6 +56,7 @@ class Structure:
     seq_length: int
     fixed_macs: int = 0
     fixed_latency: int = 0
+    skips: bool = False
 
     @property
     def num_units(self) -> int:
@@ -66,11 +68,38 @@ class Structure:
     def cost(self, budget: str, counts: Iterable[int]) -> int:
         """Parameters ("params"), multiply-accumulates ("macs") or nanoseconds ("latency") of the blocks with so many units
         in each sub-layer."""
-        pairs = zip(self.sublayers, counts, strict=True)
-        return self.fixed_cost(budget) + sum(int(s.costs(budget)[count]) for s, count in pairs)
+        pairs = list(zip(self.sublayers, counts, strict=True))
+        layers = {s.layer for s in self.sublayers}
+        left = {s.layer for s, count in pairs if count} if self.skips else layers
+        fixed = self.fixed_cost(budget) * len(left) // max(1, len(layers))
+        return fixed + sum(int(s.costs(budget)[count]) for s, count in pairs)
 
     def dense_cost(self, budget: str) -> int:
         return self.cost(budget, (s.num_units for s in self.sublayers))
+
+
+def without_layers(structure: Structure, gone: Collection[int]) -> tuple[Structure, Tensor]:
+    """The structure of the layers that are left, which all stay, and which units are theirs: bool [U]."""
+    sublayers: list[SubLayer] = []
+    mine = torch.zeros(structure.num_units, dtype=torch.bool)
+    for s in structure.sublayers:
+        if s.layer not in gone:
+            sublayers.append(replace(s, start=int(mine.sum())))
+            mine[s.span] = True
+    layers, left = ({s.layer for s in some} for some in (structure.sublayers, sublayers))
+
+    def share(fixed: int) -> int:
+        return fixed * len(left) // len(layers)
+
+    rest = replace(
+        structure,
+        sublayers=tuple(sublayers),
+        fixed_params=share(structure.fixed_params),
+        fixed_macs=share(structure.fixed_macs),
+        fixed_latency=share(structure.fixed_latency),
+        skips=False,
+    )
+    return rest, mine
 
 
 def with_outer_floor(structure: Structure, share: float) -> Structure:

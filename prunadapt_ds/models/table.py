@@ -23,6 +23,7 @@ def row(family: Family) -> str:
     tasks = "classification, language" if family.is_decoder else "classification"
     unit = "key/value group (query head if there is one key)" if grouped else "head"
     uniform = [kind for kind in ("heads", "neurons") if getattr(family, kind).config_fields]
+    uniform += ["whole layers"] * family.drops_layers
     notes = ["fused"] * fused + ["shared layers"] * family.shares_layers
     cells = [
         f"`{family.model_type}`",

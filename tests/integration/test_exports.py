@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prunadapt_ds import export, formats, gates
-from prunadapt_ds.budget import PruningPlan, decide
+from prunadapt_ds.budget import decide
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.models.families import FAMILIES, uniform_floors
 from tests.tiny import VARIANTS, layout_and_structure, tiny_tokenizer
@@ -37,8 +37,8 @@ def uniform_plan(family, structure):
     floored = uniform_floors(family, structure, 8)
     scores = torch.rand(structure.num_units, generator=torch.Generator().manual_seed(1))
     costs = torch.cat([s.costs("params").diff() for s in structure.sublayers])
-    plan = decide(scores * costs, floored, 0.55 if family.heads.config_fields else 0.2, uniform=True)
-    return PruningPlan(structure, plan.kept)
+    much = family.heads.config_fields or family.drops_layers
+    return decide(scores * costs, floored, 0.55 if much else 0.2, uniform=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,11 @@ def exported(tmp_path_factory):
         model, layout, structure = adapted(name)
         family = FAMILIES[model.config.model_type]
         for how, kinds in (("unequal", ("compact", "padded")), ("no-heads", ("padded",)), ("uniform", ("uniform",))):
-            plan = uniform_plan(family, structure) if how == "uniform" else plan_of(structure, how)
+            if how == "uniform":
+                plan = uniform_plan(family, structure)
+                model, layout, _ = adapted(name, skips=family.drops_layers)
+            else:
+                plan = plan_of(structure, how)
             gates.apply_mask(model, plan.mask())
             with torch.no_grad():
                 logits = model(**inputs()).logits
@@ -90,8 +94,10 @@ def test_shapes_and_files(exported, name):
     config = json.loads((base / f"{name}-uniform-uniform" / "config.json").read_text())
     family = FAMILIES[config["model_type"]]
     assert "pruned_structure" not in config and "auto_map" not in config
-    counts = [(c["heads"], c["neurons"]) for c in plans[f"{name}-uniform"].counts()]
-    assert len(set(counts)) == 1 and counts[0][1] < 48
+    every = [(c["heads"], c["neurons"]) for c in plans[f"{name}-uniform"].counts()]
+    counts = [c for c in every if c != (0, 0)]
+    assert (len(counts) < len(every)) == family.drops_layers, "whole layers go where the configuration can say so"
+    assert len(set(counts)) == 1 and (counts[0][1] < 48 or family.drops_layers)
     heads = plans[f"{name}-uniform"].structure.sublayers[0].num_units
     assert (counts[0][0] < heads) == bool(family.heads.config_fields), "heads go where the configuration can say so"
     for kind in ("unequal-padded", "uniform-uniform"):

@@ -103,6 +103,25 @@ def test_a_uniform_run_loads_with_stock_classes(base, tmp_path):
     check_launchers(base, tmp_path / "out", report)
 
 
+@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+def test_a_uniform_run_drops_whole_layers(base, tmp_path, model_type):
+    """Heads stay where the stock configuration cannot say fewer, so most of the model can only go layer by layer."""
+    out = tmp_path / "out"
+    report = run(base, out, model_type=model_type, uniform=True, target_sparsity=0.7, shrink="always", logging_steps=1)
+    left = [r for r in report["structure"] if r["neurons"]]
+    assert len(left) == 1 and left[0]["heads"] == 4 and [r["heads"] for r in report["structure"]].count(0) == 2
+    assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
+    for kind, layers in (("compact", "layer."), ("uniform", "layer.0.")):
+        assert encoder_parameters_in(out / "exports" / kind, layers) == report["params"]["encoder_kept"]
+        assert encoder_parameters_in(out / "exports" / kind) == report["params"]["encoder_kept"]
+    from transformers import AutoModelForSequenceClassification
+
+    stock = AutoModelForSequenceClassification.from_pretrained(out / "exports" / "uniform")
+    assert type(stock).__module__.startswith("transformers.") and stock.config.num_hidden_layers == 1
+    done = launch([sys.executable, "launcher/export.py", "--run_dir", out, "--export_formats", "padded"])
+    assert done.returncode == 2 and "whole layers" in done.stderr and "Traceback" not in done.stderr
+
+
 def check_launchers(base, out, report):
     """A format made again from what the run left, and every folder scored on two ranks like the run did."""
     shutil.rmtree(out / "exports" / "padded")

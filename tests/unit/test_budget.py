@@ -1,6 +1,7 @@
 """The decision: budget met, global, deterministic."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -155,6 +156,54 @@ def test_no_other_choice_loses_less_for_its_saving(s, seed, price, uniform):
     assert float(scores[~plan.mask()].sum()) == pytest.approx(lost, abs=1e-9)
     if uniform:
         assert len({(c["heads"], c["neurons"]) for c in plan.counts()}) == 1
+
+
+def uniformly(s):
+    """As a stock configuration that cannot say fewer heads wants it."""
+    return replace(s, sublayers=tuple(replace(t, floor={"heads": 4, "neurons": 8}[t.kind]) for t in s.sublayers))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(2, 6), st.integers(4, 8), st.integers(0, 10**6), st.floats(0, 1), st.sampled_from(["params", "macs"])
+)
+def test_depth_and_width_meet_the_budget(layers, groups, seed, share, budget):
+    s = replace(uniformly(structure(layers=layers, neurons=8 * groups, neuron_cost=600)), skips=True)
+    scores = torch.rand(s.num_units, generator=torch.Generator().manual_seed(seed))
+    target = share * max_sparsity(s, budget)
+    plan = decide(scores, s, target, budget=budget, uniform=True)
+    left = [c for c in plan.counts() if c["neurons"]]
+    assert left and len({(c["heads"], c["neurons"]) for c in left}) == 1 and left[0]["heads"] == 4
+    assert plan.skipped == {c["layer"] for c in plan.counts() if not c["heads"]}
+    group = len(left) * int(s.sublayers[1].costs(budget)[8])  # eight neurons of every layer
+    assert abs(plan.cost(budget) - (1 - target) * s.dense_cost(budget)) <= group / 2 + 1
+    with pytest.raises(UserError, match="at most"):
+        decide(scores, s, max_sparsity(s, budget) + 0.01, budget=budget, uniform=True)
+
+
+def test_between_what_widths_reach_and_a_layer_less_the_layer_goes():
+    s = replace(uniformly(structure(layers=2, neurons=8)), skips=True)  # nothing of a layer may go but all of it
+    counts = decide(torch.ones(s.num_units), s, 0.1, uniform=True).counts()
+    assert [(c["heads"], c["neurons"]) for c in counts] == [(0, 0), (4, 8)]
+
+
+def test_the_least_important_layers_go_where_that_costs_less():
+    s = replace(uniformly(structure(layers=4, heads=4, neurons=32)), skips=True)
+    scores = torch.ones(s.num_units)
+    layer = s.dense_cost("params") // 4
+    for sub in s.sublayers:
+        if sub.layer in (1, 3):
+            scores[sub.span] = 0.01 if sub.layer == 1 else 0.02
+    assert decide(scores, s, layer / (4 * layer), uniform=True).skipped == {1}
+    assert decide(scores, s, 2 * layer / (4 * layer), uniform=True).skipped == {1, 3}
+    scores[:] = 1.0
+    for sub in s.sublayers:  # half of the neurons do nothing, and every layer has some that matter
+        if sub.kind == "neurons":
+            scores[sub.start : sub.start + 16] = 0.0
+    assert not decide(scores, s, 0.1, uniform=True).skipped
+    gone = torch.zeros(s.num_units, dtype=torch.bool)
+    gone[[i for sub in s.sublayers if sub.layer == 2 for i in range(sub.start, sub.start + sub.num_units)]] = True
+    assert 2 in decide(scores, s, 0.3, uniform=True, gone=gone).skipped, "what is gone does not come back"
 
 
 def test_what_saves_no_time_alone_stays_until_it_does():

@@ -1,5 +1,7 @@
 """Cutting: every family's layout, the cost model against really cut models, and masked == resized."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,12 +16,15 @@ from tests.tiny import VARIANTS, layout_and_structure, tiny_model
 pytestmark = pytest.mark.fast
 TOKENS = 10
 MODELS = [*FAMILIES, *VARIANTS]
+CUTS = [(model, how) for model in MODELS for how in ("unequal", "no-heads", "no-neurons", "nothing")]
+CUTS += [(name, "skipped") for name, family in FAMILIES.items() if family.drops_layers]
 
 
-def adapted(model_type, seed=0):
-    """A tiny model with LoRA and gates, everything random, biases too."""
+def adapted(model_type, seed=0, skips=False):
+    """A tiny model with LoRA and gates, everything random, biases too. `skips`: layers without units are skipped."""
     model = tiny_model(model_type, num_labels=3, seed=seed)
     layout, structure = layout_and_structure(model, TOKENS)
+    layout, structure = replace(layout, skips=skips), replace(structure, skips=skips)
     torch.manual_seed(seed)
     adapters.add_lora(model, layout, adapters.target_modules(layout), r=2, lora_alpha=4)
     gates.attach(model, layout, structure)
@@ -36,13 +41,14 @@ def plan_of(structure, how):
     keep = torch.ones(structure.num_units, dtype=torch.bool)
     generator = torch.Generator().manual_seed(7)
     for i, sub in enumerate(structure.sublayers):
-        if how == "unequal":
+        if how == "unequal" or (how == "skipped" and sub.layer != 1):
             keep[sub.span] = torch.rand(sub.num_units, generator=generator) > 0.15 + 0.12 * i
             keep[sub.start + i % sub.num_units] = True
         elif (
             (how == "no-heads" and sub.kind == "heads" and sub.layer == 1)
             or (how == "no-neurons" and sub.kind == "neurons" and sub.layer != 1)
             or how == "nothing"
+            or how == "skipped"
         ):
             keep[sub.span] = False
         keep[sub.start + 1 : sub.start + 1 + sub.floor] = True
@@ -56,11 +62,10 @@ def inputs():
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-@pytest.mark.parametrize("how", ["unequal", "no-heads", "no-neurons", "nothing"])
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize(("model_type", "how"), CUTS)
 @torch.no_grad()
 def test_masked_equals_resized(model_type, how):
-    model, layout, structure = adapted(model_type)
+    model, layout, structure = adapted(model_type, skips=how == "skipped")
     plan = plan_of(structure, how)
     dense = model(**inputs()).logits
     gates.apply_mask(model, plan.mask())
@@ -71,10 +76,9 @@ def test_masked_equals_resized(model_type, how):
     assert not torch.allclose(dense, masked, atol=1e-4), "the cut must matter, or this test proves nothing"
 
 
-@pytest.mark.parametrize("how", ["unequal", "no-heads", "no-neurons", "nothing"])
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize(("model_type", "how"), CUTS)
 def test_cost_model_counts_what_is_really_left(model_type, how):
-    model, layout, structure = adapted(model_type)
+    model, layout, structure = adapted(model_type, skips=how == "skipped")
     plan = plan_of(structure, how)
     resize(model, layout, plan)
     blocks = model.get_submodule(layout.layers)
@@ -101,12 +105,11 @@ def test_macs_are_linear_maps_and_attention(model_type):
     assert macs * layout.passes == plan.cost("macs")
 
 
-@pytest.mark.parametrize("how", ["unequal", "no-heads", "no-neurons", "nothing"])
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize(("model_type", "how"), CUTS)
 @torch.no_grad()
 def test_folded_and_narrowed_equals_masked(model_type, how):
     """The export's tensors fit the model that the export's own file builds, and compute the same."""
-    model, layout, structure = adapted(model_type)
+    model, layout, structure = adapted(model_type, skips=how == "skipped")
     plan = plan_of(structure, how)
     gates.apply_mask(model, plan.mask())
     masked = model(**inputs()).logits
@@ -115,6 +118,21 @@ def test_folded_and_narrowed_equals_masked(model_type, how):
     narrow(stock, Layout.from_dict(layout.to_dict()), kept)
     stock.load_state_dict(dict(pruned_tensors(model, layout, plan)), strict=True)
     torch.testing.assert_close(stock(**inputs()).logits, masked, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.drops_layers])
+def test_a_skipped_layer_has_gradients_of_zero(model_type):
+    """It stays in the graph: ZeRO-3 would step with what an earlier step has left."""
+    model, layout, structure = adapted(model_type, skips=True)
+    gates.apply_mask(model, plan_of(structure, "skipped").mask())
+    model(**inputs()).logits.sum().backward()
+    layers = model.get_submodule(layout.layers)
+    for name, parameter in layers[1].named_parameters():
+        assert parameter.grad is None if not parameter.requires_grad else not parameter.grad.any(), name
+    assert all(p.grad.any() for n, p in layers[2].named_parameters() if "lora_A" in n)
+    gates.apply_mask(model, PruningPlan.dense(structure).mask())
+    model(**inputs()).logits.sum().backward()
+    assert all(p.grad.any() for n, p in layers[1].named_parameters() if "lora_A" in n), "it can come back"
 
 
 def test_what_is_left_of_a_removed_attention_does_not_train():
