@@ -120,7 +120,7 @@ def uniform_fields(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, An
     widths = widths_of(values)
     fields: dict[str, int] = {}
     left = layers_left(config, plan)
-    if len(left) < values.num_hidden_layers:
+    if len(left) < config["pruned_structure"]["layout"]["num_layers"]:
         fields[values.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(left)
     for kind, record in (("heads", family.heads), ("neurons", family.neurons)):
         units = [u for u in plan["units"] if u["kind"] == kind and u["layer"] in left]
