@@ -147,7 +147,7 @@ MUTANTS = (
            "tests/integration/test_exports.py::test_uniform_within_one_step"),
     Mutant("a skipped layer leaves the graph", "gates.py", " + 0 * output", "",
            f"{RESIZE}::test_a_skipped_layer_has_gradients_of_zero"),
-    Mutant("norms of a skipped layer counted", "models/structure.py", "if count} if self.skips else layers", "} if self.skips else layers",
+    Mutant("norms of a skipped layer counted", "models/structure.py", "if count} if self.skips", "} if self.skips",
            f"{RESIZE}::test_cost_model_counts_what_is_really_left"),
     Mutant("layers not counted anew", "formats.py", 'return f"{layers}.{number[old]}.{rest}"', "return name",
            "tests/integration/test_exports.py::test_a_stranger_computes_the_same"),
