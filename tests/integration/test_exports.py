@@ -37,7 +37,9 @@ def uniform_plan(family, structure):
     floored = uniform_floors(family, structure, 8)
     scores = torch.rand(structure.num_units, generator=torch.Generator().manual_seed(1))
     costs = torch.cat([s.costs("params").diff() for s in structure.sublayers])
-    costs = torch.where(torch.cat([torch.full((s.num_units,), s.layer) for s in structure.sublayers]) == 1, 0.5 * costs, costs)
+    costs = torch.where(
+        torch.cat([torch.full((s.num_units,), s.layer) for s in structure.sublayers]) == 1, 0.5 * costs, costs
+    )
     much = family.heads.config_fields or family.drops_layers
     return decide(scores * costs, floored, 0.55 if much else 0.2, uniform=True)
 
