@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunadapt_ds import checkpoint, distributed, files, snapshot, token_teacher
-from prunadapt_ds.checkpoint import Checkpoint, Damaged
+from prunadapt_ds.checkpoint import Checkpoint, Damaged, Unread
 from prunadapt_ds.config import SECTIONS, Config
 from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.errors import Problem, UserError
@@ -132,12 +132,13 @@ def _find(config: Config) -> Start:
     if config.output.resume == "never" or config.prune.score_only:
         return Start(asked)
     if config.output.resume != "auto":
-        start = Start(asked, _given(Path(config.output.resume)))
+        found, damaged = _given(Path(config.output.resume))
+        start = Start(asked, found, notes=damaged)
     else:
         finished = _finished(Path(config.output.output_dir), {**asked, **names(config)})
         if finished is not None:
             return Start(asked, finished=finished)
-        newest, damaged = checkpoint.newest(root_of(config))
+        newest, damaged = _newest(root_of(config))
         start = Start(asked, newest, notes=damaged)
     if start.checkpoint is None:
         return start
@@ -146,26 +147,54 @@ def _find(config: Config) -> Start:
     return start
 
 
-def _given(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, or the newest of those below it."""
+def _newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """As `checkpoint.newest`. Raises UserError where there are checkpoints and none is intact: a run that began anew instead
+    would take them away."""
+    try:
+        found, damaged = checkpoint.newest(root)
+    except Unread as error:
+        raise _refuse_unread("auto", error) from error
+    if found is None and damaged:
+        why = ", ".join(line.removesuffix("; skipped") for line in damaged)
+        remedy = f"no checkpoint is intact ({why}); bring one back, or start over with --resume never"
+        raise UserError(Problem("resume", "auto", remedy))
+    return found, damaged
+
+
+def _refuse_unread(asked: str, error: Unread) -> UserError:
+    remedy = (
+        f"{error}; nothing was changed: try again where it can be, name an older one with --resume DIR, "
+        "or start over with --resume never"
+    )
+    return UserError(Problem("resume", asked, remedy))
+
+
+def _given(folder: Path) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint in `folder`, or the newest intact one of those below it and a line about each that was passed over."""
+    passed_over: list[str] = []
     try:
         if (folder / checkpoint.STATE).exists():
-            return checkpoint.read(folder)
+            return checkpoint.read(folder), []
+        for root in (folder, folder / "checkpoints"):
+            found, damaged = checkpoint.newest(root)
+            passed_over += damaged
+            if found is not None:
+                return found, passed_over
     except Damaged as error:
         raise UserError(Problem("resume", str(folder), f"the checkpoint is damaged: {error}; name another")) from error
-    for root in (folder, folder / "checkpoints"):
-        if (found := checkpoint.newest(root)[0]) is not None:
-            return found
-    raise UserError(Problem("resume", str(folder), "there is no intact checkpoint; name the folder of one"))
+    except Unread as error:
+        raise _refuse_unread(str(folder), error) from error
+    why = f" ({', '.join(line.removesuffix('; skipped') for line in passed_over)})" if passed_over else ""
+    raise UserError(Problem("resume", str(folder), f"there is no intact checkpoint{why}; name the folder of one"))
 
 
 def _finished(output_dir: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a complete run in `output_dir`; UserError if that run was another one."""
+    """The report of a complete run in `output_dir`; UserError if that run was another one, OSError if nobody can say."""
     try:
         report = json.loads((output_dir / "report.json").read_text())
         if report["status"] != "complete":
             return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (*checkpoint.NOT_THERE, ValueError, KeyError, TypeError, RecursionError):
         return None
     try:
         before = json.loads((output_dir / "run.json").read_text())

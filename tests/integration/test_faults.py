@@ -3,6 +3,7 @@
 | fault | what happens | test |
 |---|---|---|
 | checkpoint truncated, a bit flipped | the one before is taken | test_resume, test_checkpoint |
+| no checkpoint is intact, or one cannot be read | exit 2, all stays | test_checkpoint |
 | disk full in a checkpoint, in the export | exit 1, the last checkpoint stays | test_a_full_disk |
 | output_dir cannot be written, has a live owner | exit 2 before anything is loaded | test_no_place_to_write, test_a_folder_in_use |
 | loss is NaN or infinite | exit 1, step and samples named, the last checkpoint stays | test_a_loss_that_is_no_number |

@@ -182,6 +182,8 @@ MUTANTS = (
     Mutant("losses of the open interval lost", "snapshot.py", "session.losses = list(", "session.losses = 0 * list(", DAMAGED),
     Mutant("checksum not verified", "checkpoint.py", "if _identity(folder / name) != identity:", "if False:",
            f"{CHECKPOINT}::test_a_flipped_bit_is_seen[tensors.safetensors-0.5]"),
+    Mutant("begins anew over damaged checkpoints", "resume.py", "if found is None and damaged:", "if False:",
+           f"{CHECKPOINT}::test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew"),
     Mutant("checkpoint's own digest not verified", "checkpoint.py", "if digest != _digest(content):", "if False:",
            f"{CHECKPOINT}::test_a_flipped_bit_is_seen[checkpoint.json-0.9]"),
     Mutant("metrics not truncated", "tracking.py", "self._file.truncate(min(metrics_bytes, self._file.tell()))", "pass",

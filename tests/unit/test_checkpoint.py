@@ -1,16 +1,18 @@
 """Checkpoints on disk: whole or absent, never believed unchecked. And what may change between two parts of a run."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from prunadapt_ds import checkpoint, resume
+from prunadapt_ds import checkpoint, resume, unfinished
 from prunadapt_ds.config import OPTIONS, parse
-from prunadapt_ds.errors import UserError
+from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.files import LOCK_NAME, OwnedFolder, replace
 from prunadapt_ds.importance import Recorder
 from tests.conftest import ROOT
@@ -87,6 +89,77 @@ def test_nothing_intact_is_nothing(tmp_path):
     (tmp_path / "step-x").mkdir()
     found, notes = checkpoint.newest(tmp_path)
     assert found is None and len(notes) == 1
+
+
+def auto(tmp_path, *argv):
+    return resume.find(parse(["--output_dir", str(tmp_path / "out"), *argv]))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
+    root = tmp_path / "out" / "checkpoints"
+    save(root, 1, 2)
+    os.truncate(root / "step-2" / checkpoint.TENSORS, 10)
+    (root / "step-1" / checkpoint.STATE).unlink()
+    words = r"resume='auto': .*step-2: tensors.*cut short.*step-1: checkpoint.json is missing.*--resume never"
+    with pytest.raises(UserError, match=words):
+        auto(tmp_path)
+    assert auto(tmp_path, "--resume", "never").checkpoint is None
+    with pytest.raises(UserError, match=r"no intact checkpoint \(.*step-2: .*step-1: "):
+        auto(tmp_path, "--resume", str(root))
+    assert steps_in(root) == [2, 1]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("name", [checkpoint.TENSORS, checkpoint.STATE])
+def test_what_cannot_be_read_is_neither_damaged_nor_passed_over(tmp_path, monkeypatch, number, name):
+    root = tmp_path / "out" / "checkpoints"
+    save(root, 1, 2)
+    plain = Path.open
+
+    def failing(path, *args, **options):
+        if path == root / "step-2" / name:
+            raise OSError(number, os.strerror(number), str(path))
+        return plain(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: failing(path, "r", **options).read())
+    for argv in ([], ["--resume", str(root)], ["--resume", str(root / "step-2")]):
+        with pytest.raises(
+            UserError, match=rf"step-2/{name} cannot be read \({os.strerror(number)}.*nothing was changed"
+        ):
+            auto(tmp_path, *argv)
+    with pytest.raises(UserError, match=rf"run_dir=.*{os.strerror(number)}"):
+        unfinished.find(tmp_path / "out")
+    assert steps_in(root) == [2, 1]
+
+
+def test_a_folder_that_does_not_answer_is_not_empty(tmp_path, monkeypatch):
+    save(tmp_path / "out" / "checkpoints", 1)
+
+    def failing(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(os, "listdir", failing)
+    with pytest.raises(PrunadaptError, match=r"reading the output folder failed: .*Input/output error"):
+        auto(tmp_path)
+
+
+def test_a_checkpoint_of_a_later_version_is_not_damaged(tmp_path, monkeypatch):
+    root = tmp_path / "out" / "checkpoints"
+    save(root, 1)
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    save(root, 2)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"step-2 is of a later version \(format 2, this one reads 1\)"):
+        auto(tmp_path)
+    assert steps_in(root) == [2, 1]
+
+
+def test_what_was_passed_over_below_a_named_folder_is_said(tmp_path):
+    save(tmp_path, 1, 2)
+    os.truncate(tmp_path / "step-2" / checkpoint.TENSORS, 10)
+    found, passed_over = resume._given(tmp_path)
+    assert found.step == 1 and len(passed_over) == 1 and "step-2" in passed_over[0]
 
 
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
