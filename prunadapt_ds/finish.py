@@ -51,6 +51,7 @@ def finish(
     milestone("finish/begin")
     session.note_peak()
     masked_metrics, masked = evaluate(session)
+    watchdog.rest()
     session.tracker.log(session.total_steps, "finish", {"eval/score": masked_metrics["score"]})
     reference = parity_reference(session, masked)
     folder = session.output_dir / "exports" / "compact"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunadapt_ds import checkpoint, distributed, files, snapshot, token_teacher
+from prunadapt_ds import checkpoint, distributed, files, snapshot, token_teacher, watchdog
 from prunadapt_ds.checkpoint import Checkpoint, Damaged, Unread
 from prunadapt_ds.config import SECTIONS, Config
 from prunadapt_ds.ds_config import resolve_ds_config
@@ -253,8 +253,8 @@ def noted_rebuilds(config: Config) -> dict[int, bool]:
 def save(session: Session) -> Path:
     """Write a checkpoint of the run as it is. Collective; PrunadaptError on all ranks where it cannot be written."""
     root = root_of(session.config)
-    with session.timed("checkpoint"):
-        milestone(f"checkpoint-{session.step}/begin")
+    milestone(f"checkpoint-{session.step}/begin")
+    with session.timed("checkpoint"), watchdog.resting():
         tensors, saved = snapshot.collect(session)
         saved |= {"options": session.options or options(session.config), "names": names(session.config)}
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunadapt_ds import distributed
+from prunadapt_ds import distributed, watchdog
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate import forward_passes
@@ -97,11 +97,12 @@ def write(engine: Any, rows: Rows, k: int, batch_size: int, device: torch.device
         for position, count in zip(batch, real.sum(1).tolist(), strict=True):
             place[:, position] = torch.tensor([distributed.rank(), end, count])
             end += count
-    tensors = {"words": torch.cat(words), "log_probs": torch.cat(log_probs)}
-    distributed.together(lambda: _save(tensors, folder / shard(distributed.rank())))
-    of, start, count = distributed.dist_sum(place.to(device)).cpu()  # every row was answered by one rank
-    index = {"of": of.clone(), "start": start.clone(), "count": count.clone()}
-    distributed.on_rank_0("writing the teacher's index", lambda: save_file(index, folder / INDEX))
+    with watchdog.resting():
+        tensors = {"words": torch.cat(words), "log_probs": torch.cat(log_probs)}
+        distributed.together(lambda: _save(tensors, folder / shard(distributed.rank())))
+        of, start, count = distributed.dist_sum(place.to(device)).cpu()  # every row was answered by one rank
+        index = {"of": of.clone(), "start": start.clone(), "count": count.clone()}
+        distributed.on_rank_0("writing the teacher's index", lambda: save_file(index, folder / INDEX))
     return TokenTeacher(folder, **index)
 
 
