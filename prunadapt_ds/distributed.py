@@ -162,8 +162,9 @@ def rank() -> int:
 
 
 def speaks_of(error: BaseException) -> bool:
-    """Whether this rank prints `error`: rank 0 what all ranks know, one process of each host what kept it from joining."""
-    if isinstance(error, LaunchError):
+    """Whether this rank prints `error`: rank 0 what all ranks know, one process of each host what it found before it joined
+    them, as in a file that only this host holds."""
+    if isinstance(error, LaunchError) or not dist.is_initialized():
         return launchers.number(os.environ, launchers.LOCAL_RANK_VARIABLES) == 0
     return rank() == 0
 

@@ -119,7 +119,9 @@ def plans(session: Session, saved: Mapping[str, Any]) -> PruningPlan | None:
 def restore(session: Session, start: Checkpoint) -> None:
     """Put back what training had learnt into a session whose model has the right shape. Collective."""
     saved = start.state
-    tensors = distributed.broadcast_tensors(start.tensors() if distributed.rank() == 0 else None)
+    read: dict[str, Tensor] = {}
+    distributed.on_rank_0(f"reading {start.folder}", lambda: read.update(start.tensors()))
+    tensors = distributed.broadcast_tensors(read if distributed.rank() == 0 else None)
 
     def below(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
