@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunadapt_ds.files import sync
+from prunadapt_ds.files import discard, sync
 from prunadapt_ds.watchdog import milestone
 
 FORMAT = 1
@@ -93,15 +93,6 @@ def listed(root: Path) -> list[tuple[int, Path]]:
     except NOT_THERE:
         return []
     return sorted(((int(number), root / f"{PREFIX}{number}") for number in names if number.isdecimal()), reverse=True)
-
-
-def discard(folder: Path) -> None:
-    """Remove a checkpoint: gone at once by name, so that none is ever found half removed."""
-    if folder.exists():
-        leaving = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(leaving, ignore_errors=True)
-        folder.rename(leaving)
-        shutil.rmtree(leaving, ignore_errors=True)
 
 
 def read(folder: Path) -> Checkpoint:

@@ -81,22 +81,40 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, of another name; once the block is done it takes the place of `folder`. On an error it goes again."""
+    """A folder to fill, of another name; once the block is done it takes the place of `folder`. On an error it goes again.
+
+    At no time is anything but a whole folder under that name. Its files have the usual mode, at any depth.
+    """
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        for file in unfinished.iterdir():
-            file.chmod(usual_mode())
-            sync(file)
+        for path in unfinished.rglob("*"):
+            if path.is_file():
+                path.chmod(usual_mode())
+            sync(path)
         sync(unfinished)
-        if folder.exists():
-            shutil.rmtree(folder)
+        leaving = _aside(folder)
         unfinished.rename(folder)
         sync(folder.parent)
+        shutil.rmtree(leaving, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder: gone at once by name, so that none is ever found half removed. Raises OSError."""
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a folder, if there is one, has gone to be removed."""
+    leaving = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(leaving, ignore_errors=True)
+    if folder.exists():
+        folder.rename(leaving)
+    return leaving
 
 
 class OwnedFolder:

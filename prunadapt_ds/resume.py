@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,9 +211,9 @@ def begin(session: Session) -> None:
 
     def clear() -> None:
         for _, folder in checkpoint.listed(root_of(session.config)):
-            checkpoint.discard(folder)
+            files.discard(folder)
         (root_of(session.config) / REBUILDS).unlink(missing_ok=True)
-        shutil.rmtree(session.output_dir / token_teacher.FOLDER, ignore_errors=True)
+        files.discard(session.output_dir / token_teacher.FOLDER)
         for name in LEFT_BEHIND:
             (session.output_dir / name).unlink(missing_ok=True)
         text = json.dumps(

@@ -1,16 +1,19 @@
 """Checkpoints on disk: whole or absent, never believed unchecked. And what may change between two parts of a run."""
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from prunadapt_ds import checkpoint, resume, unfinished
+from prunadapt_ds import checkpoint, export, files, resume, unfinished
 from prunadapt_ds.config import OPTIONS, parse
 from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.files import LOCK_NAME, OwnedFolder, replace
@@ -134,10 +137,13 @@ def test_what_cannot_be_read_is_neither_damaged_nor_passed_over(tmp_path, monkey
 
 
 def test_a_folder_that_does_not_answer_is_not_empty(tmp_path, monkeypatch):
-    save(tmp_path / "out" / "checkpoints", 1)
+    root, plain = tmp_path / "out" / "checkpoints", os.listdir
+    save(root, 1)
 
-    def failing(path):
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+    def failing(path="."):
+        if path == root:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return plain(path)
 
     monkeypatch.setattr(os, "listdir", failing)
     with pytest.raises(PrunadaptError, match=r"reading the output folder failed: .*Input/output error"):
@@ -179,6 +185,86 @@ def test_files_are_replaced_whole(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         replace(tmp_path / "a.json", "\ud800")
     assert (tmp_path / "a.json").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("calls", range(8))
+def test_a_folder_is_whole_or_absent_whenever_its_writer_dies(tmp_path, monkeypatch, calls):
+    """After so many calls that change the disk; what removes trees has then removed a part of one."""
+    content = {"a", "b"}
+
+    def write():
+        with files.whole_folder(tmp_path / "out") as unfinished:
+            for name in sorted(content):
+                (unfinished / name).write_text("")
+
+    def dying(function, half):
+        def call(path, *args, **options):
+            nonlocal left
+            if left == 0:
+                half(path)
+                raise Killed
+            left -= left > 0
+            return function(path, *args, **options)
+
+        return call
+
+    def remove_half(path):
+        for name in sorted(os.listdir(path))[:1] if os.path.isdir(path) else []:
+            os.unlink(os.path.join(path, name))
+
+    left = -1
+    monkeypatch.setattr(files.shutil, "rmtree", dying(shutil.rmtree, remove_half))
+    monkeypatch.setattr(Path, "rename", dying(Path.rename, lambda path: None))
+    write()
+    left = calls
+    with contextlib.suppress(Killed):
+        write()
+    assert not (tmp_path / "out").exists() or set(os.listdir(tmp_path / "out")) == content
+    left = -1
+    write()
+    assert os.listdir(tmp_path) == ["out"], "the next one takes away what the dead one left"
+    left = calls
+    with contextlib.suppress(Killed):
+        files.discard(tmp_path / "out")
+    assert not (tmp_path / "out").exists() or set(os.listdir(tmp_path / "out")) == content
+
+
+def test_a_folder_s_folders_are_whole_too(tmp_path, monkeypatch):
+    synced = set()
+    monkeypatch.setattr(files, "sync", lambda path: synced.add(path.name))
+    with files.whole_folder(tmp_path / "out") as unfinished:
+        (unfinished / "inner").mkdir()
+        (unfinished / "inner" / "a").write_text("")
+        (unfinished / "inner" / "a").chmod(0o600)
+    assert (tmp_path / "out" / "inner" / "a").stat().st_mode & 0o777 == files.usual_mode()
+    assert (tmp_path / "out" / "inner").stat().st_mode & 0o100, "or nobody gets in"
+    assert {"inner", "a", ".out.tmp"} <= synced
+
+
+def test_a_cast_folder_is_readable_whenever_its_writer_dies(tmp_path, monkeypatch):
+    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+
+    plain = os.replace
+
+    def full(path, target):
+        if os.path.basename(target) == "config.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "replace", full)
+        with pytest.raises(OSError, match="No space"):
+            export.cast(tmp_path, torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "float32"}
+    export.cast(tmp_path, torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "bfloat16"}
+    assert load_file(tmp_path / "model.safetensors")["w"].dtype == torch.bfloat16
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 
 # ---------------------------------------------------------------------------------------------------- one owner
