@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunadapt_ds.files import discard, sync
+from prunadapt_ds.files import discard, identity, sync
 from prunadapt_ds.watchdog import milestone
 
 FORMAT = 1
@@ -65,7 +65,7 @@ def write(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[s
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
         milestone(f"checkpoint-{step}/half written")
         sync(unfinished / TENSORS)
-        content = {"format": FORMAT, "step": step, **state, "files": {TENSORS: _identity(unfinished / TENSORS)}}
+        content = {"format": FORMAT, "step": step, **state, "files": {TENSORS: identity(unfinished / TENSORS)}}
         content = json.loads(json.dumps(content))  # as it will be read, keys of numbers become text
         (unfinished / STATE).write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")
         sync(unfinished / STATE)
@@ -109,8 +109,8 @@ def read(folder: Path) -> Checkpoint:
             raise Unread(f"{folder} is of a later version (format {content['format']}, this one reads {FORMAT})")
         if content["format"] != FORMAT:
             raise Damaged(f"{STATE} has no known format")
-        for name, identity in content["files"].items():
-            if _identity(folder / name) != identity:
+        for name, written in content["files"].items():
+            if identity(folder / name) != written:
                 raise Damaged(f"{name} was cut short or changed")
         return Checkpoint(folder, int(content["step"]), content)
     except NOT_THERE as error:
@@ -133,11 +133,6 @@ def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
         except Damaged as error:
             damaged.append(f"{folder}: {error}; skipped")
     return None, damaged
-
-
-def _identity(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -334,14 +334,9 @@ def cast(folder: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import load_file, save_file
 
     for file in sorted(folder.glob("*.safetensors")):
-        unfinished = file.with_name(f".{file.name}.tmp")
-        try:
+        with files.whole_path(file) as unfinished:
             save_file({name: t.to(dtype) for name, t in load_file(file).items()}, unfinished, {"format": "pt"})
             unfinished.chmod(usual_mode())
-            files.sync(unfinished)
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     files.replace(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")

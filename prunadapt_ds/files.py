@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -56,6 +57,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def identity(file: Path) -> dict[str, Any]:
+    """By which its content is known again: bytes and sha256."""
+    with file.open("rb") as opened:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
 def replace(path: Path, text: str) -> None:
     """Write `path` under another name and give it its own at once. Raises OSError and leaves what was there before."""
     with whole_file(path) as file:
@@ -66,12 +73,18 @@ def replace(path: Path, text: str) -> None:
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to fill, of another name ("w": UTF-8 text with line ends as written, "wb": bytes); once the block is done it takes
     the place of `path`. On an error it goes again."""
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    with whole_path(path) as unfinished, unfinished.open(mode, **text) as file:  # type: ignore[call-overload]
+        yield file
+
+
+@contextlib.contextmanager
+def whole_path(path: Path) -> Iterator[Path]:
+    """The same for what writes files by their names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-        with unfinished.open(mode, **text) as file:  # type: ignore[call-overload]
-            yield file
+        yield unfinished
         sync(unfinished)
         os.replace(unfinished, path)
     finally:

@@ -58,7 +58,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "ranks": of_ranks,
         "rebuilt": session.rebuilt,
         "average_count": session.average.count,
-        "token_teacher": isinstance(session.teacher, TokenTeacher),
+        "token_teacher": session.teacher.identity if isinstance(session.teacher, TokenTeacher) else None,
         "teacher_metric": session.report["metric"]["teacher"],
         "progress": session.report["progress"],
         "clocks": clocks(session),
@@ -133,7 +133,7 @@ def restore(session: Session, start: Checkpoint) -> None:
     session.teacher = tensors.get("teacher")
     if saved["token_teacher"]:
         session.teacher = distributed.together(
-            lambda: token_teacher.open_again(session.output_dir / token_teacher.FOLDER)
+            lambda: token_teacher.open_again(session.output_dir / token_teacher.FOLDER, saved["token_teacher"])
         )
     session.average = WeightAverage(below("average/"), saved["average_count"])
     session.report["metric"]["teacher"] = saved["teacher_metric"]
