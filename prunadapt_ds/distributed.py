@@ -156,6 +156,11 @@ def all_gather_objects(value: Any) -> list[Any]:
     return box
 
 
+def everywhere(holds: bool) -> bool:
+    """Whether it holds on every rank. Collective."""
+    return all(all_gather_objects(holds))
+
+
 def rank() -> int:
     """This process's number; before `init`, as the launcher says it."""
     return dist.get_rank() if dist.is_initialized() else launchers.number(os.environ, launchers.RANK_VARIABLES)

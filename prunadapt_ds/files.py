@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import IO, Any
 from prunadapt_ds.errors import Problem, UserError
 
 LOCK_NAME = ".lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of Lustre and NFS as they may be mounted
 
 
 @contextlib.contextmanager
@@ -134,7 +137,8 @@ class OwnedFolder:
     """A folder that no other live run may write to, from construction to `release`.
 
     The lock is the kernel's: it ends with the process however that ends, so that nothing is ever stale. A folder that had
-    to be made and is still empty at the end goes again. Raises UserError where it cannot be written or is taken.
+    to be made and is still empty at the end goes again. Raises UserError where it cannot be written or is taken; a file system
+    without locks is told of, and nothing more can be done.
     """
 
     def __init__(self, folder: Path):
@@ -158,6 +162,14 @@ class OwnedFolder:
             except BlockingIOError as error:
                 os.close(self.descriptor)
                 raise UserError(Problem("output_dir", str(self.path.parent), self._taken())) from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(
+                    f"{self.path.parent}: this file system has no locks ({error.strerror}); "
+                    "see to it yourself that no other run writes there",
+                    file=sys.stderr,
+                )
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(self.descriptor), os.stat(self.path)):
                     break

@@ -12,9 +12,10 @@ from typing import Any
 from prunadapt_ds import checkpoint, distributed, files, snapshot, token_teacher, watchdog
 from prunadapt_ds.checkpoint import Checkpoint, Damaged, Unread
 from prunadapt_ds.config import SECTIONS, Config
-from prunadapt_ds.ds_config import resolve_ds_config
+from prunadapt_ds.ds_config import DsConfig
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.session import Session, add_trainables
+from prunadapt_ds.setup import agreed_ds_config
 from prunadapt_ds.watchdog import milestone
 
 # Options that may change while a run is interrupted, because they do not change what it computes ...
@@ -62,9 +63,8 @@ def root_of(config: Config) -> Path:
     return Path(config.output.output_dir) / "checkpoints"
 
 
-def options(config: Config) -> dict[str, Any]:
-    """What was asked for, by option, as far as it decides what the run computes."""
-    ds = resolve_ds_config(config, distributed.world_size())
+def options(config: Config, ds: DsConfig) -> dict[str, Any]:
+    """What was asked for, by option, as far as it decides what the run computes. `ds`: what became of its ds_config."""
     given = {name: value for section in config.to_dict().values() for name, value in section.items()}
     found = {name: value for name, value in given.items() if name not in FREE | BY_CONTENT | RESOLVED}
     found |= {
@@ -77,6 +77,10 @@ def options(config: Config) -> dict[str, Any]:
         "eps": ds.adam.get("eps"),
     }
     return json.loads(json.dumps(found))
+
+
+def asked_of(session: Session) -> dict[str, Any]:
+    return session.options or options(session.config, session.ds)
 
 
 def names(config: Config) -> dict[str, Any]:
@@ -123,11 +127,11 @@ def find(config: Config) -> Start:
 
     Only rank 0 looks, so that no two ranks can find different things.
     """
-    return distributed.on_rank_0("reading the output folder", lambda: _find(config))
+    ds = agreed_ds_config(config)
+    return distributed.on_rank_0("reading the output folder", lambda: _find(config, options(config, ds)))
 
 
-def _find(config: Config) -> Start:
-    asked = options(config)
+def _find(config: Config, asked: dict[str, Any]) -> Start:
     if config.output.resume == "never" or config.prune.score_only:
         return Start(asked)
     if config.output.resume != "auto":
@@ -216,9 +220,7 @@ def begin(session: Session) -> None:
         files.discard(session.output_dir / token_teacher.FOLDER)
         for name in LEFT_BEHIND:
             (session.output_dir / name).unlink(missing_ok=True)
-        text = json.dumps(
-            {**(session.options or options(session.config)), **names(session.config)}, indent=2, sort_keys=True
-        )
+        text = json.dumps({**asked_of(session), **names(session.config)}, indent=2, sort_keys=True)
         files.replace(session.output_dir / "run.json", text + "\n")  # by which the run is known again
 
     distributed.on_rank_0("clearing the output folder", clear)
@@ -255,7 +257,7 @@ def save(session: Session) -> Path:
     milestone(f"checkpoint-{session.step}/begin")
     with session.timed("checkpoint"), watchdog.resting():
         tensors, saved = snapshot.collect(session)
-        saved |= {"options": session.options or options(session.config), "names": names(session.config)}
+        saved |= {"options": asked_of(session), "names": names(session.config)}
 
         def write() -> None:
             saved["metrics_bytes"] = session.tracker.metrics_bytes()

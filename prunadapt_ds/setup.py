@@ -15,7 +15,7 @@ import datasets
 import torch
 from torch import nn
 
-from prunadapt_ds import adapters, backbone, distributed, given_adapter, latency, memory, report, watchdog
+from prunadapt_ds import adapters, backbone, distributed, ds_config, given_adapter, latency, memory, report, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan, check_target
@@ -40,7 +40,7 @@ def setup(
     """
     distributed.init()
     device = distributed.device()
-    ds = ds or distributed.together(lambda: resolve_ds_config(config, distributed.world_size()))
+    ds = ds or agreed_ds_config(config)
     data = read_data(config)
     identity = {"data": same_data(data)}
     if not data.is_language:  # whose blocks of tokens are not known yet
@@ -94,6 +94,15 @@ def setup(
     )
     announce(session)
     return session
+
+
+def agreed_ds_config(config: Config) -> DsConfig:
+    """What `--ds_config` says for all ranks, which may run on several kinds of machine: "auto" is bf16 where all are fast at it.
+
+    Collective. Raises UserError on all ranks.
+    """
+    fast = distributed.everywhere(ds_config.fast_bf16())
+    return distributed.together(lambda: resolve_ds_config(config, distributed.world_size(), lambda: fast))
 
 
 def read_data(config: Config) -> TaskData:

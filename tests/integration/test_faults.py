@@ -206,6 +206,14 @@ def test_what_only_rank_0_can_see():
     assert messages[0] == messages[1] == "writing the report failed: [Errno 28] No space left on device"
 
 
+def test_what_holds_everywhere():
+    assert run_ranks(_holds, 2, [True, False]) == [False, False] and run_ranks(_holds, 2, [True, True]) == [True, True]
+
+
+def _holds(of_rank):
+    return distributed.everywhere(of_rank[distributed.rank()])
+
+
 def _rank_0_fails():
     def write():
         raise OSError(28, "No space left on device")

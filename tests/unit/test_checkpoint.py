@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunadapt_ds import checkpoint, export, files, resume, unfinished
+from prunadapt_ds import checkpoint, export, files, resume, setup, unfinished
 from prunadapt_ds.config import OPTIONS, parse
 from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.files import LOCK_NAME, OwnedFolder, replace
@@ -290,6 +290,27 @@ def test_a_folder_has_one_owner_and_a_dead_one_is_none(tmp_path):
     assert not list((tmp_path / "out").iterdir()), "the folder was not ours, the file is"
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_said_and_written_to(tmp_path, monkeypatch, capsys, number):
+    def flock(descriptor, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    OwnedFolder(tmp_path / "out").release()
+    said = capsys.readouterr().err
+    assert said.count("has no locks") == 1 and os.strerror(number) in said and "no other run" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"cannot be written .*error"):
+        OwnedFolder(tmp_path / "out")
+
+
 def test_a_folder_that_stays_empty_goes_again(tmp_path):
     owned = OwnedFolder(tmp_path / "a" / "b")
     owned.release()
@@ -317,7 +338,8 @@ def ds_config(tmp_path):
 
 
 def asked(path, *argv):
-    return resume.options(parse(["--ds_config", path, *argv]))
+    config = parse(["--ds_config", path, *argv])
+    return resume.options(config, setup.agreed_ds_config(config))
 
 
 SAME = {
@@ -368,6 +390,16 @@ def test_every_option_is_compared_or_free_for_a_reason(ds_config):
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
     }
+
+
+@pytest.mark.parametrize("others, dtype", [(True, "bf16"), (False, "fp32")])
+def test_bf16_is_taken_by_itself_where_every_rank_is_fast_at_it(ds_config, monkeypatch, others, dtype):
+    """Another rank that is not: this one takes fp32 too, and so says what the run is known by."""
+    monkeypatch.setattr("prunadapt_ds.ds_config.fast_bf16", lambda: True)
+    monkeypatch.setattr("prunadapt_ds.distributed.everywhere", lambda holds: holds and others)
+    config = parse(["--ds_config", ds_config(bf16={"enabled": "auto"}), "--resume", "never"])
+    assert setup.agreed_ds_config(config).dtype == dtype
+    assert resume.find(config).options["bf16"] is (dtype == "bf16")
 
 
 def finished(folder, **options):
