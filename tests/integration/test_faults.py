@@ -13,7 +13,7 @@
 | ranks disagree on a plan | exit 4 | test_ranks_that_disagree_on_a_plan |
 | a rank is stuck, or suspended | who notices writes its stacks and ends, all end | test_a_stuck_rank, test_a_suspended_rank |
 | rank 0 fails alone | every rank raises | test_what_only_rank_0_can_see |
-| TensorBoard's folder vanishes, or cannot be made | the run goes on | test_report |
+| TensorBoard's folder vanishes, or cannot be made | the run goes on | test_tensorboard_s_folder_vanishes, test_report |
 | ds_config changed between two parts of a run | named, or taken where it changes nothing | test_resume |
 | hub unreachable | exit 2 in seconds, offline options named | test_hub |
 | a compiler's lock left by a dead process | removed | test_the_lock_of_a_dead_compiler |
@@ -21,8 +21,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -199,6 +202,21 @@ def test_a_suspended_rank(base, tmp_path):
     dump, newest = tmp_path / "out" / "stuck-rank-0.txt", checkpoint.newest(tmp_path / "out" / "checkpoints")[0]
     assert "train_step" in dump.read_text() and newest.step == 4
     assert dump.stat().st_mtime - newest.folder.stat().st_mtime < 60
+
+
+def test_tensorboard_s_folder_vanishes(base, tmp_path):
+    """Said once, on the console of a run that ends well."""
+    ranks = Ranks(argv(base, tmp_path / "out"), 1, {"PRUNADAPT_FAULT": "SIGSTOP@checkpoint-2/end@0"})
+    process = ranks.processes[0]
+    ranks.wait_for(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", 300)
+    shutil.rmtree(tmp_path / "out" / "runs")
+    (tmp_path / "out" / "runs").write_text("a file")
+    os.kill(process.pid, signal.SIGCONT)
+    (ended,) = ranks.wait(300)
+    assert ended.code == 0 and status(tmp_path / "out") == "complete", ended.text[-2000:]
+    assert ended.text.count("TensorBoard is not written any more") == 1 and "Traceback" not in ended.text
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4, 6, 9, 12, 12]
 
 
 def test_what_only_rank_0_can_see():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunadapt_ds import checkpoint, export, files, resume, setup, unfinished
+from prunadapt_ds import checkpoint, export, files, resume, setup, snapshot, unfinished
 from prunadapt_ds.config import OPTIONS, parse
 from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.files import LOCK_NAME, OwnedFolder, replace
@@ -159,6 +159,14 @@ def test_a_checkpoint_of_a_later_version_is_not_damaged(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"step-2 is of a later version \(format 2, this one reads 1\)"):
         auto(tmp_path)
     assert steps_in(root) == [2, 1]
+
+
+def test_a_checkpoint_that_vanishes_before_it_is_used_is_every_rank_s_error(tmp_path):
+    save(tmp_path, 1)
+    found = checkpoint.read(tmp_path / "step-1")
+    files.discard(tmp_path / "step-1")
+    with pytest.raises(PrunadaptError, match=r"reading .*step-1 failed: "):
+        snapshot.restore(None, found)
 
 
 def test_what_was_passed_over_below_a_named_folder_is_said(tmp_path):
