@@ -114,7 +114,7 @@ def read(folder: Path) -> Checkpoint:
                 raise Damaged(f"{name} was cut short or changed")
         return Checkpoint(folder, int(content["step"]), content)
     except NOT_THERE as error:
-        raise Damaged(f"{Path(error.filename).name} is missing") from error
+        raise Damaged(f"{Path(error.filename or STATE).name} is missing") from error
     except OSError as error:  # no access, a disk or a file server that does not answer: it may be well tomorrow
         raise Unread(f"{error.filename or folder} cannot be read ({error.strerror or error})") from error
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:

@@ -112,7 +112,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             sync(path)
         sync(unfinished)
         leaving = _aside(folder)
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            with contextlib.suppress(FileNotFoundError):  # there may have been none
+                leaving.rename(folder)
+            raise
         sync(folder.parent)
         shutil.rmtree(leaving, ignore_errors=True)
     finally:

@@ -241,6 +241,22 @@ def test_a_folder_is_whole_or_absent_whenever_its_writer_dies(tmp_path, monkeypa
     assert not (tmp_path / "out").exists() or set(os.listdir(tmp_path / "out")) == content
 
 
+def test_a_folder_that_cannot_be_put_in_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    with files.whole_folder(tmp_path / "out") as unfinished:
+        (unfinished / "old").write_text("")
+    plain = Path.rename
+
+    def failing(path, target):
+        if path.name == ".out.tmp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return plain(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="error"), files.whole_folder(tmp_path / "out") as unfinished:
+        (unfinished / "new").write_text("")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["old"]
+
+
 def test_a_folder_s_folders_are_whole_too(tmp_path, monkeypatch):
     synced = set()
     monkeypatch.setattr(files, "sync", lambda path: synced.add(path.name))
