@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,16 +19,21 @@ from typing import Any
 
 from torch import Tensor
 
-from prunadapt_ds.files import sync
+from prunadapt_ds.files import discard, identity, sync
 from prunadapt_ds.watchdog import milestone
 
 FORMAT = 1
 PREFIX = "step-"
 TENSORS, STATE = "tensors.safetensors", "checkpoint.json"
+NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class Damaged(Exception):
     """A checkpoint that is not what was written; the message says how."""
+
+
+class Unread(Exception):
+    """A checkpoint that may well be intact, but cannot be read here and now; the message names it and says why."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def write(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[s
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
         milestone(f"checkpoint-{step}/half written")
         sync(unfinished / TENSORS)
-        content = {"format": FORMAT, "step": step, **state, "files": {TENSORS: _identity(unfinished / TENSORS)}}
+        content = {"format": FORMAT, "step": step, **state, "files": {TENSORS: identity(unfinished / TENSORS)}}
         content = json.loads(json.dumps(content))  # as it will be read, keys of numbers become text
         (unfinished / STATE).write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")
         sync(unfinished / STATE)
@@ -81,39 +87,45 @@ def _newest(root: Path, step: int, keep: int) -> list[int]:
 
 
 def listed(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of what look like checkpoints, newest first."""
-    names = [(p.name.removeprefix(PREFIX), p) for p in root.glob(f"{PREFIX}*")]
-    return sorted(((int(number), path) for number, path in names if number.isdigit()), reverse=True)
-
-
-def discard(folder: Path) -> None:
-    """Remove a checkpoint: gone at once by name, so that none is ever found half removed."""
-    if folder.exists():
-        leaving = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(leaving, ignore_errors=True)
-        folder.rename(leaving)
-        shutil.rmtree(leaving, ignore_errors=True)
+    """(step, folder) of what look like checkpoints, newest first. Raises OSError where nobody can say what is there."""
+    try:
+        names = [name.removeprefix(PREFIX) for name in os.listdir(root) if name.startswith(PREFIX)]
+    except NOT_THERE:
+        return []
+    return sorted(((int(number), root / f"{PREFIX}{number}") for number in names if number.isdecimal()), reverse=True)
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, every byte of it checked. Raises Damaged."""
+    """The checkpoint in `folder`, every byte of it checked. Raises Damaged, or Unread for what is no damage.
+
+    Every format has its `sha256` and its `format`, so that one of a later version is known from a damaged one.
+    """
     try:
         content = json.loads((folder / STATE).read_text(encoding="utf-8"))
         digest = content.pop("sha256")
         if digest != _digest(content):
             raise Damaged(f"{STATE} was changed")
-        for name, identity in content["files"].items():
-            if _identity(folder / name) != identity:
-                raise Damaged(f"{name} was cut short or changed")
+        if content["format"] > FORMAT:
+            raise Unread(f"{folder} is of a later version (format {content['format']}, this one reads {FORMAT})")
         if content["format"] != FORMAT:
-            raise Damaged(f"has format {content['format']}; this version reads {FORMAT}")
+            raise Damaged(f"{STATE} has no known format")
+        for name, written in content["files"].items():
+            if identity(folder / name) != written:
+                raise Damaged(f"{name} was cut short or changed")
         return Checkpoint(folder, int(content["step"]), content)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except NOT_THERE as error:
+        raise Damaged(f"{Path(error.filename or STATE).name} is missing") from error
+    except OSError as error:  # no access, a disk or a file server that does not answer: it may be well tomorrow
+        raise Unread(f"{error.filename or folder} cannot be read ({error.strerror or error})") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise Damaged(f"{STATE} cannot be read ({type(error).__name__})") from error
 
 
 def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest intact checkpoint below `root`, and a line about each damaged one that was newer."""
+    """The newest intact checkpoint below `root`, and a line about each damaged one that was newer. Raises Unread, OSError.
+
+    One that cannot be read is not passed over: who goes on from an older one loses it.
+    """
     damaged: list[str] = []
     for _, folder in listed(root):
         try:
@@ -121,11 +133,6 @@ def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
         except Damaged as error:
             damaged.append(f"{folder}: {error}; skipped")
     return None, damaged
-
-
-def _identity(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
 def _digest(content: Mapping[str, Any]) -> str:

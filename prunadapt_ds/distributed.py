@@ -156,14 +156,20 @@ def all_gather_objects(value: Any) -> list[Any]:
     return box
 
 
+def everywhere(holds: bool) -> bool:
+    """Whether it holds on every rank. Collective."""
+    return all(all_gather_objects(holds))
+
+
 def rank() -> int:
     """This process's number; before `init`, as the launcher says it."""
     return dist.get_rank() if dist.is_initialized() else launchers.number(os.environ, launchers.RANK_VARIABLES)
 
 
 def speaks_of(error: BaseException) -> bool:
-    """Whether this rank prints `error`: rank 0 what all ranks know, one process of each host what kept it from joining."""
-    if isinstance(error, LaunchError):
+    """Whether this rank prints `error`: rank 0 what all ranks know, one process of each host what it found before it joined
+    them, as in a file that only this host holds."""
+    if isinstance(error, LaunchError) or not dist.is_initialized():
         return launchers.number(os.environ, launchers.LOCAL_RANK_VARIABLES) == 0
     return rank() == 0
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds import reload
+from prunadapt_ds import files, reload
 from prunadapt_ds.adapters import ADAPTER, is_lora
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.budget import PruningPlan
@@ -334,10 +334,9 @@ def cast(folder: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import load_file, save_file
 
     for file in sorted(folder.glob("*.safetensors")):
-        unfinished = file.with_suffix(".tmp")
-        save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, unfinished, {"format": "pt"})
-        unfinished.chmod(usual_mode())
-        unfinished.replace(file)
+        with files.whole_path(file) as unfinished:
+            save_file({name: t.to(dtype) for name, t in load_file(file).items()}, unfinished, {"format": "pt"})
+            unfinished.chmod(usual_mode())
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    files.replace(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import IO, Any
 from prunadapt_ds.errors import Problem, UserError
 
 LOCK_NAME = ".lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of Lustre and NFS as they may be mounted
 
 
 @contextlib.contextmanager
@@ -56,6 +60,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def identity(file: Path) -> dict[str, Any]:
+    """By which its content is known again: bytes and sha256."""
+    with file.open("rb") as opened:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
 def replace(path: Path, text: str) -> None:
     """Write `path` under another name and give it its own at once. Raises OSError and leaves what was there before."""
     with whole_file(path) as file:
@@ -66,12 +76,18 @@ def replace(path: Path, text: str) -> None:
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to fill, of another name ("w": UTF-8 text with line ends as written, "wb": bytes); once the block is done it takes
     the place of `path`. On an error it goes again."""
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    with whole_path(path) as unfinished, unfinished.open(mode, **text) as file:  # type: ignore[call-overload]
+        yield file
+
+
+@contextlib.contextmanager
+def whole_path(path: Path) -> Iterator[Path]:
+    """The same for what writes files by their names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-        with unfinished.open(mode, **text) as file:  # type: ignore[call-overload]
-            yield file
+        yield unfinished
         sync(unfinished)
         os.replace(unfinished, path)
     finally:
@@ -81,29 +97,53 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, of another name; once the block is done it takes the place of `folder`. On an error it goes again."""
+    """A folder to fill, of another name; once the block is done it takes the place of `folder`. On an error it goes again.
+
+    At no time is anything but a whole folder under that name. Its files have the usual mode, at any depth.
+    """
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        for file in unfinished.iterdir():
-            file.chmod(usual_mode())
-            sync(file)
+        for path in unfinished.rglob("*"):
+            if path.is_file():
+                path.chmod(usual_mode())
+            sync(path)
         sync(unfinished)
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
+        leaving = _aside(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            with contextlib.suppress(FileNotFoundError):  # there may have been none
+                leaving.rename(folder)
+            raise
         sync(folder.parent)
+        shutil.rmtree(leaving, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder: gone at once by name, so that none is ever found half removed. Raises OSError."""
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a folder, if there is one, has gone to be removed."""
+    leaving = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(leaving, ignore_errors=True)
+    if folder.exists():
+        folder.rename(leaving)
+    return leaving
 
 
 class OwnedFolder:
     """A folder that no other live run may write to, from construction to `release`.
 
     The lock is the kernel's: it ends with the process however that ends, so that nothing is ever stale. A folder that had
-    to be made and is still empty at the end goes again. Raises UserError where it cannot be written or is taken.
+    to be made and is still empty at the end goes again. Raises UserError where it cannot be written or is taken; a file system
+    without locks is told of, and nothing more can be done.
     """
 
     def __init__(self, folder: Path):
@@ -127,6 +167,14 @@ class OwnedFolder:
             except BlockingIOError as error:
                 os.close(self.descriptor)
                 raise UserError(Problem("output_dir", str(self.path.parent), self._taken())) from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(
+                    f"{self.path.parent}: this file system has no locks ({error.strerror}); "
+                    "see to it yourself that no other run writes there",
+                    file=sys.stderr,
+                )
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(self.descriptor), os.stat(self.path)):
                     break

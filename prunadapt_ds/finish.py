@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,7 @@ def finish(
     milestone("finish/begin")
     session.note_peak()
     masked_metrics, masked = evaluate(session)
+    watchdog.rest()
     session.tracker.log(session.total_steps, "finish", {"eval/score": masked_metrics["score"]})
     reference = parity_reference(session, masked)
     folder = session.output_dir / "exports" / "compact"
@@ -94,7 +94,7 @@ def finish(
 def clear_others(session: Session) -> None:
     """Folders that an earlier export of this run made of other weights."""
     for kind in {*EXPORT_FORMATS, *graphs.KINDS} - set(formats_of(session)):
-        shutil.rmtree(session.output_dir / "exports" / kind, ignore_errors=True)
+        files.discard(session.output_dir / "exports" / kind)
 
 
 def write_report(session: Session, status: str) -> None:

@@ -62,7 +62,6 @@ class Keeper:
         if self.saved_step == session.step:
             return
         start = time.monotonic()
-        watchdog.rest()
         resume.save(session)
         self.saved_step, self.due = session.step, False
         self.saved_at, self.save_seconds = time.monotonic(), time.monotonic() - start

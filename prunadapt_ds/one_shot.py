@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prunadapt_ds import distributed, gates, tmp
+from prunadapt_ds import distributed, gates, tmp, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Batch, Rows, Sampler
 from prunadapt_ds.budget import PruningPlan
@@ -28,6 +28,8 @@ def score_samples(session: Session, samples: list[int]) -> WindowSums:
     engines.set_learning_rates(session.engine, 0.0)
     for step in range(session.sampler.steps_per_epoch):
         train_step(session, step, record=True)
+        watchdog.beat()
+    watchdog.rest()  # what becomes of the scores: written, or a cut and another engine
     session.sampler, session.train_rows = plain, everything
     session.losses.clear()
     return session.recorder.all_reduce()

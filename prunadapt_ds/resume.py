@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunadapt_ds import checkpoint, distributed, files, snapshot, token_teacher
-from prunadapt_ds.checkpoint import Checkpoint, Damaged
+from prunadapt_ds import checkpoint, distributed, files, snapshot, token_teacher, watchdog
+from prunadapt_ds.checkpoint import Checkpoint, Damaged, Unread
 from prunadapt_ds.config import SECTIONS, Config
-from prunadapt_ds.ds_config import resolve_ds_config
+from prunadapt_ds.ds_config import DsConfig
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.session import Session, add_trainables
+from prunadapt_ds.setup import agreed_ds_config
 from prunadapt_ds.watchdog import milestone
 
 # Options that may change while a run is interrupted, because they do not change what it computes ...
@@ -63,9 +63,8 @@ def root_of(config: Config) -> Path:
     return Path(config.output.output_dir) / "checkpoints"
 
 
-def options(config: Config) -> dict[str, Any]:
-    """What was asked for, by option, as far as it decides what the run computes."""
-    ds = resolve_ds_config(config, distributed.world_size())
+def options(config: Config, ds: DsConfig) -> dict[str, Any]:
+    """What was asked for, by option, as far as it decides what the run computes. `ds`: what became of its ds_config."""
     given = {name: value for section in config.to_dict().values() for name, value in section.items()}
     found = {name: value for name, value in given.items() if name not in FREE | BY_CONTENT | RESOLVED}
     found |= {
@@ -78,6 +77,10 @@ def options(config: Config) -> dict[str, Any]:
         "eps": ds.adam.get("eps"),
     }
     return json.loads(json.dumps(found))
+
+
+def asked_of(session: Session) -> dict[str, Any]:
+    return session.options or options(session.config, session.ds)
 
 
 def names(config: Config) -> dict[str, Any]:
@@ -124,20 +127,21 @@ def find(config: Config) -> Start:
 
     Only rank 0 looks, so that no two ranks can find different things.
     """
-    return distributed.on_rank_0("reading the output folder", lambda: _find(config))
+    ds = agreed_ds_config(config)
+    return distributed.on_rank_0("reading the output folder", lambda: _find(config, options(config, ds)))
 
 
-def _find(config: Config) -> Start:
-    asked = options(config)
+def _find(config: Config, asked: dict[str, Any]) -> Start:
     if config.output.resume == "never" or config.prune.score_only:
         return Start(asked)
     if config.output.resume != "auto":
-        start = Start(asked, _given(Path(config.output.resume)))
+        found, damaged = _given(Path(config.output.resume))
+        start = Start(asked, found, notes=damaged)
     else:
         finished = _finished(Path(config.output.output_dir), {**asked, **names(config)})
         if finished is not None:
             return Start(asked, finished=finished)
-        newest, damaged = checkpoint.newest(root_of(config))
+        newest, damaged = _newest(root_of(config))
         start = Start(asked, newest, notes=damaged)
     if start.checkpoint is None:
         return start
@@ -146,26 +150,54 @@ def _find(config: Config) -> Start:
     return start
 
 
-def _given(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, or the newest of those below it."""
+def _newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """As `checkpoint.newest`. Raises UserError where there are checkpoints and none is intact: a run that began anew instead
+    would take them away."""
+    try:
+        found, damaged = checkpoint.newest(root)
+    except Unread as error:
+        raise _refuse_unread("auto", error) from error
+    if found is None and damaged:
+        why = ", ".join(line.removesuffix("; skipped") for line in damaged)
+        remedy = f"no checkpoint is intact ({why}); bring one back, or start over with --resume never"
+        raise UserError(Problem("resume", "auto", remedy))
+    return found, damaged
+
+
+def _refuse_unread(asked: str, error: Unread) -> UserError:
+    remedy = (
+        f"{error}; nothing was changed: try again where it can be, name an older one with --resume DIR, "
+        "or start over with --resume never"
+    )
+    return UserError(Problem("resume", asked, remedy))
+
+
+def _given(folder: Path) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint in `folder`, or the newest intact one of those below it and a line about each that was passed over."""
+    passed_over: list[str] = []
     try:
         if (folder / checkpoint.STATE).exists():
-            return checkpoint.read(folder)
+            return checkpoint.read(folder), []
+        for root in (folder, folder / "checkpoints"):
+            found, damaged = checkpoint.newest(root)
+            passed_over += damaged
+            if found is not None:
+                return found, passed_over
     except Damaged as error:
         raise UserError(Problem("resume", str(folder), f"the checkpoint is damaged: {error}; name another")) from error
-    for root in (folder, folder / "checkpoints"):
-        if (found := checkpoint.newest(root)[0]) is not None:
-            return found
-    raise UserError(Problem("resume", str(folder), "there is no intact checkpoint; name the folder of one"))
+    except Unread as error:
+        raise _refuse_unread(str(folder), error) from error
+    why = f" ({', '.join(line.removesuffix('; skipped') for line in passed_over)})" if passed_over else ""
+    raise UserError(Problem("resume", str(folder), f"there is no intact checkpoint{why}; name the folder of one"))
 
 
 def _finished(output_dir: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a complete run in `output_dir`; UserError if that run was another one."""
+    """The report of a complete run in `output_dir`; UserError if that run was another one, OSError if nobody can say."""
     try:
         report = json.loads((output_dir / "report.json").read_text())
         if report["status"] != "complete":
             return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (*checkpoint.NOT_THERE, ValueError, KeyError, TypeError, RecursionError):
         return None
     try:
         before = json.loads((output_dir / "run.json").read_text())
@@ -183,14 +215,12 @@ def begin(session: Session) -> None:
 
     def clear() -> None:
         for _, folder in checkpoint.listed(root_of(session.config)):
-            checkpoint.discard(folder)
+            files.discard(folder)
         (root_of(session.config) / REBUILDS).unlink(missing_ok=True)
-        shutil.rmtree(session.output_dir / token_teacher.FOLDER, ignore_errors=True)
+        files.discard(session.output_dir / token_teacher.FOLDER)
         for name in LEFT_BEHIND:
             (session.output_dir / name).unlink(missing_ok=True)
-        text = json.dumps(
-            {**(session.options or options(session.config)), **names(session.config)}, indent=2, sort_keys=True
-        )
+        text = json.dumps({**asked_of(session), **names(session.config)}, indent=2, sort_keys=True)
         files.replace(session.output_dir / "run.json", text + "\n")  # by which the run is known again
 
     distributed.on_rank_0("clearing the output folder", clear)
@@ -224,10 +254,10 @@ def noted_rebuilds(config: Config) -> dict[int, bool]:
 def save(session: Session) -> Path:
     """Write a checkpoint of the run as it is. Collective; PrunadaptError on all ranks where it cannot be written."""
     root = root_of(session.config)
-    with session.timed("checkpoint"):
-        milestone(f"checkpoint-{session.step}/begin")
+    milestone(f"checkpoint-{session.step}/begin")
+    with session.timed("checkpoint"), watchdog.resting():
         tensors, saved = snapshot.collect(session)
-        saved |= {"options": session.options or options(session.config), "names": names(session.config)}
+        saved |= {"options": asked_of(session), "names": names(session.config)}
 
         def write() -> None:
             saved["metrics_bytes"] = session.tracker.metrics_bytes()

@@ -74,7 +74,7 @@ class Session:
     losses: list[Tensor] = field(default_factory=list)  # of this rank's share of the steps since the last log line
     rebuilt: dict[int, bool] = field(default_factory=dict)  # by decision step, whether the clock spoke for a rebuild
     options: dict[str, Any] = field(default_factory=dict)  # by which a run is known again; see resume.py
-    identity: dict[str, str] = field(default_factory=dict)  # sha256: "data"; on rank 0 "backbone", "adapter"
+    identity: dict[str, str] = field(default_factory=dict)  # sha256: "data", "backbone", "adapter"
     timing: dict[str, int] = field(default_factory=dict)  # how latency is measured: batch_size, seq_length, repeats
     given: given_adapter.GivenAdapter | None = None  # the adapter it starts from
     latency: dict[str, Any] | None = None  # the table of --budget latency, see LatencyTable
@@ -221,8 +221,8 @@ def evaluate(session: Session) -> tuple[dict[str, float], dict[str, Tensor]]:
             name: predict(session.engine, rows, eval_batch(session), session.device)
             for name, rows in session.validation_rows.items()
         }
-        watchdog.rest()  # measures may load their libraries first
-        return measures(session, logits), logits
+        with watchdog.resting():  # measures may load their libraries first
+            return measures(session, logits), logits
 
 
 def measures(session: Session, logits: dict[str, Tensor]) -> dict[str, float]:

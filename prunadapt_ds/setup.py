@@ -16,7 +16,7 @@ import datasets
 import torch
 from torch import nn
 
-from prunadapt_ds import adapters, backbone, distributed, given_adapter, latency, memory, report, watchdog
+from prunadapt_ds import adapters, backbone, distributed, ds_config, given_adapter, latency, memory, report, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan, check_target
@@ -41,9 +41,11 @@ def setup(
     """
     distributed.init()
     device = distributed.device()
-    ds = ds or distributed.together(lambda: resolve_ds_config(config, distributed.world_size()))
+    ds = ds or agreed_ds_config(config)
     data = read_data(config)
     identity = {"data": same_data(data)}
+    if not data.is_language:  # whose blocks of tokens are not known yet
+        refuse_fewer_than_ranks(len(data.train))
     distributed.together(lambda: backbone.check(config.model.model_name_or_path))
     adapter = config.lora.adapter_name_or_path
     given = distributed.together(lambda: given_adapter.read(adapter)) if adapter is not None else None
@@ -52,9 +54,7 @@ def setup(
     zero3 = engines.shard_while_loading(ds.values)
     peak = memory.PeakMemory(device)
     loaded = distributed.together(lambda: load_model(config, ds, data))
-    if distributed.rank() == 0:
-        identity["backbone"] = backbone.identity(config.model.model_name_or_path)
-        identity |= {"adapter": given.identity()} if given is not None else {}
+    identity |= distributed.on_rank_0("reading the model's files", lambda: model_identity(config, given))
     distributed.together(lambda: refuse_changed(config, identity, saved))
     timing = timing_of(config, loaded.model)
     table = measured(config, loaded, timing, ds, saved) if config.prune.budget == "latency" else None
@@ -66,7 +66,7 @@ def setup(
             lambda: given_adapter.take_over(given, loaded, config.lora, config.given),
         )
     train_rows = rows_of(data.train, config, data, loaded)
-    refuse_fewer_than_ranks(len(train_rows))
+    distributed.together(lambda: refuse_fewer_than_ranks(len(train_rows)))
     sampler = sampler_of(config, ds, train_rows)
     steps = config.train.max_steps
     total = steps if steps > 0 else max(1, round(config.train.num_train_epochs * sampler.steps_per_epoch))
@@ -80,14 +80,7 @@ def setup(
         validation_rows={name: rows_of(split, config, data, loaded) for name, split in data.validation.items()},
         sampler=sampler,
         total_steps=total,
-        tracker=Tracker(
-            Path(config.output.output_dir),
-            total,
-            enabled=tracked and distributed.rank() == 0,
-            step=saved["step"] if saved else 0,
-            metrics_bytes=saved["metrics_bytes"] if saved else 0,
-            board_dir=Path(ds.board_dir) if ds.board_dir else None,
-        ),
+        tracker=tracker_of(config, ds, total, saved, tracked=tracked),
         peak=peak,
         plan=PruningPlan.dense(loaded.structure),
         present=PruningPlan.dense(loaded.structure),
@@ -104,15 +97,22 @@ def setup(
     return session
 
 
+def agreed_ds_config(config: Config) -> DsConfig:
+    """What `--ds_config` says for all ranks, which may run on several kinds of machine: "auto" is bf16 where all are fast at it.
+
+    Collective. Raises UserError on all ranks.
+    """
+    fast = distributed.everywhere(ds_config.fast_bf16())
+    return distributed.together(lambda: resolve_ds_config(config, distributed.world_size(), lambda: fast))
+
+
 def read_data(config: Config) -> TaskData:
     """The task's examples, or raise on every rank what one of them could not read."""
     if distributed.rank() != 0:
         datasets.disable_progress_bars()
     if config.data.task_type == "causal_lm":
         return distributed.together(lambda: load_language(config.data))
-    data = distributed.together(lambda: load_task(config.data, config.train.seed))
-    refuse_fewer_than_ranks(len(data.train))  # of language, once its blocks of tokens are known
-    return data
+    return distributed.together(lambda: load_task(config.data, config.train.seed))
 
 
 def load_model(config: Config, ds: DsConfig, data: TaskData) -> backbone.Backbone:
@@ -233,6 +233,12 @@ def same_data(data: TaskData) -> str:
     return digest.hexdigest()
 
 
+def model_identity(config: Config, given: given_adapter.GivenAdapter | None) -> dict[str, str]:
+    """sha256 of what the run starts from."""
+    found = {"backbone": backbone.identity(config.model.model_name_or_path)}
+    return found | ({"adapter": given.identity()} if given is not None else {})
+
+
 def refuse_changed(config: Config, identity: dict[str, str], saved: Mapping[str, Any] | None) -> None:
     """A run goes on with the backbone, the data and the adapter it began with, wherever they lie now."""
     names = {
@@ -240,9 +246,8 @@ def refuse_changed(config: Config, identity: dict[str, str], saved: Mapping[str,
         "data": _data_option(config),
         "adapter": ("adapter_name_or_path", config.lora.adapter_name_or_path),
     }
-    known = names if distributed.rank() == 0 else {"data"}  # of which this rank has a digest
     before = saved["identity"] if saved else identity
-    changed = [names[kind] for kind in names if kind in known and before.get(kind) != identity.get(kind)]
+    changed = [named for kind, named in names.items() if before.get(kind) != identity.get(kind)]
     if changed:
         remedy = (
             "its content is not what the checkpoint was made with; bring that back, or start over with --resume never"
@@ -253,6 +258,28 @@ def refuse_changed(config: Config, identity: dict[str, str], saved: Mapping[str,
 def _data_option(config: Config) -> tuple[str, Any]:
     names = ("train_file", "data_dir", "task_name")
     return next((name, getattr(config.data, name)) for name in names if getattr(config.data, name) or name == names[-1])
+
+
+def tracker_of(
+    config: Config, ds: DsConfig, total_steps: int, saved: Mapping[str, Any] | None, *, tracked: bool
+) -> Tracker:
+    """Rank 0's writes, those of other ranks do not. Raises PrunadaptError on all of them where metrics.jsonl cannot be opened."""
+    folder = Path(config.output.output_dir)
+    found = [Tracker(folder, total_steps, enabled=False)]
+
+    def open_files() -> None:
+        found[0] = Tracker(
+            folder,
+            total_steps,
+            enabled=True,
+            step=saved["step"] if saved else 0,
+            metrics_bytes=saved["metrics_bytes"] if saved else 0,
+            board_dir=Path(ds.board_dir) if ds.board_dir else None,
+        )
+
+    if tracked:
+        distributed.on_rank_0("opening metrics.jsonl", open_files)
+    return found[0]
 
 
 def announce(session: Session) -> None:

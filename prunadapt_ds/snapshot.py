@@ -58,7 +58,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "ranks": of_ranks,
         "rebuilt": session.rebuilt,
         "average_count": session.average.count,
-        "token_teacher": isinstance(session.teacher, TokenTeacher),
+        "token_teacher": session.teacher.identity if isinstance(session.teacher, TokenTeacher) else None,
         "teacher_metric": session.report["metric"]["teacher"],
         "progress": session.report["progress"],
         "clocks": clocks(session),
@@ -119,7 +119,9 @@ def plans(session: Session, saved: Mapping[str, Any]) -> PruningPlan | None:
 def restore(session: Session, start: Checkpoint) -> None:
     """Put back what training had learnt into a session whose model has the right shape. Collective."""
     saved = start.state
-    tensors = distributed.broadcast_tensors(start.tensors() if distributed.rank() == 0 else None)
+    read: dict[str, Tensor] = {}
+    distributed.on_rank_0(f"reading {start.folder}", lambda: read.update(start.tensors()))
+    tensors = distributed.broadcast_tensors(read if distributed.rank() == 0 else None)
 
     def below(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -131,7 +133,7 @@ def restore(session: Session, start: Checkpoint) -> None:
     session.teacher = tensors.get("teacher")
     if saved["token_teacher"]:
         session.teacher = distributed.together(
-            lambda: token_teacher.open_again(session.output_dir / token_teacher.FOLDER)
+            lambda: token_teacher.open_again(session.output_dir / token_teacher.FOLDER, saved["token_teacher"])
         )
     session.average = WeightAverage(below("average/"), saved["average_count"])
     session.report["metric"]["teacher"] = saved["teacher_metric"]

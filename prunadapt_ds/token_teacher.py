@@ -2,15 +2,16 @@
 
 All logits of a training set are N x T x V numbers, which fit nowhere. What a teacher thinks beyond its first few words is one
 number: how much is left for all the others. Each rank writes what it computed into a file of its own, and reads back from
-all of them the few rows that a batch needs, so that the folder must be one that all ranks see, as `output_dir` is.
+all of them the few rows that a batch needs, so that the folder must be one that all ranks see, as `output_dir` is. Files appear
+whole or not at all, the index knows those of the ranks, and a checkpoint knows the index.
 
 Legend: B samples, T tokens, V vocabulary, M learnt tokens of a batch, k words.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunadapt_ds import distributed
+from prunadapt_ds import distributed, files, watchdog
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate import forward_passes
@@ -26,6 +27,7 @@ from prunadapt_ds.objective import TopWords
 
 FOLDER = "teacher"  # in `output_dir`, as long as the run is not complete
 INDEX = "index.safetensors"  # written last: where it is, everything is
+FILES = "files"  # of the index's metadata: bytes and sha256 of every rank's file
 BYTES_PER_WORD = 6  # a number of the vocabulary in 4 bytes, a log-probability in 2
 
 
@@ -42,9 +44,13 @@ def _learnt(rows: Rows, position: int) -> int:
 
 @dataclass(frozen=True)
 class TokenTeacher:
-    """Where each row's tokens are: file `of[i]`, `count[i]` of them from `start[i]` on; int64 [N] each."""
+    """Where each row's tokens are: file `of[i]`, `count[i]` of them from `start[i]` on; int64 [N] each.
+
+    `identity`: bytes and sha256 of the index.
+    """
 
     folder: Path
+    identity: Mapping[str, Any]
     of: Tensor
     start: Tensor
     count: Tensor
@@ -81,8 +87,6 @@ def shard(rank: int) -> str:
 
 def write(engine: Any, rows: Rows, k: int, batch_size: int, device: torch.device, folder: Path) -> TokenTeacher:
     """Let `engine` answer every row, and keep its k likeliest words of each learnt token. Collective."""
-    from safetensors.torch import save_file
-
     remove(folder)
     distributed.on_rank_0("making the teacher's folder", folder.mkdir)
     words, log_probs, place = [], [], torch.zeros(3, len(rows), dtype=torch.long)
@@ -97,21 +101,33 @@ def write(engine: Any, rows: Rows, k: int, batch_size: int, device: torch.device
         for position, count in zip(batch, real.sum(1).tolist(), strict=True):
             place[:, position] = torch.tensor([distributed.rank(), end, count])
             end += count
-    tensors = {"words": torch.cat(words), "log_probs": torch.cat(log_probs)}
-    distributed.together(lambda: _save(tensors, folder / shard(distributed.rank())))
-    of, start, count = distributed.dist_sum(place.to(device)).cpu()  # every row was answered by one rank
-    index = {"of": of.clone(), "start": start.clone(), "count": count.clone()}
-    distributed.on_rank_0("writing the teacher's index", lambda: save_file(index, folder / INDEX))
-    return TokenTeacher(folder, **index)
+    with watchdog.resting():
+        tensors = {"words": torch.cat(words), "log_probs": torch.cat(log_probs)}
+        mine = distributed.together(lambda: _save(tensors, folder / shard(distributed.rank())))
+        written = {shard(rank): found for rank, found in enumerate(distributed.all_gather_objects(mine))}
+        of, start, count = distributed.dist_sum(place.to(device)).cpu()  # every row was answered by one rank
+        index = {"of": of.clone(), "start": start.clone(), "count": count.clone()}
+        identity = distributed.on_rank_0(
+            "writing the teacher's index", lambda: _write(index, folder / INDEX, {FILES: json.dumps(written)})
+        )
+    return TokenTeacher(folder, identity, **index)
 
 
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    """Raises UserError where there is no room, which all ranks then raise."""
-    from safetensors import SafetensorError
+def _write(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> dict[str, Any]:
+    """The file whole and on the disk; returns its bytes and sha256."""
     from safetensors.torch import save_file
 
+    with files.whole_path(file) as unfinished:
+        save_file(tensors, unfinished, metadata)
+    return files.identity(file)
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
+    """Raises UserError where there is no room, which all ranks then raise."""
+    from safetensors import SafetensorError
+
     try:
-        save_file(tensors, file)
+        return _write(tensors, file)
     except (OSError, SafetensorError) as error:
         remedy = f"the teacher's words cannot be written ({error}); make room, or lower --distill_top_k"
         raise UserError(Problem("output_dir", str(file.parent), remedy)) from error
@@ -119,18 +135,35 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Once no step needs it any more. Collective."""
-    distributed.on_rank_0("removing the teacher's folder", lambda: shutil.rmtree(folder, ignore_errors=True))
+    distributed.on_rank_0("removing the teacher's folder", lambda: files.discard(folder))
 
 
-def open_again(folder: Path) -> TokenTeacher:
-    """What an earlier process of the run has written. Raises UserError where it, or a part of it, is gone or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def open_again(folder: Path, identity: Mapping[str, Any]) -> TokenTeacher:
+    """What an earlier process of the run has written, with the index that it knows by `identity`.
+
+    Every byte is checked, the ranks' files by turns. Raises UserError where something is gone, or is not what was written.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    def refuse(why: str) -> UserError:
+        remedy = f"{why}: by the teacher's answers this run goes on; bring that back, or begin anew with --resume never"
+        return UserError(Problem("output_dir", str(folder), remedy))
+
+    def check(name: str, written: Mapping[str, Any]) -> None:
+        if files.identity(folder / name) != written:
+            raise refuse(f"{name} was cut short or changed")
 
     try:
-        teacher = TokenTeacher(folder, **load_file(folder / INDEX))
+        check(INDEX, identity)
+        with safe_open(folder / INDEX, framework="pt") as file:
+            index = {name: file.get_tensor(name) for name in ("of", "start", "count")}
+            written = json.loads(file.metadata()[FILES])
+        for name in list(written)[distributed.rank() :: distributed.world_size()]:
+            check(name, written[name])
+        teacher = TokenTeacher(folder, identity, **index)
         teacher.open_all()
-    except (OSError, TypeError, SafetensorError) as error:
-        remedy = "has no answers of the teacher any more, by which this run goes on; begin anew with --resume never"
-        raise UserError(Problem("output_dir", str(folder), remedy)) from error
+    except FileNotFoundError as error:
+        raise refuse(f"{Path(error.filename or INDEX).name} is missing") from error
+    except (OSError, SafetensorError) as error:
+        raise refuse(f"cannot be read ({error})") from error
     return teacher

@@ -22,7 +22,8 @@ class Tracker:
     A bar where standard error is a terminal, otherwise one line per interval. Metric keys carry their unit where they
     have one ("memory/parameters(bytes)"), and a group before the slash that TensorBoard shows them under.
 
-    A run that goes on at `step` keeps the first `metrics_bytes` of metrics.jsonl, which were written up to there.
+    A run that goes on at `step` keeps the first `metrics_bytes` of metrics.jsonl, which were written up to there. Raises
+    OSError where that file cannot be opened; without TensorBoard the run goes on.
     """
 
     def __init__(
@@ -39,18 +40,27 @@ class Tracker:
         self.problem = ""  # why a line of metrics could not be written; for all ranks to hear of
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         output_dir.mkdir(parents=True, exist_ok=True)
         _quiet_writer_threads()
         self.total_steps = total_steps
-        self._writer: Any = SummaryWriter(str(board_dir or output_dir / "runs"), purge_step=step + 1)
         self._file = (output_dir / "metrics.jsonl").open("ab", buffering=0)
         self._file.truncate(min(metrics_bytes, self._file.tell()))
         self._bar = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), file=sys.stderr)
         self._began = step, time.monotonic()
+        self._writer = self._new_writer(board_dir or output_dir / "runs", step)
         self.show(board.begin)
+
+    def _new_writer(self, folder: Path, step: int) -> Any:
+        """TensorBoard's, or None where its folder cannot be had: the run goes on without it."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            return SummaryWriter(str(folder), purge_step=step + 1)
+        except Exception as error:  # OSError, or what tensorboard makes of one
+            self.say(f"TensorBoard is not written: {' '.join(str(error).split())}")
+            return None
 
     def say(self, text: str) -> None:
         """Print text for the user, above the bar."""

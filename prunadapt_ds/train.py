@@ -276,11 +276,11 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
 def shrink_model(session: Session) -> None:
     """Rebuild the engine around the model that `session.plan` leaves."""
     start = session.clock()
-    watchdog.rest()
     milestone(f"shrink-{session.step}/begin")
     session.note_peak()
     layout, plan = session.backbone.layout, session.plan
-    session.engine = shrink(session.release_engine(), layout, plan, session.present, lambda: build_engine(session))
+    with watchdog.resting():
+        session.engine = shrink(session.release_engine(), layout, plan, session.present, lambda: build_engine(session))
     session.present = plan
     milestone(f"shrink-{session.step}/end")
     if session.recorder is not None:
@@ -307,6 +307,7 @@ def taught(session: Session) -> Tensor | TokenTeacher:
     if not session.data.is_language:
         return predict(session.engine, rows, batch_size, session.device)
     folder = session.output_dir / token_teacher.FOLDER
+    watchdog.rest()  # every token is counted first
     session.tracker.say(f"the teacher's {top_k} likeliest words: {num_bytes(rows, top_k) / 2**20:.1f} MiB in {folder}")
     return token_teacher.write(session.engine, rows, top_k, batch_size, session.device, folder)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from prunadapt_ds import checkpoint, distributed, files, resume
-from prunadapt_ds.checkpoint import Checkpoint
+from prunadapt_ds.checkpoint import Checkpoint, Unread
 from prunadapt_ds.ds_config import resolve_ds_config
+from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.finish import finish
 from prunadapt_ds.setup import setup
 
@@ -27,10 +28,16 @@ def report_of(run_dir: Path) -> dict[str, Any]:
 
 
 def find(run_dir: Path) -> Checkpoint | None:
-    """The newest intact checkpoint of a run that is not complete; says which newer ones are damaged. Rank 0."""
+    """The newest intact checkpoint of a run that is not complete; says which newer ones are damaged. Rank 0.
+
+    Raises UserError where one cannot be read.
+    """
     if report_of(run_dir).get("status") == "complete":
         return None
-    newest, damaged = checkpoint.newest(run_dir / "checkpoints")
+    try:
+        newest, damaged = checkpoint.newest(run_dir / "checkpoints")
+    except Unread as error:
+        raise UserError(Problem("run_dir", str(run_dir), f"{error}; try again where it can be")) from error
     for line in damaged:
         print(line)
     return newest

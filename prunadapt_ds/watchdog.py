@@ -1,17 +1,20 @@
 """Signs of life: a process that shows none for too long writes down where it stands and ends, instead of waiting forever.
 
 One rank that is stuck makes all others wait; each of them strikes, and the stacks show who waits for whom. Other modules
-call `beat` in their loops and `rest` before what takes long once; both do nothing until `start`.
+call `beat` in their loops, do what takes long once within `resting`, and call `rest` before a stretch of such work that ends
+with the next beat; all of it does nothing until `start`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 LEAST_SECONDS = 60.0  # nothing is called stuck before that; PRUNADAPT_STUCK_SECONDS sets another number
@@ -86,6 +89,16 @@ def rest() -> None:
         _watch.last, _watch.silent, _watch.resting = time.monotonic(), 0.0, True
 
 
+@contextlib.contextmanager
+def resting() -> Iterator[None]:
+    """What is done inside takes its time; what follows does not."""
+    rest()
+    try:
+        yield
+    finally:
+        beat()
+
+
 def milestone(name: str) -> None:
     """The run got to `name`. Here tests let a rank (a number, or "all") be killed, stall, or be asked to stop."""
     fault = os.environ.get(FAULT)
@@ -94,6 +107,5 @@ def milestone(name: str) -> None:
     kind, where, rank = fault.split("@")
     if where == name and rank in ("all", os.environ.get("RANK", "0")):
         if kind == "stall":
-            beat()
             time.sleep(10_000)
         os.kill(os.getpid(), getattr(signal, kind))

@@ -3,15 +3,17 @@
 | fault | what happens | test |
 |---|---|---|
 | checkpoint truncated, a bit flipped | the one before is taken | test_resume, test_checkpoint |
+| no checkpoint is intact, or one cannot be read | exit 2, all stays | test_checkpoint |
 | disk full in a checkpoint, in the export | exit 1, the last checkpoint stays | test_a_full_disk |
+| metrics.jsonl cannot be opened | exit 1 on every rank | test_metrics_that_cannot_be_opened |
 | output_dir cannot be written, has a live owner | exit 2 before anything is loaded | test_no_place_to_write, test_a_folder_in_use |
 | loss is NaN or infinite | exit 1, step and samples named, the last checkpoint stays | test_a_loss_that_is_no_number |
 | one rank dies | the others end | test_one_rank_dies |
 | one rank's data differs | exit 4 | test_one_rank_has_other_data |
 | ranks disagree on a plan | exit 4 | test_ranks_that_disagree_on_a_plan |
-| a rank is stuck | every rank writes its stacks and ends | test_a_stuck_rank |
+| a rank is stuck, or suspended | who notices writes its stacks and ends, all end | test_a_stuck_rank, test_a_suspended_rank |
 | rank 0 fails alone | every rank raises | test_what_only_rank_0_can_see |
-| TensorBoard's folder vanishes | the run goes on | test_report |
+| TensorBoard's folder vanishes, or cannot be made | the run goes on | test_tensorboard_s_folder_vanishes, test_report |
 | ds_config changed between two parts of a run | named, or taken where it changes nothing | test_resume |
 | hub unreachable | exit 2 in seconds, offline options named | test_hub |
 | a compiler's lock left by a dead process | removed | test_the_lock_of_a_dead_compiler |
@@ -19,8 +21,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +109,17 @@ def test_no_place_to_write(base, tmp_path):
     assert first[1].startswith("error: output_dir=") and "cannot be written" in first[1] and not second[1]
 
 
+def test_metrics_that_cannot_be_opened(base, tmp_path):
+    """And TensorBoard that cannot be either, which would not have mattered."""
+    (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
+    (tmp_path / "out" / "runs").write_text("")
+    ended = run(argv(base, tmp_path / "out"))
+    assert [rank.code for rank in ended] == [1, 1]
+    (line,) = [line for line in ended[0].text.splitlines() if line.startswith("error")]
+    assert "opening metrics.jsonl failed: " in line and "Is a directory" in line
+    assert "error" not in ended[1].text and "Traceback" not in ended[0].text + ended[1].text
+
+
 def test_a_folder_in_use(base, tmp_path):
     from tests.unit.test_checkpoint import hold
 
@@ -126,10 +142,12 @@ def test_one_rank_dies(base, tmp_path):
     assert checkpoint.newest(tmp_path / "out" / "checkpoints")[0].step == 2
 
 
-def test_one_rank_has_other_data(base, tmp_path):
+@pytest.mark.parametrize("how", ["one more", "too little to be trained on"])
+def test_one_rank_has_other_data(base, tmp_path, how):
     tiny_data(tmp_path / "data", n_train=38, n_dev=21)
     mine = argv(base, tmp_path / "out")
-    other = [*mine, "--train_file", str(tmp_path / "data" / "train.csv")]
+    one_more = ["--train_file", str(tmp_path / "data" / "train.csv")]
+    other = [*mine, *(one_more if how == "one more" else ["--max_train_samples", "1"])]
     ended = Ranks([mine, other], 2).wait(400)
     assert [rank.code for rank in ended] == [4, 4]
     assert "error: the data differs between ranks: ranks [1]" in ended[0].text
@@ -156,19 +174,62 @@ def _with_another_plan_on_rank_1(argv):
         train.decide = honest
 
 
-def test_a_stuck_rank(base, tmp_path):
-    environment = {"PRUNADAPT_FAULT": "stall@step-5@1", "PRUNADAPT_STUCK_SECONDS": "3"}
-    ended = Ranks(argv(base, tmp_path / "out"), 2, environment).wait(500)
+@pytest.mark.parametrize("where", ["checkpoint-6/begin", "shrink-6/end"])
+def test_a_stuck_rank(base, tmp_path, where):
+    """Within a minute of when it stopped, also right after what may take an hour."""
+    environment = {"PRUNADAPT_FAULT": f"stall@{where}@1", "PRUNADAPT_STUCK_SECONDS": "3"}
+    ended = Ranks(argv(base, tmp_path / "out"), 2, environment).wait(300)
     assert [rank.code for rank in ended] == [1, 1]
     assert "error: rank 1 has not moved for" in ended[1].text
-    assert "in milestone" in (tmp_path / "out" / "stuck-rank-1.txt").read_text()
+    dump = tmp_path / "out" / "stuck-rank-1.txt"
+    assert "in milestone" in dump.read_text()
     assert "error: rank 0 has" in ended[0].text, "not moved either, or lost the other, whichever it noticed first"
-    assert checkpoint.newest(tmp_path / "out" / "checkpoints")[0].step == 4
+    newest = checkpoint.newest(tmp_path / "out" / "checkpoints")[0]
+    assert newest.step == 4
+    assert dump.stat().st_mtime - newest.folder.stat().st_mtime < 60
+
+
+def test_a_suspended_rank(base, tmp_path):
+    """It cannot tell; the one that waits for it does, and says that it stands in a collective."""
+    environment = {"PRUNADAPT_FAULT": "SIGSTOP@checkpoint-4/end@1", "PRUNADAPT_STUCK_SECONDS": "3"}
+    ranks = Ranks(argv(base, tmp_path / "out"), 2, environment)
+    try:
+        ranks.wait_for(lambda: not ranks.processes[0].is_alive(), timeout=300)
+    finally:
+        ranks.processes[1].kill()
+    waiting, _ = ranks.wait(30)
+    assert waiting.code == 1 and "error: rank 0 has not moved for" in waiting.text
+    dump, newest = tmp_path / "out" / "stuck-rank-0.txt", checkpoint.newest(tmp_path / "out" / "checkpoints")[0]
+    assert "train_step" in dump.read_text() and newest.step == 4
+    assert dump.stat().st_mtime - newest.folder.stat().st_mtime < 60
+
+
+def test_tensorboard_s_folder_vanishes(base, tmp_path):
+    """Said once, on the console of a run that ends well."""
+    ranks = Ranks(argv(base, tmp_path / "out"), 1, {"PRUNADAPT_FAULT": "SIGSTOP@checkpoint-2/end@0"})
+    process = ranks.processes[0]
+    ranks.wait_for(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", 300)
+    shutil.rmtree(tmp_path / "out" / "runs")
+    (tmp_path / "out" / "runs").write_text("a file")
+    os.kill(process.pid, signal.SIGCONT)
+    (ended,) = ranks.wait(300)
+    assert ended.code == 0 and status(tmp_path / "out") == "complete", ended.text[-2000:]
+    assert ended.text.count("TensorBoard is not written any more") == 1 and "Traceback" not in ended.text
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4, 6, 9, 12, 12]
 
 
 def test_what_only_rank_0_can_see():
     messages = run_ranks(_rank_0_fails, 2)
     assert messages[0] == messages[1] == "writing the report failed: [Errno 28] No space left on device"
+
+
+def test_what_holds_everywhere():
+    assert run_ranks(_holds, 2, [True, False]) == [False, False] and run_ranks(_holds, 2, [True, True]) == [True, True]
+
+
+def _holds(of_rank):
+    return distributed.everywhere(of_rank[distributed.rank()])
 
 
 def _rank_0_fails():

@@ -52,6 +52,17 @@ def place(base, tmp_path, monkeypatch):
         del os.environ[name]
 
 
+@pytest.mark.parametrize("rank, local_rank, speaks", [(0, 0, True), (1, 1, False), (2, 0, True)])
+def test_a_file_that_one_host_holds_in_another_way_is_said_there(place, monkeypatch, rank, local_rank, speaks):
+    """Before the ranks have found each other, no other host can say it."""
+    for name, value in {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert main(["--config", "missing.yaml"]) == 2
+    assert ("missing.yaml" in said.getvalue()) is speaks
+
+
 def tree(folder):
     """Every path below, with what is in it."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}

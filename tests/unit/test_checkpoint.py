@@ -1,16 +1,21 @@
 """Checkpoints on disk: whole or absent, never believed unchecked. And what may change between two parts of a run."""
 
+import contextlib
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from prunadapt_ds import checkpoint, resume
+from prunadapt_ds import checkpoint, export, files, resume, setup, snapshot, unfinished
 from prunadapt_ds.config import OPTIONS, parse
-from prunadapt_ds.errors import UserError
+from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.files import LOCK_NAME, OwnedFolder, replace
 from prunadapt_ds.importance import Recorder
 from tests.conftest import ROOT
@@ -89,6 +94,88 @@ def test_nothing_intact_is_nothing(tmp_path):
     assert found is None and len(notes) == 1
 
 
+def auto(tmp_path, *argv):
+    return resume.find(parse(["--output_dir", str(tmp_path / "out"), *argv]))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
+    root = tmp_path / "out" / "checkpoints"
+    save(root, 1, 2)
+    os.truncate(root / "step-2" / checkpoint.TENSORS, 10)
+    (root / "step-1" / checkpoint.STATE).unlink()
+    words = r"resume='auto': .*step-2: tensors.*cut short.*step-1: checkpoint.json is missing.*--resume never"
+    with pytest.raises(UserError, match=words):
+        auto(tmp_path)
+    assert auto(tmp_path, "--resume", "never").checkpoint is None
+    with pytest.raises(UserError, match=r"no intact checkpoint \(.*step-2: .*step-1: "):
+        auto(tmp_path, "--resume", str(root))
+    assert steps_in(root) == [2, 1]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("name", [checkpoint.TENSORS, checkpoint.STATE])
+def test_what_cannot_be_read_is_neither_damaged_nor_passed_over(tmp_path, monkeypatch, number, name):
+    root = tmp_path / "out" / "checkpoints"
+    save(root, 1, 2)
+    plain = Path.open
+
+    def failing(path, *args, **options):
+        if path == root / "step-2" / name:
+            raise OSError(number, os.strerror(number), str(path))
+        return plain(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: failing(path, "r", **options).read())
+    for argv in ([], ["--resume", str(root)], ["--resume", str(root / "step-2")]):
+        with pytest.raises(
+            UserError, match=rf"step-2/{name} cannot be read \({os.strerror(number)}.*nothing was changed"
+        ):
+            auto(tmp_path, *argv)
+    with pytest.raises(UserError, match=rf"run_dir=.*{os.strerror(number)}"):
+        unfinished.find(tmp_path / "out")
+    assert steps_in(root) == [2, 1]
+
+
+def test_a_folder_that_does_not_answer_is_not_empty(tmp_path, monkeypatch):
+    root, plain = tmp_path / "out" / "checkpoints", os.listdir
+    save(root, 1)
+
+    def failing(path="."):
+        if path == root:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "listdir", failing)
+    with pytest.raises(PrunadaptError, match=r"reading the output folder failed: .*Input/output error"):
+        auto(tmp_path)
+
+
+def test_a_checkpoint_of_a_later_version_is_not_damaged(tmp_path, monkeypatch):
+    root = tmp_path / "out" / "checkpoints"
+    save(root, 1)
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    save(root, 2)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"step-2 is of a later version \(format 2, this one reads 1\)"):
+        auto(tmp_path)
+    assert steps_in(root) == [2, 1]
+
+
+def test_a_checkpoint_that_vanishes_before_it_is_used_is_every_rank_s_error(tmp_path):
+    save(tmp_path, 1)
+    found = checkpoint.read(tmp_path / "step-1")
+    files.discard(tmp_path / "step-1")
+    with pytest.raises(PrunadaptError, match=r"reading .*step-1 failed: "):
+        snapshot.restore(None, found)
+
+
+def test_what_was_passed_over_below_a_named_folder_is_said(tmp_path):
+    save(tmp_path, 1, 2)
+    os.truncate(tmp_path / "step-2" / checkpoint.TENSORS, 10)
+    found, passed_over = resume._given(tmp_path)
+    assert found.step == 1 and len(passed_over) == 1 and "step-2" in passed_over[0]
+
+
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
     save(tmp_path, 1)
     monkeypatch.setattr(checkpoint, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -106,6 +193,102 @@ def test_files_are_replaced_whole(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         replace(tmp_path / "a.json", "\ud800")
     assert (tmp_path / "a.json").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("calls", range(8))
+def test_a_folder_is_whole_or_absent_whenever_its_writer_dies(tmp_path, monkeypatch, calls):
+    """After so many calls that change the disk; what removes trees has then removed a part of one."""
+    content = {"a", "b"}
+
+    def write():
+        with files.whole_folder(tmp_path / "out") as unfinished:
+            for name in sorted(content):
+                (unfinished / name).write_text("")
+
+    def dying(function, half):
+        def call(path, *args, **options):
+            nonlocal left
+            if left == 0:
+                half(path)
+                raise Killed
+            left -= left > 0
+            return function(path, *args, **options)
+
+        return call
+
+    def remove_half(path):
+        for name in sorted(os.listdir(path))[:1] if os.path.isdir(path) else []:
+            os.unlink(os.path.join(path, name))
+
+    left = -1
+    monkeypatch.setattr(files.shutil, "rmtree", dying(shutil.rmtree, remove_half))
+    monkeypatch.setattr(Path, "rename", dying(Path.rename, lambda path: None))
+    write()
+    left = calls
+    with contextlib.suppress(Killed):
+        write()
+    assert not (tmp_path / "out").exists() or set(os.listdir(tmp_path / "out")) == content
+    left = -1
+    write()
+    assert os.listdir(tmp_path) == ["out"], "the next one takes away what the dead one left"
+    left = calls
+    with contextlib.suppress(Killed):
+        files.discard(tmp_path / "out")
+    assert not (tmp_path / "out").exists() or set(os.listdir(tmp_path / "out")) == content
+
+
+def test_a_folder_that_cannot_be_put_in_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    with files.whole_folder(tmp_path / "out") as unfinished:
+        (unfinished / "old").write_text("")
+    plain = Path.rename
+
+    def failing(path, target):
+        if path.name == ".out.tmp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return plain(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="error"), files.whole_folder(tmp_path / "out") as unfinished:
+        (unfinished / "new").write_text("")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["old"]
+
+
+def test_a_folder_s_folders_are_whole_too(tmp_path, monkeypatch):
+    synced = set()
+    monkeypatch.setattr(files, "sync", lambda path: synced.add(path.name))
+    with files.whole_folder(tmp_path / "out") as unfinished:
+        (unfinished / "inner").mkdir()
+        (unfinished / "inner" / "a").write_text("")
+        (unfinished / "inner" / "a").chmod(0o600)
+    assert (tmp_path / "out" / "inner" / "a").stat().st_mode & 0o777 == files.usual_mode()
+    assert (tmp_path / "out" / "inner").stat().st_mode & 0o100, "or nobody gets in"
+    assert {"inner", "a", ".out.tmp"} <= synced
+
+
+def test_a_cast_folder_is_readable_whenever_its_writer_dies(tmp_path, monkeypatch):
+    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+
+    plain = os.replace
+
+    def full(path, target):
+        if os.path.basename(target) == "config.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "replace", full)
+        with pytest.raises(OSError, match="No space"):
+            export.cast(tmp_path, torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "float32"}
+    export.cast(tmp_path, torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "bfloat16"}
+    assert load_file(tmp_path / "model.safetensors")["w"].dtype == torch.bfloat16
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 
 # ---------------------------------------------------------------------------------------------------- one owner
@@ -129,6 +312,27 @@ def test_a_folder_has_one_owner_and_a_dead_one_is_none(tmp_path):
     assert (tmp_path / "out" / LOCK_NAME).exists(), "the killed process could not take it away"
     OwnedFolder(tmp_path / "out").release()
     assert not list((tmp_path / "out").iterdir()), "the folder was not ours, the file is"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_said_and_written_to(tmp_path, monkeypatch, capsys, number):
+    def flock(descriptor, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    OwnedFolder(tmp_path / "out").release()
+    said = capsys.readouterr().err
+    assert said.count("has no locks") == 1 and os.strerror(number) in said and "no other run" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"cannot be written .*error"):
+        OwnedFolder(tmp_path / "out")
 
 
 def test_a_folder_that_stays_empty_goes_again(tmp_path):
@@ -158,7 +362,8 @@ def ds_config(tmp_path):
 
 
 def asked(path, *argv):
-    return resume.options(parse(["--ds_config", path, *argv]))
+    config = parse(["--ds_config", path, *argv])
+    return resume.options(config, setup.agreed_ds_config(config))
 
 
 SAME = {
@@ -209,6 +414,16 @@ def test_every_option_is_compared_or_free_for_a_reason(ds_config):
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
     }
+
+
+@pytest.mark.parametrize("others, dtype", [(True, "bf16"), (False, "fp32")])
+def test_bf16_is_taken_by_itself_where_every_rank_is_fast_at_it(ds_config, monkeypatch, others, dtype):
+    """Another rank that is not: this one takes fp32 too, and so says what the run is known by."""
+    monkeypatch.setattr("prunadapt_ds.ds_config.fast_bf16", lambda: True)
+    monkeypatch.setattr("prunadapt_ds.distributed.everywhere", lambda holds: holds and others)
+    config = parse(["--ds_config", ds_config(bf16={"enabled": "auto"}), "--resume", "never"])
+    assert setup.agreed_ds_config(config).dtype == dtype
+    assert resume.find(config).options["bf16"] is (dtype == "bf16")
 
 
 def finished(folder, **options):

@@ -178,8 +178,11 @@ def test_checkpoints(place, raw):
     folder = place / "checkpoints" / "step-3"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / checkpoint.STATE).write_bytes(raw)
-    found, damaged = checkpoint.newest(folder.parent)
-    assert (found is None) == bool(damaged) and (found is None or isinstance(found.step, int))
+    try:
+        found, damaged = checkpoint.newest(folder.parent)
+        assert (found is None) == bool(damaged) and (found is None or isinstance(found.step, int))
+    except checkpoint.Unread:  # a later version's, or files of names that no file can have
+        pass
     read(lambda: resume._given(folder))
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from prunadapt_ds import adapters, gates, token_teacher
+from prunadapt_ds import adapters, files, gates, token_teacher
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import parse
 from prunadapt_ds.data import compute_perplexity, load_language, tokenize_language
@@ -209,7 +209,7 @@ def test_the_teacher_s_words_are_found_again(rows, tmp_path):
     folder = tmp_path / "teacher"
     written = token_teacher.write(model, rows, 3, 2, torch.device("cpu"), folder)
     positions = [5, 0, 5, 7]
-    for teacher in (written, token_teacher.open_again(folder)):
+    for teacher in (written, token_teacher.open_again(folder, written.identity)):
         found, expected = teacher.answers(positions), []
         for i in positions:
             batch = rows.batch([i], 1.0)
@@ -222,21 +222,37 @@ def test_the_teacher_s_words_are_found_again(rows, tmp_path):
     assert token_teacher.num_bytes(rows, 3) <= on_disk <= token_teacher.num_bytes(rows, 3) + 500
 
 
-@pytest.mark.parametrize("damage", ["no index", "no file of a rank", "cut short"])
-def test_a_teacher_that_is_not_whole_is_refused_before_any_step(rows, tmp_path, damage):
+DAMAGES = ["gone", "cut short", "flipped"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [token_teacher.INDEX, token_teacher.shard(0)])
+def test_a_teacher_that_is_not_whole_is_refused_before_any_step(rows, tmp_path, name, damage):
+    model, folder = AutoModelForCausalLM.from_config(tiny_config("llama")).eval(), tmp_path / "teacher"
+    identity = token_teacher.write(model, rows, 3, 2, torch.device("cpu"), folder).identity
+    content = bytearray((folder / name).read_bytes())
+    content[-5] ^= 1
+    (folder / name).unlink()
+    if damage != "gone":
+        (folder / name).write_bytes(content[: len(content) // 2] if damage == "cut short" else content)
+    why = "is missing" if damage == "gone" else "was cut short or changed"
+    with pytest.raises(UserError, match=rf"output_dir=.*{name} {why}.*--resume never"):
+        token_teacher.open_again(folder, identity)
+
+
+def test_a_teacher_s_files_appear_whole(rows, tmp_path, monkeypatch):
+    """Forced to the disk under another name, the index after all others."""
+    synced, plain = [], files.sync
+    monkeypatch.setattr(files, "sync", lambda path: (synced.append(path.name), plain(path)))
     model, folder = AutoModelForCausalLM.from_config(tiny_config("llama")).eval(), tmp_path / "teacher"
     token_teacher.write(model, rows, 3, 2, torch.device("cpu"), folder)
-    file = folder / (token_teacher.INDEX if damage == "no index" else token_teacher.shard(0))
-    content = file.read_bytes()
-    file.unlink()
-    if damage == "cut short":
-        file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="--resume never"):
-        token_teacher.open_again(folder)
+    shard, index = token_teacher.shard(0), token_teacher.INDEX
+    assert synced == [f".{shard}.tmp", "teacher", f".{index}.tmp", "teacher"]
+    assert {p.name for p in folder.iterdir()} == {shard, index}
 
 
 def test_a_teacher_for_whom_there_is_no_room_is_every_rank_s_error(rows, tmp_path, monkeypatch):
-    def full(tensors, file):
+    def full(tensors, file, metadata):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prunadapt_ds import report
+from prunadapt_ds import report, setup
+from prunadapt_ds.config import parse
+from prunadapt_ds.errors import PrunadaptError
 from prunadapt_ds.tracking import Tracker
 
 pytestmark = pytest.mark.fast
@@ -137,6 +139,7 @@ def test_a_run_goes_on_when_tensorboard_s_folder_vanishes(tmp_path, capsys):
     tracker = Tracker(tmp_path, 1000, enabled=True)
     while (tmp_path / "runs").exists():  # the writer's thread may put a file into it meanwhile
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    (tmp_path / "runs").write_text("a file")
     for step in range(200):
         tracker.log(step, "dense", {"train/loss": 1.0})
         if step == 100:
@@ -144,7 +147,24 @@ def test_a_run_goes_on_when_tensorboard_s_folder_vanishes(tmp_path, capsys):
     tracker.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 200
     printed = capsys.readouterr().out
-    assert printed.count("TensorBoard is not written any more") <= 1
+    assert printed.count("TensorBoard is not written any more") == 1
+
+
+def test_a_run_goes_on_where_tensorboard_has_no_folder(tmp_path, capsys):
+    (tmp_path / "runs").write_text("a file")
+    tracker = Tracker(tmp_path, 10, enabled=True)
+    tracker.log(1, "dense", {"train/loss": 1.0})
+    tracker.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert capsys.readouterr().out.count("TensorBoard is not written: ") == 1
+
+
+def test_metrics_that_cannot_be_opened_are_every_rank_s_error(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    config, ds = parse(["--output_dir", str(tmp_path)]), SimpleNamespace(board_dir=None)
+    with pytest.raises(PrunadaptError, match=r"opening metrics.jsonl failed: .*Is a directory"):
+        setup.tracker_of(config, ds, 10, None, tracked=True)
+    assert not setup.tracker_of(config, ds, 10, None, tracked=False).enabled
 
 
 def test_metrics_that_cannot_be_written_are_told(tmp_path):
