@@ -61,7 +61,7 @@ def test_help_lists_only_what_has_a_meaning(prunadapt, name):
 def test_options_of_help_have_their_defaults(prunadapt):
     _, out, _ = prunadapt("predict", "--help")
     assert "Model and rows:" in out and "GLUE's leaderboard:" in out
-    assert "tokens; longer inputs are truncated [128]" in " ".join(out.split())
+    assert "rows per rank that are answered together [64]" in " ".join(out.split())
 
 
 def test_every_launcher_file_is_a_command_and_the_other_way_round():
