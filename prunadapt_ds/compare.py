@@ -20,6 +20,7 @@ from typing import Any
 
 from prunadapt_ds import figures, files, pages, report
 from prunadapt_ds.errors import Problem, PrunadaptError, UserError, message
+from prunadapt_ds.options import Help, as_called
 
 KEY = ("task", "method", "criterion", "model", "target")
 NAMES = ("score", "parameters", "macs", "latency", "train_s")
@@ -308,12 +309,14 @@ def page(found: Sequence[Line], rows: Sequence[report.Row]) -> str:
     return pages.document("Runs compared", f"<h1>Runs compared</h1>{tables}{said}<div class=pictures>{pictures}</div>")
 
 
-_EXAMPLE = "example: prunadapt compare outputs/sweep --output_dir outputs"
+_EXAMPLE = "prunadapt compare outputs/sweep --output_dir outputs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; with --output_dir also write compare.md, compare.csv and compare.html. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLE)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, or a folder of such folders")
     parser.add_argument("--output_dir", metavar="DIR", help="also write compare.md, compare.csv and compare.html there")
     arguments = parser.parse_args(argv)

@@ -210,7 +210,7 @@ OPTIONS = options_of(SECTIONS)
 TRAIN = Usage(
     "Adapt a frozen backbone to a task while pruning what the task does not need. Every option has a default: alone, it runs "
     "the built-in sample.",
-    "deepspeed launcher/train.py --ds_config ds_configs/zero3.json --task_name mrpc",
+    "prunadapt train --ds_config ds_configs/zero3.json --model_name_or_path bert-base-uncased --task_name mrpc",
 )
 
 

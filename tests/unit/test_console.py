@@ -1,6 +1,7 @@
 """One command for all programs, what comes with the package, and SLURM templates in a folder of one's own."""
 
 import fnmatch
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -8,11 +9,12 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from prunadapt_ds import console, init_slurm, resources
+from prunadapt_ds import config, console, init_slurm, options, predict, resources
 from prunadapt_ds.config import parse
 from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.errors import UserError
 from tests.conftest import ROOT
+from tests.unit import commands
 
 pytestmark = pytest.mark.fast
 NAMES = [command.name for command in console.COMMANDS]
@@ -48,8 +50,31 @@ def test_help_lists_every_command_and_needs_no_torch():
 def test_every_command_has_help_with_an_example(prunadapt, name):
     code, out, _ = prunadapt(name, "--help")
     assert code == 0 and out.startswith(f"usage: prunadapt {name} ")
-    example = " ".join(out.split("example: ")[1].split())
-    assert name in example or f"launcher/{name}.py" in example
+    said = out.split("example: ")[1]
+    assert len(said.splitlines()) == 1, "to be pasted"
+    example = shlex.split(said)
+    assert example[:2] == ["prunadapt", name] and "launcher/" not in out
+    commands.check(example)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_of_a_launcher_file_is_the_file(name):
+    """Where nothing is installed, there is no `prunadapt`."""
+    file = f"launcher/{name.replace('-', '_')}.py"
+    done = subprocess.run([sys.executable, file, "--help"], cwd=ROOT, capture_output=True, text=True)
+    example = shlex.split(done.stdout.split("example: ")[1])
+    assert example[:2] == ["deepspeed" if name == "train" else "python", file]
+    commands.check(example)
+
+
+@pytest.mark.parametrize("sections, usage", [(config.SECTIONS, config.TRAIN), (predict.SECTIONS, predict.USAGE)])
+def test_help_has_every_default(sections, usage):
+    """0 is one. False and None go without saying: a switch that is off, and what the text explains."""
+    helps = {action.dest: action.help for action in options._parser(sections, usage)._actions}
+    known = options.options_of(sections)
+    stated = {name: f"[{o.default}]" for name, o in known.items() if o.default is not None and o.default is not False}
+    assert {"0", "0.0", "-1", "True"} <= {text.strip("[]") for text in stated.values()} or sections is predict.SECTIONS
+    assert {name for name, text in stated.items() if not helps[name].endswith(text)} == set()
 
 
 @pytest.mark.parametrize("name", ["evaluate", "doctor"])
