@@ -40,8 +40,6 @@ behind = [b for a, b in zip([name, *words], words) if a in ("prunadapt", "prunad
 said = [*behind[:1], *[os.path.basename(w)[:-3] for w in words if w.startswith("launcher/")]]
 if said[:1] == ["train"]:
     words += {short} + ([] if "--output_dir" in words else ["--resume", "never"])
-if said[:1] in (["evaluate"], ["predict"]):  # the models take no more
-    words += ["--max_seq_length", "32"]
 if said[:1] in (["train"], ["evaluate"]) and "--task_name" in words and "--data_dir" not in words:
     words += ["--data_dir", "glue_data"]
 program = {programs!r} + "/" + name
