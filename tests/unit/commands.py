@@ -19,7 +19,10 @@ from tests.conftest import ROOT
 PAGES = {
     str(path.relative_to(ROOT)): path
     for path in (
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md", "ds_configs/README.md")),
+        *(
+            ROOT / name
+            for name in ("README.md", "DESCRIPTION.md", "CONTRIBUTING.md", "slurm/README.md", "ds_configs/README.md")
+        ),
         *sorted((ROOT / "docs").glob("*.md")),
     )
 }
@@ -267,7 +270,7 @@ def _pip(words):
     _need(words[0] == "install", words)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in words:
-        for extra in ",".join(re.findall(r"^\.\[(.*)\]$", word)).split(","):
+        for extra in ",".join(re.findall(r"^(?:\.|prunadapt-ds)\[(.*)\]$", word)).split(","):
             _need(not extra or extra in extras, f"there is no extra {extra}")
 
 

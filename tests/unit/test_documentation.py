@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 
 import pytest
 
@@ -161,6 +162,13 @@ def test_links_lead_somewhere(name):
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
         if not link.startswith("http") and not (path.parent == ROOT / "docs" and link in generated):
             assert (path.parent / link).exists(), f"{name}: {link}"
+
+
+def test_the_page_of_the_index_needs_no_files_beside_it():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / setup["readme"]).read_text()
+    assert not [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    assert setup["urls"] and all(url.startswith("https://") for url in setup["urls"].values())
 
 
 def test_the_notebook_is_committed_without_outputs():
