@@ -19,7 +19,7 @@ from prunadapt_ds.batches import Rows
 from prunadapt_ds.data import Columns, Task, tokenize
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate import predict
-from prunadapt_ds.scoring import in_order, load_folder
+from prunadapt_ds.scoring import in_order, load_folder, scored_length
 
 CHUNK = 8192  # rows that are tokenised, sorted by length and answered together: what is held in memory, whatever a file's size
 
@@ -53,7 +53,7 @@ class Answerer:
 def load(
     name: str,
     trust_remote_code: bool,
-    max_seq_length: int,
+    max_seq_length: int | None,
     batch_size: int,
     *,
     task: Task | None = None,
@@ -61,6 +61,7 @@ def load(
 ) -> Answerer:
     """The folder or hub id `name`, ready on this rank's device. Collective.
 
+    max_seq_length: None: as in the run that wrote the folder.
     task: what it must have been trained for; without one its labels are called `label_names`, or as its configuration does.
     Raises UserError for what does not load or is no classifier (or regressor) of one text or a pair.
     """
@@ -93,7 +94,8 @@ def load(
         raise UserError(Problem("label_names", " ".join(label_names), remedy))
     else:
         label_names = label_names or tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    return Answerer(model, tokenizer, label_names, max_seq_length, batch_size, task)
+    longest = max_seq_length or scored_length(name)
+    return Answerer(model, tokenizer, label_names, longest, batch_size, task)
 
 
 def chunks(rows: Iterable[dict[str, str]]) -> Iterator[Columns]:

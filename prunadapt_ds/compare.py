@@ -1,14 +1,18 @@
-"""Any number of runs as one table and one page: means and spread over seeds, what failed shown as such, and the Pareto front."""
+"""Any number of runs as one table and one page: means and spread over seeds, what failed shown as such, and the Pareto front.
+
+Runs are seeds of one setting where nothing but the seed differs: the options of run.json, the ranks and the device.
+"""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import html
 import io
 import json
 import os.path
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,31 +20,30 @@ from typing import Any
 
 from prunadapt_ds import figures, files, pages, report
 from prunadapt_ds.errors import Problem, PrunadaptError, UserError, message
+from prunadapt_ds.options import Help, as_called
 
 KEY = ("task", "method", "criterion", "model", "target")
-HEADER = (
-    "task",
-    "method",
-    "criterion",
-    "model",
-    "target",
-    "seeds",
-    "status",
-    "score",
-    "parameters",
-    "MACs",
-    "latency",
-    "train s",
-)
+NAMES = ("score", "parameters", "macs", "latency", "train_s")
+HEADER = (*KEY, "options", "seeds", "status", "score", "parameters", "MACs", "latency", "train s")
+TEXT_COLUMNS = len(KEY) + 1
 TRADE_OFFS = (("latency", "latency / dense"), ("parameters", "parameters / dense"), ("train_s", "training seconds"))
+# Options of run.json that make no other setting: the columns of KEY say them, or they do not change what is measured.
+IN_KEY = {"task_name", "method", "criterion", "model_name_or_path", "target_sparsity"}
+UNMEASURED = {"seed", "export_formats", "save_scores"}
+SURROUNDINGS = (
+    "world_size",
+    "zero_stage",
+    "device",
+)  # of report.json: they change seconds, and no option says them all
 
 
 @dataclass(frozen=True)
 class Run:
-    """One folder. `report` is None where there is no report to read."""
+    """One folder. `report` is None where there is no report to read, `options` where nothing says with which it was made."""
 
     folder: Path
     report: dict[str, Any] | None
+    options: dict[str, str] | None = None
 
     @property
     def status(self) -> str:
@@ -48,19 +51,30 @@ class Run:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What two runs share that differ in their seed only; a missing run stands alone."""
+        """What the table's first columns say; of a missing run its folder."""
         r = self.report
         if r is None:
-            return (self.folder.name, *["-"] * (len(KEY) - 1))
+            return (str(self.folder), *["-"] * (len(KEY) - 1))
         values = (r["task"], r["method"], r["criterion"], r["model"], r["sparsity"]["target"])
         return tuple("-" if value is None else str(value) for value in values)
+
+    @property
+    def setting(self) -> Hashable:
+        """Equal for two runs that differ in their seed only. A run of unknown options stands alone."""
+        if self.report is None or self.options is None:
+            return str(self.folder)
+        return self.key, tuple(sorted(self.options.items()))
 
 
 @dataclass(frozen=True)
 class Line:
-    """All seeds of one setting. figures: {"score", "parameters", "macs", "latency", "train_s"} -> a value per complete run."""
+    """All seeds of one setting.
+
+    options: those that tell its row from others, as text. figures: of each of NAMES a value per complete run.
+    """
 
     key: tuple[str, ...]
+    options: str
     runs: tuple[Run, ...]
     figures: dict[str, list[float]]
 
@@ -72,6 +86,18 @@ class Line:
             return "complete"
         return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
+    @property
+    def seeds(self) -> str:
+        """How many seeds are complete, and how many runs where one has several."""
+        seeds = [str(run.report["seed"]) for run in self.runs if run.report is not None and run.status == "complete"]
+        repeated = f" ({len(seeds)} runs)" if len(set(seeds)) < len(seeds) else ""
+        return f"{len(set(seeds))}{repeated}"
+
+    @property
+    def scale(self) -> float:
+        """By which a score is divided to be shown: in percent, perplexity as it is."""
+        return 1 if self.key[0] == "causal_lm" else 0.01
+
     def mean(self, name: str) -> float | None:
         return mean(self.figures[name]) if self.figures[name] else None
 
@@ -81,15 +107,34 @@ def find(folders: Sequence[str]) -> list[Run]:
     problems = [Problem("run", f, "there is no such folder") for f in folders if not os.path.isdir(f)]
     if problems:
         raise UserError(problems)
-    return [run for folder in folders for run in _inside(Path(folder))]
+    found = [run for folder in folders for run in _inside(Path(folder))]
+    return list({run.folder.resolve(): run for run in reversed(found)}.values())[::-1]  # named twice, or inside another
 
 
 def _inside(folder: Path) -> list[Run]:
     if (folder / "report.json").is_file():
-        return [Run(folder, _read(folder / "report.json"))]
-    below = sorted(path.parent for path in folder.rglob("report.json") if "exports" not in path.parts)
-    begun = sorted({path.parent for path in folder.rglob("metrics.jsonl")} - set(below))
-    return [Run(path, _read(path / "report.json")) for path in sorted([*below, *begun])] or [Run(folder, None)]
+        return [_run(folder)]
+    reports = {path.parent for path in folder.rglob("report.json")}
+    begun = {path.parent for path in folder.rglob("metrics.jsonl")}
+    found = [path for path in sorted(reports | begun) if "exports" not in path.relative_to(folder).parts]
+    return [_run(path) for path in found] or [Run(folder, None)]
+
+
+def _run(folder: Path) -> Run:
+    report = _read(folder / "report.json")
+    return Run(folder, report, None if report is None else _options(folder / "run.json", report))
+
+
+def _options(path: Path, report: dict[str, Any]) -> dict[str, str] | None:
+    """By name, as JSON: what a run was asked for and where it ran, but for its seed. None where the file is not there or
+    not whole."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in found.items() if name not in IN_KEY | UNMEASURED}
+        kept |= {name: report.get(name) for name in SURROUNDINGS}
+        return {name: json.dumps(value, sort_keys=True) for name, value in kept.items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -98,9 +143,10 @@ def _read(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         numbers = [*_figures(found).values(), found["sparsity"]["target"]]
         names = [found[name] for name in ("status", "task", "method", "criterion", "model")]
+        seed = found["seed"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return None
-    is_whole = all(n is None or isinstance(n, (int, float)) for n in numbers) and isinstance(names[0], str)
+    is_whole = all(n is None or isinstance(n, (int, float)) for n in [*numbers, seed]) and isinstance(names[0], str)
     return found if is_whole and all(n is None or isinstance(n, str) for n in names) else None
 
 
@@ -119,16 +165,31 @@ def _figures(r: dict[str, Any]) -> dict[str, float | None]:
 
 def lines(runs: Sequence[Run]) -> list[Line]:
     """Runs grouped by all but their seed. Only complete runs count in a figure."""
-    groups: dict[tuple[str, ...], list[Run]] = {}
+    groups: dict[Hashable, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.key, []).append(run)
+        groups.setdefault(run.setting, []).append(run)
+    told = differing([run for run in runs if run.options is not None])
     result = []
-    for key, members in groups.items():
+    for members in groups.values():
         found = [_figures(run.report) for run in members if run.report is not None and run.status == "complete"]
-        names = ("score", "parameters", "macs", "latency", "train_s")
-        values = {name: [f[name] for f in found if f[name] is not None] for name in names}
-        result.append(Line(key, tuple(members), values))  # type: ignore[arg-type]
+        values = {name: [f[name] for f in found if f[name] is not None] for name in NAMES}
+        result.append(Line(members[0].key, _told(members[0], told), tuple(members), values))  # type: ignore[arg-type]
     return result
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Names of the options that are not the same in all runs; what one does not know of another's is another value."""
+    names = sorted({name for run in runs for name in run.options or ()})
+    return [name for name in names if len({(run.options or {}).get(name) for run in runs}) > 1]
+
+
+def _told(run: Run, names: Sequence[str]) -> str:
+    if run.report is None:
+        return "-"
+    if run.options is None:
+        return f"unknown: no run.json in {run.folder}"
+    stated = {name: run.options[name].strip('"') for name in names if name in run.options}
+    return " ".join(f"{name}={'default' if value == 'null' else value}" for name, value in stated.items()) or "-"
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -152,39 +213,52 @@ def table(found: Sequence[Line]) -> list[report.Row]:
     """A row per setting; costs are shares of the dense model's."""
     rows = []
     for line in found:
-        scale = 1 if line.key[0] == "causal_lm" else 0.01
         f = line.figures
         shares = [_cell(f[name], "{:.2f}") for name in ("parameters", "macs", "latency")]
-        seeds = str(sum(run.status == "complete" for run in line.runs))
-        rows.append(
-            (*line.key, seeds, line.status, _cell(f["score"], "{:.2f}", scale), *shares, _cell(f["train_s"], "{:.0f}"))
-        )
+        costs = (_cell(f["score"], "{:.2f}", line.scale), *shares, _cell(f["train_s"], "{:.0f}"))
+        rows.append((*line.key, line.options, line.seeds, line.status, *costs))
     return rows
 
 
-def csv_text(rows: Sequence[report.Row]) -> str:
+def csv_text(found: Sequence[Line]) -> str:
+    """The same for programs: mean, standard deviation and number of runs of each figure in columns of their own."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([HEADER, *rows])
+    writer = csv.writer(text, lineterminator="\n")
+    measured = [f"{name}_{of}" for name in NAMES for of in ("mean", "std", "n")]
+    writer.writerow([*KEY, "options", "seeds", "status", *measured])
+    for line in found:
+        seeds = line.seeds.partition(" ")[0]
+        cells = [cell for name in NAMES for cell in _numbers(line, name)]
+        writer.writerow([*line.key, line.options, seeds, line.status, *cells])
     return text.getvalue()
 
 
-def trade_off(found: Sequence[Line], name: str, label: str) -> figures.Picture | None:
-    """Score against a cost; what nothing else beats is filled and joined. One task only: scores of two do not compare."""
-    known = [(line, line.mean(name), line.mean("score")) for line in found]
-    scale = 1 if any(line.key[0] == "causal_lm" for line in found) else 100  # as in the table
-    points = [(line, cost, score * scale) for line, cost, score in known if cost is not None and score is not None]
-    if len(points) < 2 or len({line.key[0] for line, *_ in points}) > 1:
-        return None
-    sign = -1 if points[0][0].key[0] == "causal_lm" else 1  # less perplexity is better
+def _numbers(line: Line, name: str) -> tuple[str, str, int]:
+    """Mean and deviation, empty where there is none, and of how many."""
+    values = [value / (line.scale if name == "score" else 1) for value in line.figures[name]]
+    middle = f"{mean(values):.6g}" if values else ""
+    return middle, f"{stdev(values):.6g}" if len(values) > 1 else "", len(values)
+
+
+Point = tuple[Line, float, float]  # a setting with its cost and its score
+
+
+def points_of(found: Sequence[Line], name: str, task: str) -> list[Point]:
+    """The settings of a task that have this cost and a score, as the table shows them. Scores of two tasks do not compare."""
+    known = [(line, line.mean(name), line.mean("score")) for line in found if line.key[0] == task]
+    return [(line, cost, score / line.scale) for line, cost, score in known if cost is not None and score is not None]
+
+
+def trade_off(points: Sequence[Point], label: str) -> figures.Picture:
+    """Score against a cost, of one task; what nothing else beats is filled and joined."""
+    task = points[0][0].key[0]
+    sign = -1 if task == "causal_lm" else 1  # less perplexity is better
     front = pareto([(cost, sign * score) for _, cost, score in points])
     drawing, axis = figures.figure(3.6)
     best = sorted((cost, score) for (_, cost, score), on in zip(points, front, strict=True) if on)
     axis.plot(*zip(*best, strict=True), color=figures.INK, linestyle=":", linewidth=1)
-    told = {i for i in range(len(KEY)) if len({line.key[i] for line, *_ in points}) > 1}  # what tells the points apart
     words = []
-    for (line, cost, score), on in zip(points, front, strict=True):
-        title = " ".join(report.short_model(part) for i, part in enumerate(line.key) if i in told and part != "-")
-        title = title or line.key[1]
+    for (_, cost, score), title, on in zip(points, titles([line for line, *_ in points]), front, strict=True):
         axis.scatter(
             [cost], [score], s=34, facecolor=figures.ACCENT if on else "white", edgecolor=figures.ACCENT, zorder=3
         )
@@ -193,36 +267,66 @@ def trade_off(found: Sequence[Line], name: str, label: str) -> figures.Picture |
     axis.set_xlabel(label)
     axis.set_ylabel("score")
     axis.margins(0.12)
-    return figures.picture(
-        f"Score against {label} (filled: nothing is better in both)", "; ".join(words) + ".", drawing
-    )
+    title = f"{task}: score against {label} (filled: nothing is better in both)"
+    return figures.picture(title, "; ".join(words) + ".", drawing)
+
+
+def titles(found: Sequence[Line]) -> list[str]:
+    """What tells lines apart, in a few words each."""
+    cells = [(*line.key, line.options) for line in found]
+    told = [i for i in range(len(KEY) + 1) if len({row[i] for row in cells}) > 1]
+    words = [[report.short_model(row[i]) for i in told if row[i] != "-"] for row in cells]
+    return [" ".join(some) or row[1] for some, row in zip(words, cells, strict=True)]
+
+
+def trade_offs(found: Sequence[Line]) -> tuple[list[figures.Picture], list[str]]:
+    """A picture for every task and cost, and a sentence for every task that has too few settings for one."""
+    drawn, missing = [], []
+    for task in dict.fromkeys(line.key[0] for line in found if line.runs[0].report is not None):
+        few = []
+        for name, label in TRADE_OFFS:
+            points = points_of(found, name, task)
+            if len(points) > 1:
+                drawn.append(figures.drawn(trade_off, points, label))
+            else:
+                few.append(f"{label} ({len(points)})")
+        if few:
+            needed = "a picture takes two settings that have a complete run with both figures"
+            missing.append(f"{task}: no picture of score against {', '.join(few)}; {needed}.")
+    return drawn, missing
 
 
 def page(found: Sequence[Line], rows: Sequence[report.Row]) -> str:
-    drawn = [figures.drawn(trade_off, found, name, label) for name, label in TRADE_OFFS]
-    pictures = "".join(pages.image(picture) for picture in drawn if picture is not None)
+    drawn, missing = trade_offs(found)
+    pictures = "".join(map(pages.image, drawn))
     short = [(*row[:3], report.short_model(row[3]), *row[4:]) for row in rows]
-    note = "Parameters, MACs and latency are shares of the dense model's; ± is the standard deviation over seeds."
-    body = f"<h1>Runs compared</h1>{pages.html_table(HEADER, short, 'Runs', 5)}<p>{note}</p><div class=pictures>{pictures}</div>"
-    return pages.document("Runs compared", body)
+    notes = [
+        "Parameters, MACs and latency are shares of the dense model's; ± is the standard deviation over seeds.",
+        *missing,
+    ]
+    said = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    tables = pages.html_table(HEADER, short, "Runs", TEXT_COLUMNS)
+    return pages.document("Runs compared", f"<h1>Runs compared</h1>{tables}{said}<div class=pictures>{pictures}</div>")
 
 
-_EXAMPLE = "example: prunadapt compare outputs/sweep --output_dir outputs"
+_EXAMPLE = "prunadapt compare outputs/sweep --output_dir outputs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; with --output_dir also write compare.md, compare.csv and compare.html. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLE)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, or a folder of such folders")
     parser.add_argument("--output_dir", metavar="DIR", help="also write compare.md, compare.csv and compare.html there")
     arguments = parser.parse_args(argv)
     try:
         found = lines(find(arguments.runs))
         rows = table(found)
-        text = report.markdown_table(HEADER, rows, 5)
+        text = report.markdown_table(HEADER, rows, TEXT_COLUMNS)
         print(text)
         if arguments.output_dir:
-            written = {"compare.md": text + "\n", "compare.csv": csv_text(rows), "compare.html": page(found, rows)}
+            written = {"compare.md": text + "\n", "compare.csv": csv_text(found), "compare.html": page(found, rows)}
             write(arguments.output_dir, written)
     except PrunadaptError as error:
         print(message(error), file=sys.stderr)

@@ -49,7 +49,9 @@ class DataOptions:
     train_file: str | None = option(None, "own training data: csv, tsv, jsonl, parquet; sentence1[, sentence2], label")
     validation_file: str | None = option(None, "own development data, same columns")
     test_file: str | None = option(None, "refused: answer a test set afterwards, with `prunadapt predict`")
-    max_seq_length: int = option(128, "tokens; longer inputs are truncated", least=4)
+    max_seq_length: int = option(
+        128, "tokens; longer inputs are truncated (a folder that is scored: as in the run that wrote it)", least=4
+    )
     max_train_samples: int | None = option(None, "train on that many examples only, chosen by the seed", least=1)
     max_eval_samples: int | None = option(None, "evaluate on the first that many examples of each set", least=1)
 
@@ -208,7 +210,7 @@ OPTIONS = options_of(SECTIONS)
 TRAIN = Usage(
     "Adapt a frozen backbone to a task while pruning what the task does not need. Every option has a default: alone, it runs "
     "the built-in sample.",
-    "deepspeed launcher/train.py --ds_config ds_configs/zero3.json --task_name mrpc",
+    "prunadapt train --ds_config ds_configs/zero3.json --model_name_or_path bert-base-uncased --task_name mrpc",
 )
 
 

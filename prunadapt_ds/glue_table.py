@@ -21,6 +21,7 @@ from typing import Any
 from prunadapt_ds import files
 from prunadapt_ds.config import TASK_NAMES
 from prunadapt_ds.errors import Problem, UserError, message
+from prunadapt_ds.options import Help, as_called
 
 TASKS = tuple(name for name in TASK_NAMES if name != "sample")
 KINDS = ("teacher", "masked", "exported")
@@ -187,12 +188,14 @@ def gather(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, 
     return found
 
 
-_EXAMPLE = "example: prunadapt glue-table outputs/glue --tasks rte mrpc --seeds 0 1 2"
+_EXAMPLE = "prunadapt glue-table outputs/glue --tasks rte mrpc --seeds 0 1 2"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when every cell is complete, 1 when some are not (the table says which), 2 for a mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLE)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help
+    )
     parser.add_argument("root", type=Path, help="folder that holds <task>/seed<n>/report.json")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="[all nine]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="[0]")

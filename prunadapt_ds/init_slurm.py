@@ -11,11 +11,16 @@ from pathlib import Path
 from prunadapt_ds import resources
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.files import whole_folder
+from prunadapt_ds.options import Help, as_called
+
+_EXAMPLE = "prunadapt init-slurm my-project"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Copy; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: prunadapt init-slurm my-project")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help
+    )
     parser.add_argument("folder", type=Path, metavar="DIR", help="is made where there is none")
     options = parser.parse_args(argv)
     try:

@@ -37,9 +37,27 @@ def option(
     return field(default=default, metadata={"help": text, **limits})
 
 
+def as_called(example: str) -> str:
+    """`prunadapt NAME ...` for a reader who has called the program by its file: as he would call that again."""
+    program = Path(sys.argv[0])
+    if program.parent.name != "launcher" or program.suffix != ".py":
+        return example
+    starter = "deepspeed" if program.stem == "train" else "python"
+    _, _, *rest = example.split(" ")
+    return " ".join([starter, f"launcher/{program.name}", *rest])
+
+
+class Help(argparse.HelpFormatter):
+    """Leaves an example on its line, however long: what is broken at a hyphen cannot be pasted."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example: ") else super()._fill_text(text, width, indent)
+
+
 @dataclass(frozen=True)
 class Usage:
-    """What `--help` of a command says: what it does, one example, and which options it lists (None: all)."""
+    """What `--help` of a command says: what it does, one example that begins with `prunadapt`, and which options it lists
+    (None: all)."""
 
     description: str
     example: str
@@ -118,7 +136,8 @@ def _parser(sections: Mapping[str, type], usage: Usage) -> argparse.ArgumentPars
     parser = _Silent(
         usage="%(prog)s [option ...]",
         description=usage.description,
-        epilog=f"example: {usage.example}",
+        epilog=f"example: {as_called(usage.example)}",
+        formatter_class=Help,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="yaml file with any of these options; the command line wins")
@@ -130,7 +149,7 @@ def _parser(sections: Mapping[str, type], usage: Usage) -> argparse.ArgumentPars
             text = o.limits["help"].replace("%", "%%")
             if o.limits["choices"]:
                 text += f": {', '.join(o.limits['choices'])}"
-            if o.default not in (None, False):
+            if o.default is not None and o.default is not False:  # 0 is a default to know, and equals False
                 text += f" [{o.default}]"
             shape: dict[str, Any] = {"metavar": o.kind.__name__.upper(), "default": argparse.SUPPRESS, "help": text}
             if o.kind is bool:

@@ -14,6 +14,7 @@ from typing import Any
 from prunadapt_ds import resources
 from prunadapt_ds.config import TASK_TYPES, parse
 from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.options import as_called
 from prunadapt_ds.planner import plan, read_config
 from prunadapt_ds.zero_costs import BYTES, Machine
 
@@ -110,14 +111,17 @@ def run(argv: list[str]) -> str:
     return json.dumps(found, indent=1) if values.json else table(found)
 
 
+_EXAMPLE = "prunadapt plan --model_name_or_path meta-llama/Llama-2-70b-hf --world_size 16 --target_sparsity 0.5"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [option ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Bytes, communication and seconds of a run for every file in ds_configs/, from the configuration alone.",
-        epilog="Any option of launcher/train.py is taken as well: --model_name_or_path, --method, --target_sparsity, --r,\n"
+        epilog="Any option of a training is taken as well: --model_name_or_path, --method, --target_sparsity, --r,\n"
         "--per_device_train_batch_size, --max_seq_length, --gradient_checkpointing, --ds_config (that file only), ...\n\n"
-        "example: python launcher/plan.py --model_name_or_path meta-llama/Llama-2-70b-hf --world_size 16 --target_sparsity 0.5",
+        f"example: {as_called(_EXAMPLE)}",
         allow_abbrev=False,
     )
     for name, (_, default, text) in OWN.items():

@@ -44,7 +44,9 @@ class PredictOptions:
         None, "csv or jsonl, `-`: jsonl on standard output [-]; with --glue_submission the zip [submission.zip]"
     )
     label_names: list[str] | None = option(None, "what the labels are called, in the model's order (as it says itself)")
-    max_seq_length: int = option(128, "tokens; longer inputs are truncated", least=4)
+    max_seq_length: int | None = option(
+        None, "tokens; longer inputs are truncated (as in the run that wrote the folder; of other models 128)", least=4
+    )
     per_device_eval_batch_size: int = option(64, "rows per rank that are answered together", least=1)
 
 

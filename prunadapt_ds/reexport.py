@@ -20,9 +20,10 @@ from prunadapt_ds.config import EXPORT_DTYPES
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import ParityError, Problem, UserError
 from prunadapt_ds.models import modeling_prunadapt
+from prunadapt_ds.options import Help, as_called
 
 KINDS = ("compact", "padded", "uniform", *graphs.KINDS)
-_EXAMPLE = "example: prunadapt export --run_dir outputs --export_formats padded onnx"
+_EXAMPLE = "prunadapt export --run_dir outputs --export_formats padded onnx"
 EXAMPLES, TOKENS = 64, 24  # random rows on which a new folder must compute what the compact one does
 
 
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLE, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help, allow_abbrev=False
+    )
     parser.add_argument("--run_dir", required=True, help="output_dir of a run that is finished, or was interrupted")
     parser.add_argument(
         "--export_formats",

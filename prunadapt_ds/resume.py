@@ -220,11 +220,26 @@ def begin(session: Session) -> None:
         files.discard(session.output_dir / token_teacher.FOLDER)
         for name in LEFT_BEHIND:
             (session.output_dir / name).unlink(missing_ok=True)
-        text = json.dumps({**asked_of(session), **names(session.config)}, indent=2, sort_keys=True)
-        files.replace(session.output_dir / "run.json", text + "\n")  # by which the run is known again
+        _write_options(session)
 
     distributed.on_rank_0("clearing the output folder", clear)
     write_latency(session)
+
+
+def _write_options(session: Session) -> None:
+    """run.json, by which the run is known again. Of rank 0."""
+    stated = {**asked_of(session), **names(session.config)}
+    files.replace(session.output_dir / "run.json", json.dumps(stated, indent=2, sort_keys=True) + "\n")
+
+
+def keep_options(session: Session) -> None:
+    """run.json of a run that goes on in another folder than the one it began in. Collective."""
+
+    def write() -> None:
+        if not (session.output_dir / "run.json").exists():
+            _write_options(session)
+
+    distributed.on_rank_0("writing run.json", write)
 
 
 def write_latency(session: Session) -> None:

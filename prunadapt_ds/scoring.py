@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os.path
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from prunadapt_ds import backbone, distributed, files
 from prunadapt_ds.batches import Rows
-from prunadapt_ds.config import Config, parse
+from prunadapt_ds.config import Config, DataOptions, parse
 from prunadapt_ds.data import (
     compute_metrics,
     compute_perplexity,
@@ -72,8 +73,9 @@ def run(config: Config) -> dict[str, float]:
     )
     model.to(distributed.device()).eval()
     measures: dict[str, float] = {}
+    is_given = "max_seq_length" in config.given
+    longest = config.data.max_seq_length if is_given else scored_length(config.model.model_name_or_path)
     for name, split in data.validation.items():
-        longest = config.data.max_seq_length
         tokens = (
             tokenize_language(split, tokenizer, longest)
             if is_language
@@ -97,6 +99,36 @@ def run(config: Config) -> dict[str, float]:
         text = json.dumps(measures, indent=2) + "\n"
         distributed.on_rank_0(f"writing {file}", lambda: files.replace(file, text))
     return measures
+
+
+def scored_length(name: str) -> int:
+    """Tokens of an input where nobody says how many: as in the run whose export `name` is, of other models the default of
+    training. Rank 0 looks, and says which. Collective."""
+
+    def look() -> int:
+        found = run_length(Path(name))
+        why = "as in its run" if found else "nothing says what it was trained with; set it with --max_seq_length"
+        print(f"{name}: at most {found or DataOptions.max_seq_length} tokens of an input ({why})", file=sys.stderr)
+        return found or DataOptions.max_seq_length
+
+    return distributed.on_rank_0(f"looking for the run of {name}", look)
+
+
+def run_length(folder: Path) -> int | None:
+    """`--max_seq_length` of the run that wrote RUN/exports/FORMAT; None where no run is around the folder."""
+    folder = folder.resolve()
+    if folder.parent.name != "exports":
+        return None
+    for file, keys in (("run.json", ["max_seq_length"]), ("report.json", ["macs", "seq_length"])):
+        try:
+            found = json.loads((folder.parent.parent / file).read_text(encoding="utf-8"))
+            for key in keys:
+                found = found[key]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+        if type(found) is int and found > 0:
+            return found
+    return None
 
 
 def load_folder(

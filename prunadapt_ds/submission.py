@@ -40,10 +40,12 @@ def run(
     run_root: str | None,
     task_models: Sequence[str],
     trust_remote_code: bool,
-    max_seq_length: int,
+    max_seq_length: int | None,
     batch_size: int,
 ) -> None:
     """Answer the sets that have a model and a file, check every file, write `output`; rank 0 says what is missing. Collective.
+
+    max_seq_length: None: every model as in the run that wrote it.
 
     Raises UserError, before any model is loaded, for folders and files that do not fit.
     """

@@ -83,6 +83,7 @@ def go_on(session: Session, start: resume.Start) -> None:
     """A run that was interrupted: the same shape as then, and what it had learnt."""
     assert start.checkpoint is not None
     resume.rebuild(session, start.checkpoint)
+    resume.keep_options(session)
     for note in start.notes:
         session.tracker.say(note)
     session.tracker.say(f"goes on after step {session.step} of {session.total_steps}, from {start.checkpoint.folder}")

@@ -4,6 +4,7 @@ Each load runs in a process of its own: HF_ENDPOINT and the caches are read when
 """
 
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -19,6 +20,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import ModelCard, constants
+
+from prunadapt_ds import card
+from prunadapt_ds.data import TASKS
+from prunadapt_ds.hub import unreachable
+from tests.unit.test_card import LANGUAGE, OWN, report_of
 
 pytestmark = pytest.mark.ci
 
@@ -334,3 +341,16 @@ def test_an_unreachable_hub_is_reported_quickly(tmp_path, kind):
     for option in ("--data_dir", "--train_file", "--task_name sample"):
         assert option in out["error"]
     assert "\n" not in out["error"] and "Traceback" not in out["stderr"]
+
+
+@pytest.mark.full
+def test_the_hub_itself_takes_the_cards(monkeypatch):
+    """`ModelCard.validate` asks the hub, which alone has the validator: run where it answers. What can be checked without
+    it, the library's own reading of the metadata, is in tests/unit/test_card.py."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # as all other tests are
+    reason = unreachable(lambda api, timeout: api.model_info("google-bert/bert-base-uncased", timeout=timeout))
+    if reason is not None:
+        pytest.skip(f"the validator is the hub's own and needs the network: {reason}")
+    for task, kind in itertools.product((*TASKS.values(), OWN, LANGUAGE), ("compact", "padded")):
+        report, _ = report_of(task, kind)
+        ModelCard(card.render(report, "google-bert/bert-base-uncased", task, kind, {"license": "mit"})).validate()

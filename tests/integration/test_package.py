@@ -1,5 +1,6 @@
 """The wheel, installed where nothing of the checkout is at hand."""
 
+import json
 import os
 import subprocess
 import sys
@@ -74,6 +75,42 @@ def test_the_wheel_holds_all_it_needs(built):
             if path.is_file():
                 assert f"{inside}/{path.relative_to(built / 'source' / folder)}" in names
     assert not [n for n in names if n.startswith(("tests", "benchmarks", "launcher"))]
+
+
+def test_the_sdist_is_the_checkout(built):
+    """But for what only the repository's own machinery reads."""
+    (unpacked,) = (built / "unpacked").iterdir()
+    tracked = {p.relative_to(built / "source") for p in (built / "source").rglob("*") if p.is_file()}
+    tracked = {p for p in tracked if p.parts[0] != ".ci" and not p.parts[0].endswith((".egg-info", "build"))}
+    held = {p.relative_to(unpacked) for p in unpacked.rglob("*") if p.is_file()}
+    assert tracked - held == set()
+    for name in (
+        "docs/index.md",
+        "launcher/train.py",
+        "slurm/train.sh",
+        "constraints.txt",
+        "Makefile",
+        "tests/tiny.py",
+    ):
+        assert Path(name) in held
+    assert not [p for p in held if p.suffix == ".pyc"]
+    assert "](docs/" not in (unpacked / "PKG-INFO").read_text(), "links that an index cannot follow"
+
+
+def test_a_clean_environment_trains(built, tmp_path):
+    """The wheel with what it declares and nothing else, at the versions of constraints.txt; two steps of the built-in sample."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    (wheel,) = built.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "--python", tmp_path / "venv" / "bin" / "python"]
+    call([*pip, "install", "-q", "-c", built / "source" / "constraints.txt", f"{wheel}[sample]"], tmp_path)
+    call([*pip, "check"], tmp_path)
+    work = tmp_path / "work"
+    work.mkdir()
+    short = ["--max_steps", "2", "--num_decisions", "1", "--max_eval_samples", "32", "--max_train_samples", "64"]
+    call([tmp_path / "venv" / "bin" / "prunadapt", "train", *short], work, OMP_NUM_THREADS="1")
+    report = json.loads((work / "outputs" / "report.json").read_text())
+    assert report["status"] == "complete" and report["time"]["steps"] == 2
+    assert f"torch=={report['versions']['torch'].partition('+')[0]}" in (ROOT / "constraints.txt").read_text().split()
 
 
 def test_the_installed_command(installed, tmp_path):

@@ -21,7 +21,8 @@ from tests.tiny import tiny_data, tiny_folder, tiny_glue, tiny_instructions, tin
 from tests.unit import commands
 
 pytestmark = pytest.mark.full
-# Run by tests of their own: the Makefile's targets, SLURM's and MPI's programs, a server, the installation.
+# Not run here. SLURM's and MPI's programs, TensorBoard (by make and by itself), the notebook, the installation and the site
+# have tests of their own; of make's other targets, most of which run tests, recipes are parsed (unit/test_documentation.py).
 LEFT_OUT = ("make", "sbatch", "srun", "mpirun", "tensorboard", "jupyter", "pip", "source", "kill", "bash")
 SHORT = ["--max_steps", "6", "--max_seq_length", "32", "--num_decisions", "1", "--per_device_train_batch_size", "4"]
 ENCODERS, LANGUAGE = ("bert-base-uncased", "bert-base", "my-encoder", "roberta-base"), ("Qwen/Qwen3-0.6B", "llama")
@@ -39,8 +40,6 @@ behind = [b for a, b in zip([name, *words], words) if a in ("prunadapt", "prunad
 said = [*behind[:1], *[os.path.basename(w)[:-3] for w in words if w.startswith("launcher/")]]
 if said[:1] == ["train"]:
     words += {short} + ([] if "--output_dir" in words else ["--resume", "never"])
-if said[:1] in (["evaluate"], ["predict"]):  # the models take no more
-    words += ["--max_seq_length", "32"]
 if said[:1] in (["train"], ["evaluate"]) and "--task_name" in words and "--data_dir" not in words:
     words += ["--data_dir", "glue_data"]
 program = {programs!r} + "/" + name

