@@ -22,6 +22,7 @@ from prunadapt_ds.ds_config import DsConfig
 from prunadapt_ds.evaluate import predict
 from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
 from prunadapt_ds.models.structure import layers_of
+from prunadapt_ds.report import LIVE_PARTS
 from prunadapt_ds.resize import resize
 from prunadapt_ds.schedule import default_learning_rate
 from prunadapt_ds.shrink import StepTimes
@@ -62,6 +63,7 @@ class Session:
     average: WeightAverage = field(default_factory=WeightAverage)  # of the dense phase, until it has become the teacher
     activation_bytes: int = 0
     live_bytes: dict[str, int] = field(default_factory=dict)  # "dense", "after_shrink": most of any rank
+    live_parts: dict[str, dict[str, int]] = field(default_factory=dict)  # likewise, by `report.LIVE_PARTS`
     peak_bytes: dict[str, int] = field(default_factory=dict)  # "dense_phase", "after_shrink"
     watched_length: int = 0  # tokens of the longest sample in a step whose activations were counted with this engine
     rebuild_seconds: float = 0.0  # of the last shrink, all of it, by `clock`
@@ -117,9 +119,20 @@ class Session:
         """What steps took, by `clock`."""
         return self.step_cpu_times if self.device.type == "cpu" else self.step_times
 
-    def live(self) -> int:
+    def live_parts_now(self) -> dict[str, int]:
         """Bytes this rank holds: parameters, optimizer state, and what the last watched step saved for its backward."""
-        return memory.parameter_bytes(self.model) + memory.optimizer_bytes(self.engine) + self.activation_bytes
+        held = memory.parameter_bytes(self.model), memory.optimizer_bytes(self.engine), self.activation_bytes
+        return dict(zip(LIVE_PARTS, held, strict=True))
+
+    def live(self) -> int:
+        """All of them together."""
+        return sum(self.live_parts_now().values())
+
+    def note_live(self) -> None:
+        """Write down what the busiest rank holds now, and the most of each part that any rank does. Collective."""
+        kind, parts = "after_shrink" if self.is_shrunk else "dense", self.live_parts_now()
+        self.live_bytes[kind] = int(distributed.dist_max(sum(parts.values())))
+        self.live_parts[kind] = {name: int(distributed.dist_max(size)) for name, size in parts.items()}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

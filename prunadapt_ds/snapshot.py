@@ -96,6 +96,7 @@ def clocks(session: Session) -> dict[str, Any]:
 def memory_marks(session: Session) -> dict[str, Any]:
     return {
         "live": session.live_bytes,
+        "parts": session.live_parts,
         "peak": session.peak_bytes,
         "now": distributed.dist_max(session.peak.bytes()),
         "micro_batch": session.sampler.micro_batch_size,
@@ -179,6 +180,7 @@ def restore_marks(session: Session, saved: Mapping[str, Any]) -> None:
         getattr(session, name).seconds = {int(size): list(taken) for size, taken in times[name].items()}
     session.build_seconds, session.rebuild_seconds = times["build"], times["rebuild"]
     session.live_bytes, session.peak_bytes = dict(marks["live"]), dict(marks["peak"])
+    session.live_parts = dict(marks.get("parts", {}))  # older checkpoints have none
     session.peak.reset()
     session.peak.before = int(marks["now"])
     if marks["micro_batch"] == session.sampler.micro_batch_size:

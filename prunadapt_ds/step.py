@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prunadapt_ds import distributed, memory
+from prunadapt_ds import memory
 from prunadapt_ds.batches import Batch
 from prunadapt_ds.importance import Recorder
 from prunadapt_ds.objective import TopWords, sample_losses
@@ -80,5 +80,5 @@ def watched(session: Session, step: int) -> Iterator[None]:
     with saved.watch():
         yield
     session.activation_bytes = saved.bytes // session.sampler.accumulation_steps
-    session.live_bytes["after_shrink" if session.is_shrunk else "dense"] = int(distributed.dist_max(session.live()))
+    session.note_live()
     session.watched_length = length

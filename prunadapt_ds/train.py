@@ -147,11 +147,12 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
 def say_what_will_happen(session: Session, pruning: PruningSchedule | None) -> None:
     total, structure, stage = session.total_steps, session.backbone.structure, session.ds.stage
     start, end = (pruning.start_step, pruning.end_step) if pruning else (total, total)
-    phases = [("dense", session.step, start), ("prune", max(start, session.step), end), ("recover", end, total)]
+    phases = outline.phases(session.step, start, end, total)
     counts = engines.trainable_counts(session.model, session.backbone.head_names)
-    sharding = outline.sharding(stage, distributed.world_size())
+    sharding = outline.sharding(stage, distributed.world_size(), session.ds.values["zero_optimization"])
     numbers = structure.dense_cost("params") + structure.other_params
-    session.tracker.say(outline.header(session.config, phases, counts, numbers, sharding))
+    rate = None if session.ds.adam.get("lr") else session.learning_rate
+    session.tracker.say(outline.header(session.config, phases, counts, numbers, sharding, rate))
 
 
 def log_interval(
