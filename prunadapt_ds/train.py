@@ -93,7 +93,7 @@ def owned(config: Config) -> Iterator[StopSignals]:
     """Nobody else may write to the output folder meanwhile, and signals do not end the process but stop the run."""
     folder = Path(config.output.output_dir)
     lock = distributed.together(lambda: files.OwnedFolder(folder) if distributed.rank() == 0 else None)
-    signals = StopSignals()
+    signals = StopSignals(speaks=distributed.rank() == 0)
     signals.listen()
     watchdog.start(folder, distributed.rank())
     try:
