@@ -180,9 +180,7 @@ def prove(
     model = config.model.model_name_or_path
     base = card.stated(model)
     for kind in formats_of(session):
-        if kind != "adapter":
-            text = card.render(result, model, session.data.task, kind, base)
-            files.replace(folder.parent / kind / "README.md", text)
+        files.replace(folder.parent / kind / "README.md", card.render(result, model, session.data.task, kind, base))
 
 
 def parity(reference: dict[str, Tensor], exported: export.Reloaded) -> dict[str, float]:
@@ -297,6 +295,7 @@ def describe(session: Session) -> None:
         "last_step_cpu_s": last_cpu if on_cpu else None,
     }
     result["memory"]["frozen_shard_bytes"] = int(distributed.dist_max(frozen_bytes))
+    result["communication"]["sent_bytes"] |= session.sent_bytes
     result["memory"]["live_tensor_bytes"] |= session.live_bytes
     result["memory"]["live_parts_bytes"] |= session.live_parts
     result["memory"]["peak_rank_bytes"] |= session.peak_bytes

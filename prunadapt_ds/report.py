@@ -62,6 +62,7 @@ _SCHEMA: dict[str, Any] = {
         "live_parts_bytes": {kind: _nothing(*LIVE_PARTS) for kind in ("dense", "after_shrink")},
         "peak_rank_bytes": _nothing("dense_phase", "after_shrink"),
     },
+    "communication": {"sent_bytes": _nothing("dense", "after_shrink")},  # by a rank in an optimizer step
     "latency": _nothing(
         *("dense_ms", "exported_ms", "batch_size", "seq_length", "dtype", "threads", "repeats", "speedup"),
         *("target_speedup", "table_speedup"),
@@ -175,6 +176,7 @@ def costs(report: dict[str, Any]) -> list[Row]:
     """What the dense model and the pruned one cost, and the pruned one's share."""
     params, macs, latency, time = report["params"], report["macs"], report["latency"], report["time"]
     live, peak = report["memory"]["live_tensor_bytes"], report["memory"]["peak_rank_bytes"]
+    sent = report.get("communication", _SCHEMA["communication"])["sent_bytes"]  # older reports have none
     return [
         _compared("encoder parameters", params["encoder_dense"], params["encoder_kept"], "{:,.0f}"),
         _compared(f"MACs, {macs['seq_length']} tokens (M)", macs["dense"], macs["kept"], "{:,.0f}", 1e6),
@@ -182,6 +184,7 @@ def costs(report: dict[str, Any]) -> list[Row]:
         _compared("training step (s)", time["dense_step_s"], time["last_step_s"], "{:,.3f}"),
         _compared("live memory per rank (MiB)", live["dense"], live["after_shrink"], scale=2**20),
         _compared("peak memory per rank (MiB)", peak["dense_phase"], peak["after_shrink"], scale=2**20),
+        _compared("sent per rank and step (MiB)", sent["dense"], sent["after_shrink"], scale=2**20),
         ("train time (s), all of it", "-", _number(time["train_s"], "{:,.1f}")),
     ]
 

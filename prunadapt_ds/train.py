@@ -169,7 +169,8 @@ def log_interval(
         session.live(),
         session.train_seconds(),
     )
-    loss = float(distributed.dist_sum(torch.stack(session.losses).mean())) / distributed.world_size()
+    means = distributed.dist_sum(torch.stack(session.losses).mean(0)) / distributed.world_size()
+    loss, distillation, taught = means.tolist()  # taught: the share of these steps that had a teacher
     session.losses.clear()
     session.tracker.log(
         step,
@@ -181,7 +182,9 @@ def log_interval(
             "samples/s": rate,
             "memory/parameters(bytes)": memory.parameter_bytes(session.model),
             "memory/live(bytes)": live,
+            "communication/sent(bytes)": session.sent_in_a_step(),
             "distillation/weight": distill_weight(session, pruning, step - 1),
+            **({"distillation/loss": distillation / taught} if taught else {}),
             "time/train(s)": seconds,
             **{f"learning_rate/{name}": value for name, value in learning_rates.items()},
         },

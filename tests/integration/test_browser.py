@@ -155,6 +155,21 @@ def test_images(board, opened):
     assert all(p.evaluate("i => i.complete && i.naturalWidth") >= 900 for p in pictures.all()) and not elsewhere
 
 
+def test_histograms(board, opened):
+    page, elsewhere = opened(f"{board}/#histograms", wait_for="pruning/gates")
+    for tag in ("pruning/gates", "pruning/log10_scores_heads", "pruning/log10_scores_neurons"):
+        assert page.get_by_text(tag).count(), tag
+    assert page.locator("tf-histogram-loader, vz-histogram-timeseries, tb-histogram").count() and not elsewhere
+
+
+def test_text(board, opened):
+    page, elsewhere = opened(f"{board}/#text", wait_for="config")
+    for tag in ("config", "ds_config", "plan"):
+        assert page.get_by_text(tag).count(), tag
+    page.get_by_text("target_sparsity").first.wait_for(timeout=PATIENCE)  # the configuration itself
+    assert not elsewhere
+
+
 def test_hparams(board, opened):
     page, elsewhere = opened(f"{board}/#hparams", wait_for="TABLE VIEW")
     page.get_by_text("0.6/runs").first.wait_for(timeout=PATIENCE)
