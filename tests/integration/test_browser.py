@@ -157,16 +157,18 @@ def test_images(board, opened):
 
 def test_histograms(board, opened):
     page, elsewhere = opened(f"{board}/#histograms", wait_for="pruning/gates")
+    drawn = page.locator("tf-histogram-loader")
+    drawn.nth(5).wait_for(timeout=PATIENCE)  # gates, heads and neurons of two runs
     for tag in ("pruning/gates", "pruning/log10_scores_heads", "pruning/log10_scores_neurons"):
         assert page.get_by_text(tag).count(), tag
-    assert page.locator("tf-histogram-loader, vz-histogram-timeseries, tb-histogram").count() and not elsewhere
+    assert drawn.first.locator("vz-histogram-timeseries").count() and not elsewhere
 
 
 def test_text(board, opened):
-    page, elsewhere = opened(f"{board}/#text", wait_for="config")
-    for tag in ("config", "ds_config", "plan"):
-        assert page.get_by_text(tag).count(), tag
-    page.get_by_text("target_sparsity").first.wait_for(timeout=PATIENCE)  # the configuration itself
+    page, elsewhere = opened(f"{board}/#text", wait_for="target_sparsity")  # the configuration itself
+    page.locator("tf-text-loader").nth(5).wait_for(timeout=PATIENCE)  # two configurations and a plan of two runs
+    for words in ("ds_config", "zero_optimization", "plan"):
+        assert page.get_by_text(words).count(), words
     assert not elsewhere
 
 

@@ -295,6 +295,8 @@ def test_deepspeed_launcher(base, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["status"] == "complete" and report["world_size"] == 2
+    assert (report["launcher"], report["nodes"]) == ("deepspeed", 1)
+    assert report["command"].startswith("deepspeed --num_accelerators 2 --module prunadapt_ds train ")
 
 
 def test_two_ranks_one_message_and_exit_code_2(base, tmp_path):
