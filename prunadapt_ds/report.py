@@ -297,6 +297,13 @@ def parity(report: dict[str, Any]) -> str:
     )
 
 
+def live_parts(report: dict[str, Any]) -> list[Row]:
+    """What the counted bytes of a rank are of, in MiB; nothing where no step was taken."""
+    parts = report["memory"]["live_parts_bytes"]
+    rows = [(name, parts["dense"][name], parts["after_shrink"][name]) for name in LIVE_PARTS]
+    return [_compared(*row, scale=2**20) for row in rows if row[1:] != (None, None)]
+
+
 def speedup(report: dict[str, Any]) -> str:
     """What was asked for and what was measured; nothing where no speed was asked for."""
     found = report["latency"]
@@ -317,6 +324,7 @@ def markdown(report: dict[str, Any]) -> str:
     """The report for reading."""
     structure = [(str(r["layer"]), str(r["heads"]), str(r["neurons"])) for r in report["structure"]]
     seconds = [(key, _number(value, "{:,.2f}")) for key, value in report["time"].items()]
+    memory = live_parts(report)
     parts = [
         f"# {report['task']}: {report['method']} on {short_model(str(report['model']))}",
         "\n".join(f"- **{figure}** {what} ({beside})" for what, figure, beside in headline(report)),
@@ -328,6 +336,7 @@ def markdown(report: dict[str, Any]) -> str:
         markdown_table(("layer", "heads", "neurons"), structure, 0),
         "## Time",
         markdown_table(("", ""), seconds),
+        *(["## Live memory of a rank (MiB)", markdown_table(("", "dense", "pruned"), memory)] if memory else []),
         "## Progress",
         markdown_table(PROGRESS_HEADER, map(progress_cells, report["progress"])),
         versions(report),

@@ -121,6 +121,19 @@ def test_nothing_is_said_of_what_a_run_did_not_do():
     assert "differ by at most 1.00e-06 in their logits on 300 examples (allowed: 1.00e-04)" in note
 
 
+def test_memory_is_taken_apart():
+    r = filled()
+    assert report.live_parts(r) == [] and "Live memory of" not in report.markdown(r)
+    r["memory"]["live_parts_bytes"] = {
+        "dense": {"parameters": 2**22, "optimizer": 2**21, "activations": 2**20},
+        "after_shrink": {"parameters": 2**21, "optimizer": 2**20, "activations": 2**19},
+    }
+    report.validate(r)
+    assert "| parameters | 4.0 | 2.0 (50.0%) |\n| optimizer | 2.0 | 1.0 (50.0%) |\n| activations |" in report.markdown(
+        r
+    )
+
+
 @pytest.mark.parametrize(
     "model, name",
     [
