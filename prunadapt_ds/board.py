@@ -21,9 +21,10 @@ TAGS = {
     "samples/s": "efficiency/samples_per_second",
     "memory/parameters(bytes)": "efficiency/parameters_MiB",
     "memory/live(bytes)": "efficiency/live_MiB",
+    "communication/sent(bytes)": "efficiency/sent_per_step_MiB",
     "time/train(s)": "efficiency/train_seconds",
 }
-"""Metrics whose group in TensorBoard is not that of metrics.jsonl. Memory is that of a rank."""
+"""Metrics whose group in TensorBoard is not that of metrics.jsonl. Memory and what is sent are those of a rank."""
 DOTS_PER_INCH = 200  # pictures are looked at larger than they are
 
 LAYOUT = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,14 @@ def render(report: dict[str, Any], model: str, task: Task, kind: str, base: dict
     """README.md of the export `kind` of a run. `model`: as the run was given it; `base`: what `stated` found."""
     base = base or {}
     data = metadata(report, model, task, base)
+    if kind == "adapter":
+        data.library_name, data.base_model_relation = "peft", "adapter"
     # A folder of the machine it was trained on means nothing to a reader, and its name may be private.
     public = {**report, "model": data.base_model if model == "sample" else model, "command": None}
     if Path(model).exists():
         public["model"] = "a local checkpoint"
-    return f"---\n{data.to_yaml()}\n---\n\n{_text(public, task, kind, base)}\n#{markdown(public)}"
+    text = _adapter_text(public, task, data.base_model, base) if kind == "adapter" else _text(public, task, kind, base)
+    return f"---\n{data.to_yaml()}\n---\n\n{text}\n#{markdown(public)}"
 
 
 def remade(compact: str, kind: str) -> str:
@@ -146,7 +150,39 @@ run([{example}] * 100, batch_size=32)  # many at once
 ```
 
 or `{auto_class}.from_pretrained("PATH"{argument})`. {_WHY[kind if remote or kind != "compact" else "whole"]}
-{_SHELL if pipeline == "text-classification" else ""}{_LIMITS}
+{_SHELL if pipeline == "text-classification" else ""}{_limits(report, base)}"""
+
+
+def _adapter_text(report: dict[str, Any], task: Task, base_model: Any, base: dict[str, Any]) -> str:
+    """The card of a folder that holds no model of its own."""
+    is_language = pipeline_of(report) == "text-generation"
+    auto_class = "AutoModelForCausalLM" if is_language else "AutoModelForSequenceClassification"
+    labels = "" if is_language else f", num_labels={len(task.label_names) or 1}"
+    name = base_model if isinstance(base_model, str) else "BASE"
+    where = "" if isinstance(base_model, str) else " BASE is the model it was trained on."
+    merged = "This run measured it merged into the base model, which answers the same and faster: `model.merge_and_unload()`."
+    head = f" and classifier ({', '.join(task.label_names)})" if task.label_names else ""
+    shell = _SHELL.replace("--input_file", f"--label_names {shlex.join(task.label_names)} --input_file")
+    return f"""# {task.name}-{report["method"]}
+
+A LoRA adapter{head} trained with prunadapt_ds: {report["model"]} stayed frozen, and is not part
+of this folder.
+{_LOAD}
+```python
+from peft import PeftModel
+from transformers import AutoTokenizer, {auto_class}
+
+base = {auto_class}.from_pretrained("{name}"{labels})
+model = PeftModel.from_pretrained(base, "PATH").eval()
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+PATH is this folder.{where} {merged}
+{shell if task.label_names else ""}{_limits(report, base)}"""
+
+
+def _limits(report: dict[str, Any], base: dict[str, Any]) -> str:
+    return f"""{_LIMITS}
 - It does this one task, on inputs like those it was trained on, and it inherits the biases of its base model.
 {_length(report)}- Its figures are of one run on the development set; no test set was used.
 - {_licence(base)}

@@ -178,6 +178,18 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launcher() -> str | None:
+    """The program that started these ranks, None where that cannot be told."""
+    name = os.environ.get(launchers.LAUNCHER_VARIABLE)
+    return None if name == "the launcher" else name
+
+
+def nodes() -> int:
+    """How many hosts the ranks are on, as far as their launcher says how many there are on one."""
+    of_one = launchers.number(os.environ, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), world_size())
+    return -(-world_size() // max(1, of_one))
+
+
 def use_local_threads() -> None:
     """Share this machine's cores evenly among its ranks, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:

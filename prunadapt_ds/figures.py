@@ -15,6 +15,7 @@ import numpy as np
 WIDTH = 4.8  # inches: drawn for a phone, so that its letters stay legible there
 INK, PAPER, ACCENT, SECOND = "#1b2a41", "#ffffff", "#0072b2", "#d55e00"  # the last two differ in lightness as well
 PHASE_TONES = {"dense": "#ffffff", "prune": "#dcdcdc", "recover": "#f2f2f2"}
+MISTAKES = 10  # pairs of classes that a confusion matrix is put into words by
 BLOCKS = 24  # groups of neurons in a picture, whatever a layer's width
 STYLE: Any = {
     "font.size": 8.5,
@@ -210,13 +211,19 @@ def confusion(labels: Sequence[int], predictions: Sequence[int], names: Sequence
     axis.set_xlabel("predicted")
     axis.set_ylabel("labelled")
     axis.tick_params(length=0)
-    right = int(np.trace(counts))
-    alt = f"{right} of {counts.sum()} examples are right. " + "; ".join(
-        f"{count} labelled {names[i]} were predicted {names[j]}"
-        for (i, j), count in np.ndenumerate(counts)
-        if i != j and count
+    return picture("Confusion matrix of the exported model", _confused(counts, names), drawing)
+
+
+def _confused(counts: np.ndarray, names: Sequence[str]) -> str:
+    """The matrix in words: how many are right, and the most frequent mistakes."""
+    mistakes = sorted(
+        ((int(count), i, j) for (i, j), count in np.ndenumerate(counts) if i != j and count),
+        key=lambda found: (-found[0], *found[1:]),
     )
-    return picture("Confusion matrix of the exported model", alt.rstrip() + ("" if alt.endswith(" ") else "."), drawing)
+    words = [f"{count} labelled {names[i][:40]} were predicted {names[j][:40]}" for count, i, j in mistakes[:MISTAKES]]
+    if rest := mistakes[MISTAKES:]:
+        words.append(f"{sum(count for count, *_ in rest)} in {len(rest)} other pairs")
+    return f"{int(np.trace(counts))} of {counts.sum()} examples are right." + (f" {'; '.join(words)}." if words else "")
 
 
 def scatter(labels: Sequence[float], predictions: Sequence[float]) -> Picture:

@@ -87,7 +87,10 @@ def finish(
     options, found = board.options_of(session.config.to_dict()), board.measures_of(session.report)
     session.tracker.show(lambda writer: board.result(writer, options, found, session.config.given))
     session.tracker.say(report.table(session.report))
-    session.tracker.say(outline.footer(session.config, session.data.task.name))
+    task = session.data.task
+    session.tracker.say(
+        outline.footer(session.config, task.name, is_pair=bool(task.sentence2), board_dir=session.ds.board_dir)
+    )
     session.tracker.close()
 
 
@@ -177,9 +180,7 @@ def prove(
     model = config.model.model_name_or_path
     base = card.stated(model)
     for kind in formats_of(session):
-        if kind != "adapter":
-            text = card.render(result, model, session.data.task, kind, base)
-            files.replace(folder.parent / kind / "README.md", text)
+        files.replace(folder.parent / kind / "README.md", card.render(result, model, session.data.task, kind, base))
 
 
 def parity(reference: dict[str, Tensor], exported: export.Reloaded) -> dict[str, float]:
@@ -246,7 +247,9 @@ def describe(session: Session) -> None:
         "zero_stage": session.ds.stage,
         "dtype": session.ds.dtype,
         "device": distributed.device_name(session.device),
-        "command": outline.command(config, distributed.world_size()),
+        "launcher": distributed.launcher(),
+        "nodes": distributed.nodes(),
+        "command": outline.command(config, distributed.world_size(), distributed.launcher(), distributed.nodes()),
         "labels": list(session.data.label_names),
         "versions": versions(),
         "structure": plan.counts(),
@@ -283,6 +286,7 @@ def describe(session: Session) -> None:
         "teacher_s": seconds.get("teacher"),
         "importance_s": seconds.get("importance"),
         "shrink_s": seconds.get("shrink"),
+        "checkpoint_s": seconds.get("checkpoint"),
         "steps": steps,
         "samples_per_s": steps * session.sampler.samples_per_step / train_s if train_s else None,
         "dense_step_s": dense_step,
@@ -291,7 +295,9 @@ def describe(session: Session) -> None:
         "last_step_cpu_s": last_cpu if on_cpu else None,
     }
     result["memory"]["frozen_shard_bytes"] = int(distributed.dist_max(frozen_bytes))
+    result["communication"]["sent_bytes"] |= session.sent_bytes
     result["memory"]["live_tensor_bytes"] |= session.live_bytes
+    result["memory"]["live_parts_bytes"] |= session.live_parts
     result["memory"]["peak_rank_bytes"] |= session.peak_bytes
 
 
@@ -305,6 +311,8 @@ def text_of(session: Session, name: str, index: int) -> str:
 
 
 def versions() -> dict[str, str]:
+    import platform
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")}
+    packages = ("prunadapt_ds", "torch", "deepspeed", "transformers", "peft")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

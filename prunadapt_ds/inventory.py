@@ -7,6 +7,7 @@ counted is one that autograd would really keep.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from prunadapt_ds.config import Config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.families import Family, family_of, layout_of
 from prunadapt_ds.models.modeling_prunadapt import Layout
-from prunadapt_ds.models.structure import Structure, layers_of, measure
+from prunadapt_ds.models.structure import Structure, full_numel, layers_of, measure
 from prunadapt_ds.objective import sample_losses
 from prunadapt_ds.resize import resize
 
@@ -198,6 +199,16 @@ def kept_bytes(built: Skeleton, batch_size: int, seq_length: int, num_labels: in
     return saved.bytes - sum(blocks), sum(blocks), max(blocks), hidden * len(blocks)
 
 
+def sizes(model: nn.Module, blocks: Iterable[tuple[int, nn.Module]], path: str) -> dict[str, Size]:
+    """Every parameter's size by name, sharded or not. blocks: with their index below `path`, none where layers are shared."""
+    found = {name: Size(full_numel(p), p.requires_grad, 0) for name, p in model.named_parameters()}
+    for index, block in blocks:
+        total = sum(full_numel(p) for p in block.parameters())
+        for name, _ in block.named_parameters(prefix=f"{path}.{index}"):
+            found[name] = found[name]._replace(block=total)
+    return found
+
+
 def take_stock(
     built: Skeleton, config: Config, batch: int, num_labels: int, present: PruningPlan | None = None
 ) -> Inventory:
@@ -205,11 +216,9 @@ def take_stock(
     model, structure, length = built.model, built.structure, config.data.max_seq_length
     outside, blocks, largest, inputs = kept_bytes(built, batch, length, num_labels)
     recomputes = config.train.gradient_checkpointing
-    tensors = {name: Size(p.numel(), p.requires_grad, 0) for name, p in model.named_parameters()}
-    for index, block in [] if built.family.shares_layers else layers_of(model, built.layout):
-        total = sum(p.numel() for p in block.parameters())
-        for name, _ in block.named_parameters(prefix=f"{built.layout.layers}.{index}"):
-            tensors[name] = tensors[name]._replace(block=total)
+    tensors = sizes(
+        model, layers_of(model, built.layout) if not built.family.shares_layers else (), built.layout.layers
+    )
     extra = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n or f".{gates.GATE_NAME}." in n)
     lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     head = model.get_output_embeddings().weight.numel() if built.is_language else 0

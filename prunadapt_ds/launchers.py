@@ -96,7 +96,8 @@ class _Reader:
 
 
 def _from_variables(environ: Mapping[str, str]) -> Place:
-    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "the launcher"
+    marks = (("TORCHELASTIC_RUN_ID", "torchrun"), ("CROSS_SIZE", "deepspeed"))  # what these two set and nobody else
+    launcher = next((name for mark, name in marks if mark in environ), "the launcher")
     read = _Reader(environ, launcher)
     world_size = read.number("WORLD_SIZE", least=1)
     rank = read.number("RANK", most=world_size - 1 if "WORLD_SIZE" in environ and not read.problems else None)

@@ -50,8 +50,8 @@ class TopWords:
         return TopWords(self.words.to(device), self.log_probs.to(device))
 
 
-def language_losses(logits: Tensor, labels: Tensor, teacher: TopWords, distill_weight: float) -> Tensor:
-    """As `sample_losses`, token by token, then each sequence's own mean: [B, T, V], [B, T] -> float32 [B].
+def language_losses(logits: Tensor, labels: Tensor, teacher: TopWords, distill_weight: float) -> tuple[Tensor, Tensor]:
+    """As `losses_and_distillation`, token by token, then each sequence's own means: [B, T, V], [B, T] -> float32 [B] twice.
 
     The KL divergence is that of k + 1 outcomes: the teacher's k words, and any other. Trust is the probability that it
     gives the token's word, 0 if that is none of the k.
@@ -65,8 +65,12 @@ def language_losses(logits: Tensor, labels: Tensor, teacher: TopWords, distill_w
     distillation = (theirs.exp() * (theirs - ours)).sum(-1)
     trusted = (teacher.log_probs.exp() * (teacher.words == target)).sum(-1)
     losses = torch.lerp(-student.gather(1, target).squeeze(1), distillation, distill_weight * trusted)  # [M]
-    sums = torch.zeros(len(labels), device=logits.device).index_add(0, real.nonzero()[:, 0], losses)
-    return sums / real.sum(1).clamp(min=1)
+    rows, counts = real.nonzero()[:, 0], real.sum(1).clamp(min=1)
+
+    def means(values: Tensor) -> Tensor:
+        return torch.zeros(len(labels), device=logits.device).index_add(0, rows, values) / counts
+
+    return means(losses), means(distillation.detach())
 
 
 def with_others(log_probs: Tensor) -> Tensor:
@@ -89,9 +93,27 @@ def sample_losses(
     followed on a sample as far as it got that sample right: `trust` is the probability that it gives the true class (1 for
     regression). It depends on the sample alone, so that a step's loss stays the same for every split of its samples.
     """
+    return losses_and_distillation(logits, labels, teacher, is_regression=is_regression, distill_weight=distill_weight)[
+        0
+    ]
+
+
+def losses_and_distillation(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | TopWords | None,
+    *,
+    is_regression: bool,
+    distill_weight: float,
+) -> tuple[Tensor, Tensor | None]:
+    """`sample_losses`, and beside it how far each sample is from the teacher, without weight or gradient: float32 [B].
+
+    None instead where no teacher is followed.
+    """
     if teacher is None or distill_weight == 0:
-        return task_loss(logits, labels, is_regression)
+        return task_loss(logits, labels, is_regression), None
     if isinstance(teacher, TopWords):
         return language_losses(logits, labels, teacher, distill_weight)
     loss, distillation = task_loss(logits, labels, is_regression), distillation_loss(logits, teacher, is_regression)
-    return torch.lerp(loss, distillation, distill_weight * trust(teacher, labels, is_regression))
+    trusted = trust(teacher, labels, is_regression)
+    return torch.lerp(loss, distillation, distill_weight * trusted), distillation.detach()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prunadapt_ds import distributed, gates, tmp, watchdog
+from prunadapt_ds import board, distributed, gates, tmp, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Batch, Rows, Sampler
 from prunadapt_ds.budget import PruningPlan
@@ -52,6 +52,14 @@ def score_only(session: Session) -> None:
     session.tracker.close()
 
 
+def show(session: Session, window: WindowSums) -> None:
+    """The one decision in TensorBoard, at step 0. Nothing has trained the gates yet."""
+    scores, gates_now = window.mean("grad_abs"), torch.ones(session.plan.structure.num_units)
+    session.tracker.show(
+        lambda writer: board.decision(writer, step=0, plan=session.plan, scores=scores, gates=gates_now)
+    )
+
+
 def prune_once(session: Session) -> None:
     """TMP: rank heads at the initial weights, cut the least important in one shot, choose LoRA ranks by layer."""
     loaded, config = session.backbone, session.config
@@ -71,6 +79,7 @@ def prune_once(session: Session) -> None:
             keep[sublayer.span] = kept
         session.plan = PruningPlan.from_mask(loaded.structure, keep)
         distributed.same_on_all_ranks("the heads that TMP keeps", session.plan.hash)
+    show(session, window)
     with session.timed("shrink"):
         gates.detach(loaded.model)
         resize(loaded.model, loaded.layout, session.plan, editing=engines.rewriting)

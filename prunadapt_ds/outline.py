@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from prunadapt_ds.config import OPTIONS, Config
 
 
-def command(config: Config, world_size: int) -> str:
-    """The options that were given, wherever they came from, as one line for a shell."""
-    words = ["deepspeed", "--num_accelerators", str(world_size), "--module"] if world_size > 1 else ["python", "-m"]
+def command(config: Config, world_size: int, launcher: str | None = None, nodes: int = 1) -> str:
+    """The options that were given, wherever they came from, as one line for a shell, behind the launcher that was used."""
+    words = _started(world_size, launcher, nodes)
     words += ["prunadapt_ds", "train"]  # works in a checkout and with an installed package alike
     for name, option in OPTIONS.items():
         if name in config.given:
@@ -19,50 +23,126 @@ def command(config: Config, world_size: int) -> str:
     return shlex.join(words)
 
 
+def _started(world_size: int, launcher: str | None, nodes: int) -> list[str]:
+    """What stands before the module. DeepSpeed's launcher where nobody knows, because its options are the project's own."""
+    of_a_node = str(-(-world_size // nodes))
+    several = nodes > 1
+    if launcher == "torchrun":
+        where = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "FIRST_NODE:29500"]
+        return ["torchrun", *(where if several else []), "--nproc-per-node", of_a_node, "-m"]
+    if launcher == "mpirun":
+        return ["mpirun", "-n", str(world_size), "python", "-m"]
+    if launcher == "srun":
+        return ["srun", "--nodes", str(nodes), "--ntasks", str(world_size), "python", "-m"]
+    if launcher == "deepspeed" or world_size > 1:
+        return [
+            *("deepspeed", *(["--num_nodes", str(nodes)] if several else [])),
+            *("--num_accelerators", of_a_node, "--module"),
+        ]
+    return ["python", "-m"]
+
+
 def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def footer(config: Config, task: str) -> str:
-    """What to do with a finished run, each line ready to paste."""
-    folder = shlex.quote(config.output.output_dir)
-    names = ("task_name", "data_dir", "train_file", "validation_file")
-    words = [word for n in names if getattr(config.data, n) for word in (f"--{n}", str(getattr(config.data, n)))]
-    data = shlex.join(words or ["--task_name", task])
-    answer = "" if config.data.task_type == "causal_lm" else _ANSWER.format(folder=folder)
+def footer(config: Config, task: str, *, is_pair: bool = False, board_dir: str | None = None) -> str:
+    """What to do with a finished run, each line ready to paste. `board_dir`: where the events are, if not in the run's folder."""
+    folder = config.output.output_dir
+    compact = shlex.quote(f"{folder}/exports/compact")
+    events = shlex.quote(board_dir or folder)
+    report = shlex.quote(Path(folder, "report.html").absolute().as_uri())
+    name = re.sub(r"[^\w.-]+", "-", f"{task}-{config.prune.method}")
+    module = "python -m prunadapt_ds"
     return f"""Next:
-  read it      open {folder}/report.html
-  watch it     tensorboard --logdir {folder} --host 127.0.0.1
-  score it     python -m prunadapt_ds evaluate --model_name_or_path {folder}/exports/compact {data}{answer}"""
+  read it      python -m webbrowser -t {report}  # without a browser: {shlex.quote(folder)}/report.md
+  watch it     tensorboard --logdir {events} --host 127.0.0.1
+  score it     {module} evaluate --model_name_or_path {compact} {shlex.join(_data_words(config, task))}
+  use it       {_use(config, is_pair, compact)}
+  share it     hf upload {name} {compact} --private  # once `hf auth login` was run; into your own account"""
 
 
-_ANSWER = """
-  use it       python -m prunadapt_ds predict --model_name_or_path {folder}/exports/compact --input_file - --output_file -"""
+def _data_words(config: Config, task: str) -> list[str]:
+    """The options by which `evaluate` reads the development set as the run did."""
+    data = config.data
+    names = (
+        "task_type",
+        "task_name",
+        "data_dir",
+        "train_file",
+        "validation_file",
+        "max_seq_length",
+        "max_eval_samples",
+    )
+    values = {name: getattr(data, name) for name in names}
+    if not data.train_file:
+        values["task_name"] = data.task_name or task
+    stated = {name: value for name, value in values.items() if value is not None and value != OPTIONS[name].default}
+    return [word for name, value in stated.items() for word in (f"--{name}", str(value))]
+
+
+def _use(config: Config, is_pair: bool, compact: str) -> str:
+    """One input through the exported folder."""
+    if config.data.task_type == "causal_lm":
+        path = json.dumps(f"{config.output.output_dir}/exports/compact")
+        code = f"pipeline('text-generation', model={path}, trust_remote_code=True)('once upon a time')"
+        return shlex.join(["python", "-c", f"from transformers import pipeline; print({code})"])
+    text = '{"sentence1": "a sentence", "sentence2": "another one"}' if is_pair else "a sentence"
+    length = config.data.max_seq_length
+    longest = "" if length == OPTIONS["max_seq_length"].default else f" --max_seq_length {length}"
+    module = "python -m prunadapt_ds"
+    return f"echo {shlex.quote(text)} | {module} predict --model_name_or_path {compact} --input_file -{longest}"
 
 
 DEFAULTS = ("method", "target_sparsity", "criterion", "r", "learning_rate", "num_train_epochs", "seed")
+_OF_DECISIONS = {"target_sparsity", "criterion"}  # options without a meaning where no decision is made
 
 
 def header(
-    config: Config, phases: list[tuple[str, int, int]], trainable: dict[str, int], total: int, sharding: str
+    config: Config,
+    phases: list[tuple[str, int, int]],
+    trainable: dict[str, int],
+    total: int,
+    sharding: str,
+    learning_rate: float | None = None,
 ) -> str:
-    """What will happen. phases: (name, first step, end); trainable: numbers by group; total: numbers of the whole model."""
+    """What will happen. phases: (name, first step, end); trainable: numbers by group; total: numbers of the whole model.
+
+    learning_rate: what was chosen by default, None where the ds_config says it.
+    """
     steps = ", ".join(f"{name} {start} to {end}" for name, start, end in phases if end > start)
     groups = ", ".join(f"{name} {count:,}" for name, count in trainable.items())
     chosen = {o.name: getattr(getattr(config, o.section), o.name) for o in OPTIONS.values() if o.name in DEFAULTS}
-    meaningless = {"num_train_epochs"} if config.train.max_steps > 0 else set()
-    meaningless |= {"target_sparsity"} if "target_speedup" in config.given else set()
-    defaults = ", ".join(f"{name}={chosen[name]}" for name in DEFAULTS if name not in config.given | meaningless)
+    chosen["learning_rate"] = None if learning_rate is None else f"{learning_rate:.2g}"
+    hidden = config.given | _meaningless(config)
+    shown = [name for name in DEFAULTS if name not in hidden and chosen[name] is not None]
     lines = [
         f"steps:     {steps}",
         f"trainable: {groups}; {sum(trainable.values()) / total:.1%} of {total:,}",
         f"sharding:  {sharding}",
     ]
+    defaults = ", ".join(f"{name}={chosen[name]}" for name in shown)
     return "\n".join(lines + ([f"defaults:  {defaults}"] if defaults else []))
 
 
-def sharding(stage: int, world_size: int) -> str:
-    """What each rank holds of model, gradients and optimizer."""
+def _meaningless(config: Config) -> set[str]:
+    """Options that change nothing in this run."""
+    method = config.prune.method
+    found = {"num_train_epochs"} if config.train.max_steps > 0 else set()
+    found |= {"target_sparsity"} if "target_speedup" in config.given else set()
+    found |= _OF_DECISIONS if method != "prunadapt" else set()
+    found |= {"r"} if method in ("tmp", "full") or config.lora.adapter_name_or_path else set()  # tmp has its own ranks
+    return found
+
+
+def phases(step: int, start: int, end: int, total: int) -> list[tuple[str, int, int]]:
+    """(name, first step, end) of what is left after `step`: dense up to `start`, pruning up to `end`, recovery up to `total`."""
+    bounds = (("dense", 0, start), ("prune", start, end), ("recover", end, total))
+    return [(name, max(step, first), last) for name, first, last in bounds if last > max(step, first)]
+
+
+def sharding(stage: int, world_size: int, zero: Mapping[str, Any] | None = None) -> str:
+    """What each rank holds of model, gradients and optimizer, and what of it rests elsewhere. zero: the ds_config's block."""
     kept = (
         "nothing",
         "optimizer states",
@@ -71,4 +151,10 @@ def sharding(stage: int, world_size: int) -> str:
     )
     rest = "" if stage == 3 else ", the rest whole"
     share = f"1/{world_size} of the {kept[stage]}{rest}" if stage else "everything whole"
-    return f"ZeRO {stage} on {world_size} rank(s): each holds {share}"
+    parts = (("offload_param", "parameters"), ("offload_optimizer", "optimizer states"))
+    places = {what: ((zero or {}).get(block) or {}).get("device", "none") for block, what in parts}
+    away = [f"{what} in {_PLACES.get(place, place)}" for what, place in places.items() if place != "none"]
+    return f"ZeRO {stage} on {world_size} rank(s): each holds {share}" + "".join(f"; {text}" for text in away)
+
+
+_PLACES = {"cpu": "the host's memory", "nvme": "NVMe"}

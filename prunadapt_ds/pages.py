@@ -120,10 +120,13 @@ def _seconds(time: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _memory(memory: Mapping[str, Any]) -> dict[str, float | None]:
-    live, peak = memory["live_tensor_bytes"], memory["peak_rank_bytes"]
-    return {
-        "live, dense": live["dense"],
-        "live, pruned": live["after_shrink"],
+    """What is counted, by what it is of, then what was measured."""
+    parts, live, peak = memory["live_parts_bytes"], memory["live_tensor_bytes"], memory["peak_rank_bytes"]
+    found: dict[str, float | None] = {}
+    for kind, name in (("dense", "dense"), ("after_shrink", "pruned")):
+        found[f"live, {name}"] = live[kind]
+        found |= {f"{part}, {name}": parts[kind][part] for part in report.LIVE_PARTS}
+    return found | {
         "peak, dense phase": peak["dense_phase"],
         "peak, pruned": peak["after_shrink"],
         "frozen shard": memory["frozen_shard_bytes"],
@@ -133,44 +136,22 @@ def _memory(memory: Mapping[str, Any]) -> dict[str, float | None]:
 # -------------------------------------------------------------------------------------------------------- html
 
 
-def headline(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, figure, beside what) of the run's main results."""
-    metric, time, latency = result["metric"], result["time"], result["latency"]
-    exported, teacher = (metric[kind] or {} for kind in ("exported", "teacher"))
-    dense = "of the dense model's"
-    shares = [
-        ("parameters", result["params"]["encoder_kept"], result["params"]["encoder_dense"], f"{dense}, blocks only"),
-        ("MACs", result["macs"]["kept"], result["macs"]["dense"], dense),
-        ("latency", latency["exported_ms"], latency["dense_ms"], f"{dense}, batch {latency['batch_size']}"),
-        ("training step", time["last_step_s"], time["dense_step_s"], "the last of the dense phase's"),
-        ("memory", *_after_and_dense(result["memory"]["live_tensor_bytes"]), "live bytes, of the dense phase's"),
-    ]
-    scale, unit = (1, "") if result["task"] == "causal_lm" else (100, "")
-    cards = []
-    if "score" in exported:
-        beside = f"teacher: {teacher['score'] * scale:.1f}" if "score" in teacher else "exported model"
-        cards.append(("score", f"{exported['score'] * scale:.1f}{unit}", beside))
-    cards += [(name, f"{kept / of:.0%}", beside) for name, kept, of, beside in shares if kept is not None and of]
-    if time["train_s"] is not None:
-        cards.append(("training", f"{time['train_s']:,.0f} s", f"{time['steps']} steps"))
-    return cards
-
-
-def _after_and_dense(live: Mapping[str, Any]) -> tuple[Any, Any]:
-    return live["after_shrink"], live["dense"]
-
-
 def html_table(header: report.Row, rows: Sequence[report.Row], caption: str, text_columns: int = 1) -> str:
-    def row(cells: report.Row, tag: str) -> str:
-        classes = ["first", *("text" if i < text_columns else "number" for i in range(1, len(cells)))]
-        inner = (f'<{tag} class="{c}">{html.escape(cell)}</{tag}>' for c, cell in zip(classes, cells, strict=True))
-        return f"<tr>{''.join(inner)}</tr>"
+    """A table with its caption; the first cell of a row is the row's own heading."""
 
-    body = "".join(row(cells, "td") for cells in rows)
+    def cell(text: str, place: int, scope: str) -> str:
+        kind = "first" if place == 0 else "text" if place < text_columns else "number"
+        tag, attributes = ("th", f' scope="{scope}"') if scope == "col" or place == 0 else ("td", "")
+        return f'<{tag}{attributes} class="{kind}">{html.escape(text)}</{tag}>'
+
+    def row(cells: report.Row, scope: str) -> str:
+        return f"<tr>{''.join(cell(text, place, scope) for place, text in enumerate(cells))}</tr>"
+
+    body = "".join(row(cells, "row") for cells in rows)
     label = html.escape(caption)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption>{label}</caption>'
-        f"<thead>{row(header, 'th')}</thead><tbody>{body}</tbody></table></div>"
+        f"<thead>{row(header, 'col')}</thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -186,15 +167,14 @@ def page(result: dict[str, Any], drawn: Sequence[Picture], examples: Sequence[re
     title = html.escape(f"{result['task']}: {result['method']} on {report.short_model(str(result['model']))}")
     cards = "".join(
         f"<li><b>{html.escape(figure)}</b> <span>{html.escape(what)}</span> <small>{html.escape(beside)}</small></li>"
-        for what, figure, beside in headline(result)
+        for what, figure, beside in report.headline(result)
     )
     setting = html.escape(report.setting(result)).replace("**", "").replace("`", "")
     parts = [
         f"<h1>{title}</h1><p>{setting}</p><ul class=cards>{cards}</ul>",
         html_table(report.SCORE_HEADER, report.scores(result), "Scores"),
         html_table(report.COST_HEADER, report.costs(result), "Costs"),
-        "<p>The teacher comes from this run's own dense phase, before the first cut. "
-        f"{html.escape(report.parity(result) + ' ' + report.speedup(result))}</p>",
+        *(f"<p>{html.escape(note)}</p>" for note in report.notes(result)),
         f"<div class=pictures>{''.join(map(image, drawn))}</div>",
     ]
     if examples:
@@ -204,7 +184,8 @@ def page(result: dict[str, Any], drawn: Sequence[Picture], examples: Sequence[re
         f"<details><summary>Every interval</summary>{html_table(report.PROGRESS_HEADER, rows, 'Progress')}</details>"
     )
     if result["command"]:
-        parts.append(f"<h2>Command</h2><pre class=scroll tabindex=0>{html.escape(result['command'])}</pre>")
+        label = 'class=scroll tabindex=0 role=region aria-label="Command"'
+        parts.append(f"<h2>Command</h2><pre {label}>{html.escape(result['command'])}</pre>")
     parts.append(f"<p>{html.escape(report.versions(result))}</p>")
     return document(title, "\n".join(parts))
 
@@ -232,7 +213,8 @@ p { overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; }
 caption { text-align: left; font-weight: 600; font-size: 1.1rem; padding: .3rem 0; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #d5dae1; vertical-align: top; }
-th { border-bottom: 2px solid #1b2a41; }
+thead th { border-bottom: 2px solid #1b2a41; }
+tbody th { font-weight: inherit; }
 .first, .text { text-align: left; } .first { min-width: 9rem; } .number { text-align: right; white-space: nowrap; }
 .pictures { columns: 26rem; column-gap: 1rem; }
 figure { margin: 0 0 1rem; break-inside: avoid; border: 1px solid #d5dae1; border-radius: .5rem; padding: .6rem; }

@@ -6,6 +6,8 @@ arrived: no rank waits for it, and on an accelerator the host does not wait for 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType
@@ -16,13 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+STOPPING = b"\nstopping after this step; once more to leave now\n"  # on a line of its own, below a bar
 
 
 class StopSignals:
-    """Remembers the first signal that asks this process to stop. A second Ctrl-C ends it at once."""
+    """Remembers the first signal that asks this process to stop. A second Ctrl-C ends it at once.
 
-    def __init__(self) -> None:
-        self.name = ""
+    speaks: whether this process says that it has heard a Ctrl-C; one of all ranks does.
+    """
+
+    def __init__(self, speaks: bool = False) -> None:
+        self.name, self.speaks = "", speaks
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
@@ -36,6 +42,9 @@ class StopSignals:
         self.name = self.name or signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if self.speaks:
+                with contextlib.suppress(OSError):  # whoever listened is gone
+                    os.write(2, STOPPING)  # no buffer of Python's, which this handler may have interrupted
 
     def forget(self) -> None:
         for number, handler in self._before.items():

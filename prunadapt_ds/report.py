@@ -9,13 +9,16 @@ import copy
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from prunadapt_ds import files
 
 SCHEMA_VERSION = 1
+
+
+LIVE_PARTS = ("parameters", "optimizer", "activations")  # of live_tensor_bytes
 
 
 def _nothing(*keys: str) -> dict[str, Any]:
@@ -26,9 +29,9 @@ _SCHEMA: dict[str, Any] = {
     "schema": SCHEMA_VERSION,
     **_nothing("status", "task", "method", "criterion", "model", "seed"),
     **_nothing("world_size", "zero_stage", "dtype", "device"),
-    "command": None,
+    **_nothing("launcher", "nodes", "command"),
     "labels": [],
-    "versions": _nothing("torch", "deepspeed", "transformers", "peft"),
+    "versions": _nothing("python", "prunadapt_ds", "torch", "deepspeed", "transformers", "peft"),
     "metric": _nothing("teacher", "masked", "exported"),
     "params": _nothing("encoder_dense", "encoder_kept", "total_dense", "total_kept", "trainable"),
     "macs": _nothing("dense", "kept", "seq_length"),
@@ -44,6 +47,7 @@ _SCHEMA: dict[str, Any] = {
         "teacher_s",
         "importance_s",
         "shrink_s",
+        "checkpoint_s",
         "steps",
         "samples_per_s",
         "dense_step_s",
@@ -55,8 +59,10 @@ _SCHEMA: dict[str, Any] = {
     "memory": {
         "frozen_shard_bytes": None,
         "live_tensor_bytes": _nothing("dense", "after_shrink"),
+        "live_parts_bytes": {kind: _nothing(*LIVE_PARTS) for kind in ("dense", "after_shrink")},
         "peak_rank_bytes": _nothing("dense_phase", "after_shrink"),
     },
+    "communication": {"sent_bytes": _nothing("dense", "after_shrink")},  # by a rank in an optimizer step
     "latency": _nothing(
         *("dense_ms", "exported_ms", "batch_size", "seq_length", "dtype", "threads", "repeats", "speedup"),
         *("target_speedup", "table_speedup"),
@@ -142,8 +148,10 @@ def _share(kept: float | None, dense: float | None) -> str:
 
 
 def short_model(model: str) -> str:
-    """A folder's own name instead of its path; a name on the hub as it is."""
-    return model.rstrip("/").rpartition("/")[2] if model.startswith(("/", ".", "~")) else model
+    """A folder's own name instead of its path; a name on the hub, which has one slash at most, as it is."""
+    plain = model.rstrip("/")
+    is_path = plain.startswith(("/", ".", "~")) or plain.count("/") > 1
+    return plain.rpartition("/")[2] if is_path else model
 
 
 Row = tuple[str, ...]
@@ -168,6 +176,7 @@ def costs(report: dict[str, Any]) -> list[Row]:
     """What the dense model and the pruned one cost, and the pruned one's share."""
     params, macs, latency, time = report["params"], report["macs"], report["latency"], report["time"]
     live, peak = report["memory"]["live_tensor_bytes"], report["memory"]["peak_rank_bytes"]
+    sent = report.get("communication", _SCHEMA["communication"])["sent_bytes"]  # older reports have none
     return [
         _compared("encoder parameters", params["encoder_dense"], params["encoder_kept"], "{:,.0f}"),
         _compared(f"MACs, {macs['seq_length']} tokens (M)", macs["dense"], macs["kept"], "{:,.0f}", 1e6),
@@ -175,8 +184,42 @@ def costs(report: dict[str, Any]) -> list[Row]:
         _compared("training step (s)", time["dense_step_s"], time["last_step_s"], "{:,.3f}"),
         _compared("live memory per rank (MiB)", live["dense"], live["after_shrink"], scale=2**20),
         _compared("peak memory per rank (MiB)", peak["dense_phase"], peak["after_shrink"], scale=2**20),
+        _compared("sent per rank and step (MiB)", sent["dense"], sent["after_shrink"], scale=2**20),
         ("train time (s), all of it", "-", _number(time["train_s"], "{:,.1f}")),
     ]
+
+
+def headline(report: Mapping[str, Any]) -> list[Row]:
+    """(what, figure, beside what) of the run's main results."""
+    time, latency, live = report["time"], report["latency"], report["memory"]["live_tensor_bytes"]
+    dense = "of the dense model's"
+    shares = [
+        ("parameters", report["params"]["encoder_kept"], report["params"]["encoder_dense"], f"{dense}, blocks only"),
+        ("MACs", report["macs"]["kept"], report["macs"]["dense"], dense),
+        ("latency", latency["exported_ms"], latency["dense_ms"], f"{dense}, batch {latency['batch_size']}"),
+        ("training step", time["last_step_s"], time["dense_step_s"], "the last of the dense phase's"),
+        ("memory", live["after_shrink"], live["dense"], "live bytes, of the dense phase's"),
+    ]
+    cards: list[Row] = _score_card(report)
+    cards += [(name, f"{kept / of:.0%}", beside) for name, kept, of, beside in shares if kept is not None and of]
+    if time["train_s"] is not None:
+        cards.append(("training", f"{time['train_s']:,.0f} s", f"{time['steps']} steps"))
+    return cards
+
+
+def _score_card(report: Mapping[str, Any]) -> list[Row]:
+    """The exported model's score, and how much of the teacher's was kept; of perplexity, how many times it grew."""
+    exported, teacher = ((report["metric"][kind] or {}).get("score") for kind in ("exported", "teacher"))
+    if exported is None:
+        return []
+    is_language = report["task"] == "causal_lm"
+    name, scale = ("perplexity", 1) if is_language else ("score", 100)
+    beside = "exported model"
+    if teacher is not None:
+        beside = f"teacher: {teacher * scale:.1f}"
+    if teacher is not None and teacher > 0:
+        beside += f", {exported / teacher:.2f} times that" if is_language else f", {exported / teacher:.1%} kept"
+    return [(name, f"{exported * scale:.1f}", beside)]
 
 
 def table(report: dict[str, Any]) -> str:
@@ -223,20 +266,42 @@ def progress_cells(row: dict[str, Any]) -> Row:
 
 def setting(report: dict[str, Any]) -> str:
     """How the run was made, in one paragraph."""
+    launcher = f" by {report['launcher']}" if report["launcher"] else ""
+    where = f"{report['world_size']} rank(s){launcher} on {report['nodes'] or 1} node(s)"
     return (
-        f"Status **{report['status']}**, seed {report['seed']}, {report['world_size']} rank(s), "
+        f"Status **{report['status']}**, seed {report['seed']}, {where}, "
         f"ZeRO stage {report['zero_stage']}, {report['dtype']} on {report['device']}. "
         f"Sparsity {_number(report['sparsity']['achieved'], '{:.4f}')} "
         f"(target {_number(report['sparsity']['target'], '{:.4f}')}), plan `{report['plan_hash']}`."
     )
 
 
+def notes(report: dict[str, Any]) -> list[str]:
+    """What a reader of the tables must know; nothing about what this run did not do."""
+    return [text for text in (teacher(report), parity(report), speedup(report)) if text]
+
+
+def teacher(report: dict[str, Any]) -> str:
+    if report["metric"]["teacher"] is None:
+        return ""
+    return "The teacher comes from this run's own dense phase, before the first cut."
+
+
 def parity(report: dict[str, Any]) -> str:
     found = report["parity"]
+    if found["max_abs_logit_diff"] is None:  # nothing was exported yet
+        return ""
     return (
         f"Exported and trained model differ by at most {_number(found['max_abs_logit_diff'], '{:.2e}')} in their logits "
         f"on {_number(found['examples'])} examples (allowed: {_number(found['tolerance'], '{:.2e}')})."
     )
+
+
+def live_parts(report: dict[str, Any]) -> list[Row]:
+    """What the counted bytes of a rank are of, in MiB; nothing where no step was taken."""
+    parts = report["memory"]["live_parts_bytes"]
+    rows = [(name, parts["dense"][name], parts["after_shrink"][name]) for name in LIVE_PARTS]
+    return [_compared(*row, scale=2**20) for row in rows if row[1:] != (None, None)]
 
 
 def speedup(report: dict[str, Any]) -> str:
@@ -259,22 +324,23 @@ def markdown(report: dict[str, Any]) -> str:
     """The report for reading."""
     structure = [(str(r["layer"]), str(r["heads"]), str(r["neurons"])) for r in report["structure"]]
     seconds = [(key, _number(value, "{:,.2f}")) for key, value in report["time"].items()]
+    memory = live_parts(report)
     parts = [
-        f"# {report['task']}: {report['method']} on {report['model']}",
+        f"# {report['task']}: {report['method']} on {short_model(str(report['model']))}",
+        "\n".join(f"- **{figure}** {what} ({beside})" for what, figure, beside in headline(report)),
         setting(report),
         markdown_table(SCORE_HEADER, scores(report)),
         markdown_table(COST_HEADER, costs(report)),
-        "The teacher comes from this run's own dense phase, before the first cut.",
-        parity(report),
-        *filter(None, [speedup(report)]),
+        *notes(report),
         "## Kept units",
         markdown_table(("layer", "heads", "neurons"), structure, 0),
         "## Time",
         markdown_table(("", ""), seconds),
+        *(["## Live memory of a rank (MiB)", markdown_table(("", "dense", "pruned"), memory)] if memory else []),
         "## Progress",
         markdown_table(PROGRESS_HEADER, map(progress_cells, report["progress"])),
         versions(report),
     ]
     if report["command"]:
         parts.append(f"Command:\n\n```\n{report['command']}\n```")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"

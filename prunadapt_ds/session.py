@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds import adapters, backbone, distributed, gates, given_adapter, memory, watchdog
+from prunadapt_ds import adapters, backbone, distributed, gates, given_adapter, inventory, memory, watchdog, zero_costs
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan
@@ -22,6 +22,7 @@ from prunadapt_ds.ds_config import DsConfig
 from prunadapt_ds.evaluate import predict
 from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
 from prunadapt_ds.models.structure import layers_of
+from prunadapt_ds.report import LIVE_PARTS
 from prunadapt_ds.resize import resize
 from prunadapt_ds.schedule import default_learning_rate
 from prunadapt_ds.shrink import StepTimes
@@ -62,6 +63,8 @@ class Session:
     average: WeightAverage = field(default_factory=WeightAverage)  # of the dense phase, until it has become the teacher
     activation_bytes: int = 0
     live_bytes: dict[str, int] = field(default_factory=dict)  # "dense", "after_shrink": most of any rank
+    live_parts: dict[str, dict[str, int]] = field(default_factory=dict)  # likewise, by `report.LIVE_PARTS`
+    sent_bytes: dict[str, int] = field(default_factory=dict)  # likewise, of a rank in a step
     peak_bytes: dict[str, int] = field(default_factory=dict)  # "dense_phase", "after_shrink"
     watched_length: int = 0  # tokens of the longest sample in a step whose activations were counted with this engine
     rebuild_seconds: float = 0.0  # of the last shrink, all of it, by `clock`
@@ -71,7 +74,9 @@ class Session:
     cpu_seconds: dict[str, float] = field(default_factory=dict)  # of this process, all threads
     step: int = 0  # optimizer steps done
     scores: ScoreAverage | None = None
-    losses: list[Tensor] = field(default_factory=list)  # of this rank's share of the steps since the last log line
+    losses: list[Tensor] = field(
+        default_factory=list
+    )  # [3] of each step since the last log line: see `step.train_step`
     rebuilt: dict[int, bool] = field(default_factory=dict)  # by decision step, whether the clock spoke for a rebuild
     options: dict[str, Any] = field(default_factory=dict)  # by which a run is known again; see resume.py
     identity: dict[str, str] = field(default_factory=dict)  # sha256: "data", "backbone", "adapter"
@@ -117,9 +122,25 @@ class Session:
         """What steps took, by `clock`."""
         return self.step_cpu_times if self.device.type == "cpu" else self.step_times
 
-    def live(self) -> int:
+    def live_parts_now(self) -> dict[str, int]:
         """Bytes this rank holds: parameters, optimizer state, and what the last watched step saved for its backward."""
-        return memory.parameter_bytes(self.model) + memory.optimizer_bytes(self.engine) + self.activation_bytes
+        held = memory.parameter_bytes(self.model), memory.optimizer_bytes(self.engine), self.activation_bytes
+        return dict(zip(LIVE_PARTS, held, strict=True))
+
+    def live(self) -> int:
+        """All of them together."""
+        return sum(self.live_parts_now().values())
+
+    def sent_in_a_step(self) -> int:
+        """Bytes that a rank sends to others in an optimizer step of the model as it is, by the planner's formulas."""
+        return zero_costs.sent_bytes(inventory_of(self), self.ds, distributed.world_size(), self.config)
+
+    def note_live(self) -> None:
+        """Write down what the busiest rank holds now, the most of each part that any rank does, and what one sends. Collective."""
+        kind, parts = "after_shrink" if self.is_shrunk else "dense", self.live_parts_now()
+        self.live_bytes[kind] = int(distributed.dist_max(sum(parts.values())))
+        self.sent_bytes[kind] = self.sent_in_a_step()
+        self.live_parts[kind] = {name: int(distributed.dist_max(size)) for name, size in parts.items()}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -202,12 +223,21 @@ def build_engine(session: Session) -> Any:
         weight_decay=defaults.get("weight_decay", config.train.weight_decay),
     )
     start = session.clock()
-    loaded = session.backbone
-    blocks = [] if loaded.family.shares_layers else [block for _, block in layers_of(loaded.model, loaded.layout)]
+    blocks = [block for _, block in own_blocks(session.backbone)]
     engine = engines.build(session.model, groups, ds.values, ds.adam, blocks=blocks)
     engine.train()
     session.build_seconds = distributed.dist_max(session.clock() - start)
     return engine
+
+
+def own_blocks(loaded: backbone.Backbone) -> list[tuple[int, nn.Module]]:
+    """The blocks that run once in a pass, with their index."""
+    return [] if loaded.family.shares_layers else list(layers_of(loaded.model, loaded.layout))
+
+
+def inventory_of(session: Session) -> dict[str, inventory.Size]:
+    """Sizes of the tensors that the model holds now."""
+    return inventory.sizes(session.model, own_blocks(session.backbone), session.backbone.layout.layers)
 
 
 def eval_batch(session: Session) -> int:

@@ -45,7 +45,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, states in random_states(session.device).items():
         tensors[f"random/{name}"] = distributed.all_gather_rows(states.to(session.device)[None]).cpu()  # [ranks, bytes]
     of_ranks = distributed.all_gather_objects(
-        {"losses": [float(loss) for loss in session.losses], "python": random.getstate(), "numpy": numpy_state()}
+        {"losses": [means.tolist() for means in session.losses], "python": random.getstate(), "numpy": numpy_state()}
     )
     return tensors, {
         "identity": session.identity,
@@ -96,6 +96,8 @@ def clocks(session: Session) -> dict[str, Any]:
 def memory_marks(session: Session) -> dict[str, Any]:
     return {
         "live": session.live_bytes,
+        "parts": session.live_parts,
+        "sent": session.sent_bytes,
         "peak": session.peak_bytes,
         "now": distributed.dist_max(session.peak.bytes()),
         "micro_batch": session.sampler.micro_batch_size,
@@ -154,7 +156,9 @@ def restore_of_ranks(session: Session, saved: Mapping[str, Any], tensors: Mappin
             session.recorder.restore(window[rank])
         elif rank == 0:
             session.recorder.restore(window.sum(0))
-    losses = torch.tensor([of_rank["losses"] for of_rank in saved["ranks"]])  # [ranks, steps]
+    losses = torch.tensor([of_rank["losses"] for of_rank in saved["ranks"]])  # [ranks, steps, 3]
+    if losses.dim() == 2:  # of a checkpoint that holds the loss alone
+        losses = torch.nn.functional.pad(losses[..., None], (0, 2))
     session.losses = list((losses[rank] if same else losses.mean(0)).to(session.device))
     if not same or f"random/{session.device.type}" not in tensors:
         seed = session.config.train.seed * 1_000_003 + saved["step"] * 1009 + rank
@@ -181,6 +185,7 @@ def restore_marks(session: Session, saved: Mapping[str, Any]) -> None:
         getattr(session, name).seconds = {int(size): list(taken) for size, taken in times[name].items()}
     session.build_seconds, session.rebuild_seconds = times["build"], times["rebuild"]
     session.live_bytes, session.peak_bytes = dict(marks["live"]), dict(marks["peak"])
+    session.live_parts, session.sent_bytes = dict(marks.get("parts", {})), dict(marks.get("sent", {}))
     session.peak.reset()
     session.peak.before = int(marks["now"])
     if marks["micro_batch"] == session.sampler.micro_batch_size:

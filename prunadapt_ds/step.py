@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prunadapt_ds import distributed, memory
+from prunadapt_ds import memory
 from prunadapt_ds.batches import Batch
 from prunadapt_ds.importance import Recorder
-from prunadapt_ds.objective import TopWords, sample_losses
+from prunadapt_ds.objective import TopWords, losses_and_distillation
 from prunadapt_ds.session import Session
 from prunadapt_ds.token_teacher import TokenTeacher
 
@@ -22,40 +22,49 @@ StepLosses = list[tuple[list[int], Tensor]]  # by micro-batch: the samples, and 
 def train_step(session: Session, step: int, *, record: bool, distill_weight: float = 0.0) -> StepLosses:
     """One optimizer step over all micro-batches; returns the samples of each and their losses.
 
-    The step's mean loss on this rank's share (scalar tensor) joins `session.losses`.
+    The step's means on this rank's share join `session.losses`: float [3], the loss, the distance from the teacher, and 1 if
+    there was one. They stay on the device: nobody waits for them before they are logged.
     """
     engine, recorder = session.engine, session.recorder if record else None
-    total = torch.zeros((), device=session.device)
+    means = torch.zeros(3, device=session.device)
     seen: StepLosses = []
     for positions, weight in session.sampler.micro_batches(step):
         batch = session.train_rows.batch(positions, weight).to(session.device)
-        losses = forward_backward(session, batch, recorder, distill_weight)
-        total += (losses * batch.weights).sum() / session.sampler.accumulation_steps
+        losses, distillation = forward_backward(session, batch, recorder, distill_weight)
+        parts = (losses, distillation) if distillation is not None else (losses,)
+        for place, values in enumerate(parts):
+            means[place] += (values * batch.weights).sum() / session.sampler.accumulation_steps
         seen.append((positions, losses))
         engine.step()
-    session.losses.append(total)
+    means[2] = float(distill_weight > 0)
+    session.losses.append(means)
     return seen
 
 
-def forward_backward(session: Session, batch: Batch, recorder: Recorder | None, distill_weight: float) -> Tensor:
-    """Loss of each sample [B] and gradients of one micro-batch; the recorder learns with which factor autograd sees each."""
+def forward_backward(
+    session: Session, batch: Batch, recorder: Recorder | None, distill_weight: float
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of each sample [B] and its distance from the teacher, and gradients of one micro-batch.
+
+    The recorder learns with which factor autograd sees each sample.
+    """
     engine = session.engine
     if recorder is not None:
         # DeepSpeed divides by the accumulation steps on top of our weights.
         coefficients = batch.weights / session.sampler.accumulation_steps
         recorder.begin(coefficients, batch.inputs["attention_mask"])
     logits = engine(**batch.inputs).logits
-    losses = sample_losses(
+    losses, distillation = losses_and_distillation(
         logits,
         batch.labels,
+        teacher_answers(session, batch) if distill_weight else None,
         is_regression=session.data.is_regression,
-        teacher=teacher_answers(session, batch) if distill_weight else None,
         distill_weight=distill_weight,
     )
     engine.backward((losses * batch.weights).sum())
     if recorder is not None:
         recorder.end()
-    return losses.detach()
+    return losses.detach(), distillation
 
 
 def teacher_answers(session: Session, batch: Batch) -> Tensor | TopWords:
@@ -80,5 +89,5 @@ def watched(session: Session, step: int) -> Iterator[None]:
     with saved.watch():
         yield
     session.activation_bytes = saved.bytes // session.sampler.accumulation_steps
-    session.live_bytes["after_shrink" if session.is_shrunk else "dense"] = int(distributed.dist_max(session.live()))
+    session.note_live()
     session.watched_length = length

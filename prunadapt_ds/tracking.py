@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from prunadapt_ds import board
 class Tracker:
     """Progress of a run on rank 0; on other ranks (`enabled=False`) every call does nothing.
 
-    A bar where standard error is a terminal, otherwise one line per interval. Metric keys carry their unit where they
-    have one ("memory/parameters(bytes)"), and a group before the slash that TensorBoard shows them under.
+    A bar where standard error is a terminal; one line per interval where standard output or error is none. Metric keys
+    carry their unit where they have one ("memory/parameters(bytes)"), and a group before the slash that TensorBoard shows
+    them under.
 
     A run that goes on at `step` keeps the first `metrics_bytes` of metrics.jsonl, which were written up to there. Raises
     OSError where that file cannot be opened; without TensorBoard the run goes on.
@@ -47,7 +48,12 @@ class Tracker:
         self.total_steps = total_steps
         self._file = (output_dir / "metrics.jsonl").open("ab", buffering=0)
         self._file.truncate(min(metrics_bytes, self._file.tell()))
-        self._bar = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), file=sys.stderr)
+        shown = sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not shown, file=sys.stderr)
+        self._lines = not (
+            shown and sys.stdout.isatty()
+        )  # of `train > log` the log has the lines, the terminal the bar
+        self._postfix: dict[str, str] = {}
         self._began = step, time.monotonic()
         self._writer = self._new_writer(board_dir or output_dir / "runs", step)
         self.show(board.begin)
@@ -98,13 +104,12 @@ class Tracker:
                 self.problem = "metrics.jsonl cannot be written: no space left on device"
         except OSError as error:
             self.problem = f"metrics.jsonl cannot be written: {error}"
-        short = "  ".join(
-            f"{_SHOWN[key][0]} {value / _SHOWN[key][1]:.4g}" for key, value in metrics.items() if key in _SHOWN
-        )
+        short = {_SHOWN[key][0]: f"{value / _SHOWN[key][1]:.4g}" for key, value in metrics.items() if key in _SHOWN}
+        self._postfix |= short  # an evaluation has a score alone, and the loss stays in sight
         self.advance(step, phase)
-        self._bar.set_postfix_str(short)
-        if self._bar.disable and short:
-            self.say(f"step {step}/{self.total_steps}  {phase}  {short}{self._left(step)}")
+        self._bar.set_postfix_str(_joined(self._postfix))
+        if self._lines and short:
+            self.say(f"step {step}/{self.total_steps}  {phase}  {_joined(short)}{self._left(step)}")
 
     def _left(self, step: int) -> str:
         """How long the remaining steps take at the pace so far, every phase and evaluation included."""
@@ -112,7 +117,7 @@ class Tracker:
         if not first < step < self.total_steps:
             return ""
         seconds = (time.monotonic() - began) / (step - first) * (self.total_steps - step)
-        return f"  left {int(seconds) // 60}:{int(seconds) % 60:02d}"
+        return f"  left {duration(seconds)}"
 
     def metrics_bytes(self) -> int:
         """Size of metrics.jsonl, which the disk holds up to there."""
@@ -140,6 +145,20 @@ class Tracker:
         except Exception as error:  # whatever its own thread stumbled over
             self._writer = None
             self.say(f"TensorBoard is not written any more: {' '.join(str(error).split())}")
+
+
+def duration(seconds: float) -> str:
+    """As 3:07 (minutes), 2:03:07 (hours) or 1 d 2:03:07."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if not days and not hours:
+        return f"{minutes}:{rest:02d}"
+    return (f"{days} d " if days else "") + f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _joined(values: Mapping[str, str]) -> str:
+    return "  ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _quiet_writer_threads() -> None:

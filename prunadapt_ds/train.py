@@ -94,7 +94,7 @@ def owned(config: Config) -> Iterator[StopSignals]:
     """Nobody else may write to the output folder meanwhile, and signals do not end the process but stop the run."""
     folder = Path(config.output.output_dir)
     lock = distributed.together(lambda: files.OwnedFolder(folder) if distributed.rank() == 0 else None)
-    signals = StopSignals()
+    signals = StopSignals(speaks=distributed.rank() == 0)
     signals.listen()
     watchdog.start(folder, distributed.rank())
     try:
@@ -148,11 +148,12 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
 def say_what_will_happen(session: Session, pruning: PruningSchedule | None) -> None:
     total, structure, stage = session.total_steps, session.backbone.structure, session.ds.stage
     start, end = (pruning.start_step, pruning.end_step) if pruning else (total, total)
-    phases = [("dense", session.step, start), ("prune", max(start, session.step), end), ("recover", end, total)]
+    phases = outline.phases(session.step, start, end, total)
     counts = engines.trainable_counts(session.model, session.backbone.head_names)
-    sharding = outline.sharding(stage, distributed.world_size())
+    sharding = outline.sharding(stage, distributed.world_size(), session.ds.values["zero_optimization"])
     numbers = structure.dense_cost("params") + structure.other_params
-    session.tracker.say(outline.header(session.config, phases, counts, numbers, sharding))
+    rate = None if session.ds.adam.get("lr") else session.learning_rate
+    session.tracker.say(outline.header(session.config, phases, counts, numbers, sharding, rate))
 
 
 def log_interval(
@@ -169,7 +170,8 @@ def log_interval(
         session.live(),
         session.train_seconds(),
     )
-    loss = float(distributed.dist_sum(torch.stack(session.losses).mean())) / distributed.world_size()
+    means = distributed.dist_sum(torch.stack(session.losses).mean(0)) / distributed.world_size()
+    loss, distillation, taught = means.tolist()  # taught: the share of these steps that had a teacher
     session.losses.clear()
     session.tracker.log(
         step,
@@ -181,7 +183,9 @@ def log_interval(
             "samples/s": rate,
             "memory/parameters(bytes)": memory.parameter_bytes(session.model),
             "memory/live(bytes)": live,
+            "communication/sent(bytes)": session.sent_in_a_step(),
             "distillation/weight": distill_weight(session, pruning, step - 1),
+            **({"distillation/loss": distillation / taught} if taught else {}),
             "time/train(s)": seconds,
             **{f"learning_rate/{name}": value for name, value in learning_rates.items()},
         },

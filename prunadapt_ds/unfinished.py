@@ -71,7 +71,8 @@ def export(run_dir: Path, start: Checkpoint, dtype: str | None, *, trust_remote_
         session = setup(config, saved, ds=ds, tracked=False)
         resume.rebuild(session, start)
         before = report_of(run_dir)
-        facts = {"status": "interrupted", "world_size": saved["world_size"], "command": before.get("command")}
+        facts = {"status": "interrupted", "world_size": saved["world_size"]}
+        facts |= {name: before.get(name) for name in ("launcher", "nodes", "command")}
         finish(session, facts=facts)
         if distributed.rank() == 0:
             score = session.report["metric"]["exported"]["score"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from prunadapt_ds.config import Config
 from prunadapt_ds.ds_config import DsConfig
-from prunadapt_ds.inventory import Inventory
+from prunadapt_ds.inventory import Inventory, Size
 
 MASTERS, MOMENTS = 4, 8  # bytes of an element: an fp32 master; Adam's two moments
 DEEPSPEED_REUSE_ELEMENTS = 1_000_000_000  # stage3_max_reuse_distance where a file does not say
@@ -120,6 +120,13 @@ def traffic(stock: Inventory, ds: DsConfig, machine: Machine, config: Config) ->
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         host += 2 * n * e / world
     return {"gather": round(gather), "reduce": round(reduce), "host": round(host)}
+
+
+def sent_bytes(tensors: dict[str, Size], ds: DsConfig, world_size: int, config: Config) -> int:
+    """Bytes that a rank sends to others in an optimizer step, of a model with these tensors."""
+    stock = Inventory(tensors, largest_module=0, activations=0, accounted=0, macs=0, exported=0)
+    parts = traffic(stock, ds, Machine(world_size=world_size), config)
+    return parts["gather"] + parts["reduce"]
 
 
 def step_seconds(

@@ -459,3 +459,31 @@ def loaded_under_zero3(folders, is_language=False, precision="float32", only_str
         pairs.append((streamed, plain))
     assert zero3 is not None
     return pairs
+
+
+def sent_in_a_step(argv):
+    """Bytes that this rank sends in a later step: by kind as DeepSpeed's own logger counts them, and as the run says."""
+    import deepspeed
+
+    from prunadapt_ds import train
+    from prunadapt_ds.distributed import world_size
+
+    session = _session(argv)
+    train.add_trainables(session)
+    deepspeed.comm.configure(enabled=True, prof_all=True)
+    logger = deepspeed.comm.comm.comms_logger
+    for step in range(4):
+        logger.comms_dict.clear()
+        train.train_step(session, step, record=False)
+    counted = {name: dict(by_size) for name, by_size in logger.comms_dict.items()}
+    deepspeed.comm.configure(enabled=False)
+    session.tracker.close()
+    gathered = sum(
+        size * calls[0] * (world_size() - 1)  # a rank's own part goes to all others
+        for name, by_size in counted.items()
+        if "all_gather" in name
+        for size, calls in by_size.items()
+    )
+    whole = sum(getattr(p, "ds_numel", p.numel()) * 4 for p in session.model.parameters())
+    trainable = sum(getattr(p, "ds_numel", p.numel()) * 4 for p in session.model.parameters() if p.requires_grad)
+    return {"gathered": gathered, "said": session.sent_in_a_step(), "whole": whole, "trainable": trainable}

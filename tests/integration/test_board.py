@@ -17,6 +17,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.distributed import runs
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_laws import arguments
+from tests.tiny import tiny_data, tiny_folder
 from tests.unit.test_board import written
 
 pytestmark = pytest.mark.ci
@@ -65,6 +69,60 @@ def test_make_tensorboard_answers_on_this_machine_alone(tmp_path):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("board")
+    tiny_folder(folder / "bert", "bert")
+    tiny_data(folder / "data", n_train=40, n_dev=12)
+    return folder
+
+
+def scalars_below(folder):
+    """(tag, step) of every scalar in every file of events below a folder."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    return [
+        (value.tag, event.step)
+        for file in folder.rglob("events.*")
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+        if value.metadata.plugin_data.plugin_name in ("", "scalars")
+    ]
+
+
+def test_beside_deepspeed_s_own_monitor_nothing_is_written_twice(base, tmp_path):
+    """Its tensorboard block says where ours go, its csv block is its own; engines are rebuilt meanwhile."""
+    out = tmp_path / "out"
+    argv = arguments(base, out, batch=8, max_steps=10, logging_steps=2, shrink="always", target_sparsity=0.6)
+    config = json.loads((out / "ds.json").read_text())
+    config |= {
+        "tensorboard": {"enabled": True, "output_path": str(tmp_path / "events"), "job_name": "a"},
+        "csv_monitor": {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "b"},
+    }
+    (out / "ds.json").write_text(json.dumps(config))
+    ((code, said),) = run_ranks(runs.whole_run_said, 1, argv)
+    assert code == 0, said
+    found = scalars_below(tmp_path)
+    assert found and len(found) == len(set(found)), sorted(x for x in found if found.count(x) > 1)
+    assert ("train/loss", 10) in found and ("efficiency/sent_per_step_MiB", 10) in found
+    assert "distillation/loss" in {tag for tag, _ in found}
+    assert not [tag for tag, _ in found if tag.startswith("Train/")], "DeepSpeed's, which has its own files"
+    assert list((tmp_path / "events" / "a").glob("events.*")) and not (out / "runs").exists()
+    assert list((tmp_path / "csv" / "b").glob("*loss*.csv"))
+
+
+def test_the_one_decision_of_tmp_has_its_pictures(base, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    argv = arguments(base, tmp_path / "out", batch=8, max_steps=4, method="tmp")
+    assert run_ranks(runs.whole_run, 1, argv) == [0]
+    events = EventAccumulator(str(tmp_path / "out" / "runs")).Reload()
+    for tag in ("pruning/importance", "pruning/kept"):
+        assert [picture.step for picture in events.Images(tag)] == [0]
+    assert events.Scalars("pruning/kept_heads")[0].value == 12 - round(43 / 144 * 12)
+    assert "distillation/loss" not in events.Tags()["scalars"]
 
 
 def ask(base, patience):

@@ -155,6 +155,23 @@ def test_images(board, opened):
     assert all(p.evaluate("i => i.complete && i.naturalWidth") >= 900 for p in pictures.all()) and not elsewhere
 
 
+def test_histograms(board, opened):
+    page, elsewhere = opened(f"{board}/#histograms", wait_for="pruning/gates")
+    drawn = page.locator("tf-histogram-loader")
+    drawn.nth(5).wait_for(timeout=PATIENCE)  # gates, heads and neurons of two runs
+    for tag in ("pruning/gates", "pruning/log10_scores_heads", "pruning/log10_scores_neurons"):
+        assert page.get_by_text(tag).count(), tag
+    assert drawn.first.locator("vz-histogram-timeseries").count() and not elsewhere
+
+
+def test_text(board, opened):
+    page, elsewhere = opened(f"{board}/#text", wait_for="target_sparsity")  # the configuration itself
+    page.locator("tf-text-loader").nth(5).wait_for(timeout=PATIENCE)  # two configurations and a plan of two runs
+    for words in ("ds_config", "zero_optimization", "plan"):
+        assert page.get_by_text(words).count(), words
+    assert not elsewhere
+
+
 def test_hparams(board, opened):
     page, elsewhere = opened(f"{board}/#hparams", wait_for="TABLE VIEW")
     page.get_by_text("0.6/runs").first.wait_for(timeout=PATIENCE)

@@ -1,12 +1,16 @@
 """Language models through the whole program: perplexity, exports, and generation with the cache."""
 
 import json
+import shlex
+import sys
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from prunadapt_ds import outline
 from prunadapt_ds import report as reports
+from prunadapt_ds.config import parse
 from tests.distributed import runs
 from tests.distributed.harness import Ranks, run_ranks
 from tests.distributed.test_laws import arguments
@@ -82,6 +86,16 @@ def test_two_ranks_on_a_text_file_and_its_score(tmp_path):
     argv += ["--model_name_or_path", tmp_path / "out" / "exports" / "uniform", "--max_seq_length", 16]
     for measures in run_ranks(runs.scored, 2, [str(a) for a in argv]):
         assert measures == pytest.approx(report["metric"]["exported"], rel=1e-5)
+    score_as_the_run_says(tmp_path, report)
+
+
+def score_as_the_run_says(tmp_path, report):
+    """The line of the footer, in a process of its own."""
+    config = parse(language_arguments(tmp_path, "qwen3", "txt", max_seq_length=16))
+    (line,) = (line for line in outline.footer(config, "causal_lm").splitlines() if "score it" in line)
+    done = launch([sys.executable, *shlex.split(line[12:])[1:]])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(report["metric"]["exported"], rel=1e-5)
 
 
 def test_an_encoder_generates_nothing(tmp_path):

@@ -1,12 +1,15 @@
 """Every launcher on two real ranks: one plan, one result. And ranks that cannot meet: one clear line, no hang."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -224,3 +227,40 @@ def test_exit_code_of_a_run_that_was_asked_to_stop(base, tmp_path, launcher, cod
     assert "stopped by SIGUSR1 after step 4 of 8" in said
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["status"] == "interrupted" and (tmp_path / "out" / "checkpoints" / "step-4").is_dir()
+
+
+@pytest.mark.full
+def test_a_second_ctrl_c_ends_deepspeed_and_its_ranks(base, tmp_path):
+    """A terminal sends it to the launcher and to every rank; both ranks are stuck in a step."""
+    argv = arguments(base, tmp_path / "out", batch=4, checkpoint_steps=2)
+    words = [str(word) for word in (*deepspeed("--num_accelerators", "2"), TRAIN, *argv)]
+    env = environment(PRUNADAPT_FAULT="stall@step-3@all")
+    with (tmp_path / "said").open("w") as said:
+        launcher = subprocess.Popen(words, cwd=ROOT, env=env, stdout=said, stderr=said, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "out" / "checkpoints" / "step-2").exists():
+            assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()[-2000:]
+            time.sleep(0.1)
+        time.sleep(2)
+        for _ in range(2):
+            os.killpg(launcher.pid, signal.SIGINT)
+            time.sleep(0.5)
+        assert launcher.wait(25) != 0, "sooner than DeepSpeed's patience of 30 s with its ranks"
+        time.sleep(1)
+        assert not members(launcher.pid), "a rank is left"
+    finally:
+        for process in members(launcher.pid):
+            os.kill(process, signal.SIGKILL)
+    assert (tmp_path / "said").read_text().count("stopping after this step; once more to leave now") == 1
+
+
+def members(session):
+    """Processes of a session that live."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found

@@ -217,14 +217,20 @@ def test_asked_to_stop_and_started_again(base, tmp_path, uninterrupted, name, ra
         assert complete(arguments)[0] == uninterrupted[1]
 
 
-def test_a_second_ctrl_c_leaves_at_once(base, tmp_path):
-    ranks = Ranks(argv(base, tmp_path / "out"), 1, {"PRUNADAPT_FAULT": "stall@step-5@all"})
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_second_ctrl_c_leaves_at_once(base, tmp_path, world_size):
+    """A terminal sends it to every rank. One of them answers the first; none waits for the step after the second."""
+    ranks = Ranks(argv(base, tmp_path / "out"), world_size, {"PRUNADAPT_FAULT": "stall@step-5@all"})
     ranks.wait_for(lambda: (tmp_path / "out" / "checkpoints" / "step-4").exists(), timeout=300)
     time.sleep(2)
     for _ in range(2):
-        os.kill(ranks.processes[0].pid, signal.SIGINT)
+        for process in ranks.processes:
+            os.kill(process.pid, signal.SIGINT)
         time.sleep(0.2)
-    assert ranks.wait(30)[0].code == -signal.SIGINT
+    ended = ranks.wait(30)
+    assert {rank.code for rank in ended} == {-signal.SIGINT}
+    heard = [rank.text.count("stopping after this step; once more to leave now") for rank in ended]
+    assert heard == [1, 0][:world_size]
 
 
 def test_a_complete_run_is_not_run_again(uninterrupted):

@@ -145,7 +145,8 @@ def peft_loads_the_adapter(base, tmp_path, model_type):
     report = run(base, tmp_path / "out", model_type=model_type, method="lora", export_formats="adapter", world_size=2)
     assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
     names = {p.name for p in (tmp_path / "out" / "exports" / "adapter").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= names
+    assert "library_name: peft" in (tmp_path / "out" / "exports" / "adapter" / "README.md").read_text()
     if model_type == "bert":
         check_predictions(base, tmp_path)
         check_a_second_run_starts_there(base, tmp_path)
@@ -313,6 +314,8 @@ def test_deepspeed_launcher(base, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["status"] == "complete" and report["world_size"] == 2
+    assert (report["launcher"], report["nodes"]) == ("deepspeed", 1)
+    assert report["command"].startswith("deepspeed --num_accelerators 2 --module prunadapt_ds train ")
 
 
 def test_two_ranks_one_message_and_exit_code_2(base, tmp_path):

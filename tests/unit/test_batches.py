@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunadapt_ds.batches import Sampler
-from prunadapt_ds.objective import sample_losses, trust
+from prunadapt_ds.objective import distillation_loss, losses_and_distillation, sample_losses, trust
 
 pytestmark = pytest.mark.fast
 _DRAW = random.Random(0)
@@ -53,3 +53,7 @@ def test_a_teacher_is_followed_as_far_as_it_is_right():
     led = sample_losses(logits, labels, is_regression=False, teacher=teacher, distill_weight=1.0)
     torch.testing.assert_close(led[1], alone[1], atol=1e-2, rtol=1e-2)
     assert abs(led[2] - alone[2]) > 1e-2
+    losses, apart = losses_and_distillation(logits, labels, teacher, is_regression=False, distill_weight=0.3)
+    assert torch.equal(apart, distillation_loss(logits, teacher, False)), "without weight or trust"
+    assert torch.equal(losses, sample_losses(logits, labels, is_regression=False, teacher=teacher, distill_weight=0.3))
+    assert losses_and_distillation(logits, labels, None, is_regression=False, distill_weight=0.3)[1] is None

@@ -70,6 +70,30 @@ def test_every_folder_says_how_to_load_it(kind, remote, words):
     assert "text_pair" not in single
 
 
+@pytest.mark.parametrize("task", [TASKS["mrpc"], TASKS["stsb"], LANGUAGE], ids=lambda t: t.name)
+def test_an_adapter_says_what_it_belongs_to(task):
+    r, _ = report_of(task, "adapter", remote=False)
+    text = card.render({**r, "method": "lora"}, "some/encoder", task, "adapter", {"license": "mit"})
+    data = ModelCard(text, ignore_metadata_errors=False).data.to_dict()
+    assert data["library_name"] == "peft" and data["base_model_relation"] == "adapter" and "lora" in data["tags"]
+    assert data["base_model"] == "some/encoder" and data["license"] == "mit"
+    (code,) = (block.split("```")[0] for block in text.split("```python\n")[1:])
+    compile(code, "card", "exec")
+    head = "AutoModelForCausalLM" if task is LANGUAGE else "AutoModelForSequenceClassification"
+    labels = {"mrpc": ", num_labels=2", "stsb": ", num_labels=1", "causal_lm": ""}[task.name]
+    assert (
+        f'{head}.from_pretrained("some/encoder"{labels})' in code and 'PeftModel.from_pretrained(base, "PATH")' in code
+    )
+    assert "trust_remote_code" not in text and "## Limits" in text
+    assert ("--label_names not_equivalent equivalent" in text) == (task.name == "mrpc")
+
+
+def test_an_adapter_of_a_local_checkpoint_names_no_folder(tmp_path):
+    r, _ = report_of(OWN, "adapter", remote=False)
+    text = card.render({**r, "method": "lora", "model": str(tmp_path)}, str(tmp_path), OWN, "adapter")
+    assert str(tmp_path) not in text and 'from_pretrained("BASE", num_labels=2)' in text and "BASE is the model" in text
+
+
 def test_a_local_checkpoint_is_not_named(tmp_path):
     r, _ = report_of(OWN)
     r["model"], r["command"] = str(tmp_path), f"python -m prunadapt_ds train --model_name_or_path {tmp_path}"

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -498,3 +499,27 @@ def test_a_decision_of_the_clock_is_repeated_not_made_again(tmp_path, decided):
     session.rebuilt = resume.noted_rebuilds(config)
     assert train.pays_to_shrink(session, SimpleNamespace(decision_steps=(6, 8)), 6) is decided
     assert resume.noted_rebuilds(parse(["--output_dir", str(tmp_path / "none")])) == {}
+
+
+@pytest.mark.parametrize(
+    "saved, found",
+    [
+        ([[0.1, 0.2, 1.0], [0.3, 0.0, 0.0]], [[0.1, 0.2, 1.0], [0.3, 0.0, 0.0]]),
+        ([0.1, 0.3], [[0.1, 0.0, 0.0], [0.3, 0.0, 0.0]]),
+        ([], []),
+    ],
+    ids=["as written", "of the loss alone", "none"],
+)
+def test_the_open_interval_comes_back(saved, found):
+    """Losses since the last log line, with the distance from the teacher; older checkpoints hold the loss alone."""
+    device = torch.device("cpu")
+    session = SimpleNamespace(
+        recorder=None, losses=[torch.zeros(3)], device=device, config=SimpleNamespace(train=SimpleNamespace(seed=0))
+    )
+    of_rank = {"losses": saved, "python": random.getstate(), "numpy": snapshot.numpy_state()}
+    state = json.loads(json.dumps({"world_size": 1, "step": 4, "ranks": [of_rank]}))
+    tensors = {f"random/{name}": value[None] for name, value in snapshot.random_states(device).items()}
+    snapshot.restore_of_ranks(session, state, tensors)
+    assert [torch.equal(mine, torch.tensor(row)) for mine, row in zip(session.losses, found, strict=True)] == [
+        True
+    ] * len(found)

@@ -134,6 +134,24 @@ def test_signals_are_noted_and_given_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("speaks", [True, False], ids=["rank 0", "another rank"])
+def test_a_ctrl_c_is_answered_at_once_and_the_second_ends_the_process(speaks):
+    code = (
+        "import os, signal\n"
+        "from prunadapt_ds.pulse import StopSignals\n"
+        f"signals = StopSignals(speaks={speaks})\n"
+        "signals.listen()\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print(signals.name, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('still here')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == -signal.SIGINT and done.stdout == "SIGTERM\n"
+    assert done.stderr == ("\nstopping after this step; once more to leave now\n" if speaks else "")
+
+
 STUCK = """
 import os, sys, time
 os.environ["PRUNADAPT_STUCK_SECONDS"] = "1"

@@ -15,7 +15,7 @@ from prunadapt_ds.data import compute_perplexity, load_language, tokenize_langua
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.importance import STATISTICS, Recorder
 from prunadapt_ds.models.families import FAMILIES
-from prunadapt_ds.objective import TopWords, sample_losses
+from prunadapt_ds.objective import TopWords, losses_and_distillation, sample_losses
 from tests.tiny import layout_and_structure, tiny_config, tiny_instructions, tiny_tokenizer
 
 pytestmark = pytest.mark.fast
@@ -198,6 +198,8 @@ def test_of_few_words_the_others_are_one_outcome():
     assert float(found) == pytest.approx(0.7 * -math.log(0.1) + 0.3 * divergence, rel=1e-4), (
         "trust: 0.3 for the right word"
     )
+    _, apart = losses_and_distillation(logits, labels, teacher, is_regression=False, distill_weight=0.1)
+    assert float(apart) == pytest.approx(divergence, rel=1e-4), "whatever the weight"
     unknown = sample_losses(logits, torch.tensor([[-100, 3]]), is_regression=False, teacher=teacher, distill_weight=1.0)
     assert float(unknown) == pytest.approx(-math.log(0.3)), "a teacher that does not name the word is not followed"
 

@@ -30,6 +30,7 @@ def test_places():
     assert find({**ENV, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}) == Place(
         "torchrun", 1, 4, 1, 2, "h", 29500
     )
+    assert find({**ENV, "CROSS_SIZE": "2", "LOCAL_SIZE": "2"}) == Place("deepspeed", 1, 4, 1, 2, "h", 29500)
     assert find(SLURM) == Place("srun", 3, 4, 1, 2, "gpu03", 10000 + 7 * 11 + 2)
     assert find({**SLURM, **ENV}).launcher == "the launcher", "torchrun under srun"
     assert find({**SLURM, "MASTER_ADDR": "a", "MASTER_PORT": "9"}).master_port == 9

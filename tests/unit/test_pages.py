@@ -9,8 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from prunadapt_ds import figures, outline, pages
-from prunadapt_ds.config import parse
+from prunadapt_ds import figures, pages
 from tests.unit.test_report import filled
 
 pytestmark = pytest.mark.fast
@@ -43,7 +42,8 @@ def run_folder(folder):
         | {"live_tensor_bytes": 2**20, "train_s": 1.0}
         for i, phase in enumerate(("dense", "prune", "recover"))
     ]
-    result["time"] |= {"train_s": 9.0, "dense_phase_s": 4.0, "steps": 12}
+    result["time"] |= {"train_s": 9.0, "dense_phase_s": 4.0, "checkpoint_s": 1.5, "steps": 12}
+    result["memory"]["live_parts_bytes"]["dense"] |= {"parameters": 2**20, "optimizer": 2**19, "activations": 2**19}
     result["memory"]["live_tensor_bytes"] |= {"dense": 2**21, "after_shrink": 2**20}
     return result
 
@@ -53,11 +53,12 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.images, self.links, self.open = [], [], []
+        self.images, self.links, self.tags = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
+        self.tags.append((tag, values))
         if tag == "img":
             self.images.append(values)
         self.links += [v for k, v in attributes if k in ("href", "src") and not v.startswith("data:")]
@@ -73,8 +74,15 @@ def test_the_page_stands_alone_and_every_picture_is_said_in_words(tmp_path):
         assert len(image["alt"]) > 10
         xml.dom.minidom.parseString(b64decode(image["src"].split("base64,")[1]))
     alts = " ".join(image["alt"] for image in page.images)
-    for words in ("0: 2 of 4", "prune from step 4 to 8", "2 of 4 examples are right", "dense phase 4.0 s"):
+    for words in (
+        "0: 2 of 4",
+        "prune from step 4 to 8",
+        "2 of 4 examples are right",
+        "dense phase 4.0 s",
+        "checkpoint 1.5 s",
+    ):
         assert words in alts, words
+    assert "parameters, dense 1.0 MiB, optimizer, dense 0.5 MiB" in alts and "activations, pruned" not in alts
     assert "text 2 &lt;b&gt;" in text and "<b> |" not in text and "python launcher/train.py --seed 1" in text
     assert "text 2 <b> \\| x" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "report.json").read_text())["labels"] == ["no", "yes & <no>"]
@@ -110,32 +118,22 @@ def test_kept_units_become_tables():
     assert tables["neurons"].sum(1).tolist() == [12, 24]
 
 
-def test_the_command_makes_the_same_run_again():
-    argv = ["--task_name", "sst2", "--model_name_or_path", "a b", "--save_scores", "--target_modules", "query", "value"]
-    text = outline.command(parse(argv), 2)
-    import shlex
-
-    words = shlex.split(text)
-    assert words[:6] == ["deepspeed", "--num_accelerators", "2", "--module", "prunadapt_ds", "train"]
-    assert parse(words[6:]) == parse(argv)
-
-
-def test_the_header_names_phases_trainables_sharding_and_what_nobody_chose():
-    config = parse(["--r", "4", "--max_steps", "9"])
-    phases = [("dense", 0, 3), ("prune", 3, 9), ("recover", 9, 9)]
-    text = outline.header(config, phases, {"adapters": 30, "head": 20}, 200, outline.sharding(3, 4))
-    assert "dense 0 to 3, prune 3 to 9\n" in text and "adapters 30, head 20; 25.0% of 200" in text
-    assert "1/4 of the parameters" in text and "whole" not in text
-    assert (
-        "r=" not in text.replace("learning_rate=", "") and "num_train_epochs" not in text and "criterion=fisher" in text
-    )
-    assert "the rest whole" in outline.sharding(2, 4) and "everything whole" in outline.sharding(0, 2)
+def test_a_reader_who_hears_the_page_knows_what_belongs_to_what(tmp_path):
+    """Headings of columns and rows, and a name for everything that takes the focus."""
+    pages.write(tmp_path, run_folder(tmp_path))
+    tags = Page((tmp_path / "report.html").read_text()).tags
+    heads = [values for tag, values in tags if tag == "th"]
+    assert {values["scope"] for values in heads} == {"col", "row"}
+    rows = sum(tag == "tr" for tag, _ in tags)
+    tables = sum(tag == "table" for tag, _ in tags)
+    assert sum(values["scope"] == "row" for values in heads) == rows - tables
+    focusable = [values for _, values in tags if "tabindex" in values]
+    assert len(focusable) == tables + 1 and all(v["role"] == "region" and v["aria-label"] for v in focusable)
 
 
-def test_the_footer_can_be_pasted():
-    config = parse(["--train_file", "a b.csv", "--validation_file", "v.csv", "--output_dir", "out dir"])
-    text = outline.footer(config, "own_classification")
-    assert "--train_file 'a b.csv' --validation_file v.csv" in text and "'out dir'/report.html" in text
-    assert "predict --model_name_or_path 'out dir'/exports/compact --input_file -" in text
-    language = parse(["--task_type", "causal_lm", "--train_file", "a.txt", "--validation_file", "b.txt"])
-    assert "predict" not in outline.footer(language, "causal_lm")
+def test_many_classes_are_put_into_few_words():
+    names = [f"class {i} {'x' * 100}" for i in range(30)]
+    labels = [i for i in range(30) for _ in range(30)]
+    picture = figures.confusion(labels, list(range(30)) * 30, names)
+    assert picture.alt.startswith("30 of 900 examples are right. 1 labelled class 0 ")
+    assert picture.alt.endswith("; 860 in 860 other pairs.") and len(picture.alt) < 1500

@@ -95,6 +95,69 @@ def test_table_says_what_the_report_says():
     assert "teacher / dense" not in text + report.markdown(filled())
 
 
+def test_the_headline_says_what_was_kept():
+    r = filled()
+    r["metric"]["exported"] = {"accuracy": 0.8, "score": 0.63}
+    r["time"] |= {"train_s": 12.0, "steps": 9}
+    assert report.headline(r)[:3] == [
+        ("score", "63.0", "teacher: 84.0, 75.0% kept"),
+        ("parameters", "40%", "of the dense model's, blocks only"),
+        ("MACs", "50%", "of the dense model's"),
+    ]
+    assert "- **63.0** score (teacher: 84.0, 75.0% kept)\n- **40%** parameters" in report.markdown(r)
+    r["metric"]["teacher"] = {"score": -0.1}
+    assert report.headline(r)[0] == ("score", "63.0", "teacher: -10.0"), "no share of what is not positive"
+    r["metric"] |= {"teacher": {"score": 5.0}, "exported": {"score": 6.0}}
+    assert report.headline(r | {"task": "causal_lm"})[0] == ("perplexity", "6.0", "teacher: 5.0, 1.20 times that")
+    r["metric"]["teacher"] = None
+    assert report.headline(r)[0][2] == "exported model"
+
+
+def test_nothing_is_said_of_what_a_run_did_not_do():
+    r = filled()
+    assert "The teacher comes from" in report.markdown(r)
+    r["metric"]["teacher"] = None
+    assert report.notes(r) == [] and "teacher comes" not in report.markdown(r) and "differ" not in report.markdown(r)
+    r["parity"] |= {"max_abs_logit_diff": 1e-6, "tolerance": 1e-4, "examples": 300}
+    (note,) = report.notes(r)
+    assert "differ by at most 1.00e-06 in their logits on 300 examples (allowed: 1.00e-04)" in note
+
+
+def test_memory_is_taken_apart():
+    r = filled()
+    assert report.live_parts(r) == [] and "Live memory of" not in report.markdown(r)
+    r["memory"]["live_parts_bytes"] = {
+        "dense": {"parameters": 2**22, "optimizer": 2**21, "activations": 2**20},
+        "after_shrink": {"parameters": 2**21, "optimizer": 2**20, "activations": 2**19},
+    }
+    report.validate(r)
+    assert "| parameters | 4.0 | 2.0 (50.0%) |\n| optimizer | 2.0 | 1.0 (50.0%) |\n| activations |" in report.markdown(
+        r
+    )
+
+
+@pytest.mark.parametrize(
+    "model, name",
+    [
+        ("org/name", "org/name"),
+        ("/data/x/bert", "bert"),
+        ("./a/b/", "b"),
+        ("models/mine/bert", "bert"),
+        ("bert", "bert"),
+    ],
+)
+def test_a_folder_is_called_by_its_own_name(model, name):
+    assert report.short_model(model) == name
+    assert report.markdown(filled() | {"model": model}).startswith(f"# mrpc: prunadapt on {name}\n")
+
+
+def test_the_launcher_and_the_versions_are_named():
+    r = filled() | {"world_size": 8, "launcher": "srun", "nodes": 2}
+    r["versions"] |= {"python": "3.12.1", "prunadapt_ds": "0.1.0"}
+    text = report.markdown(r)
+    assert "8 rank(s) by srun on 2 node(s)" in text and "python 3.12.1, prunadapt_ds 0.1.0" in text
+
+
 def test_tracker_writes_all_three(tmp_path, capsys):
     tracker = Tracker(tmp_path, 10, enabled=True)
     tracker.log(5, "dense", {"train/loss": 0.5, "samples/s": float("nan")})

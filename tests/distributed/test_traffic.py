@@ -1,0 +1,55 @@
+"""What a run says that its ranks send, beside what DeepSpeed counts."""
+
+import json
+
+import pytest
+
+from prunadapt_ds import report as reports
+from tests.distributed import runs
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_laws import arguments
+from tests.tiny import tiny_data, tiny_folder
+
+pytestmark = pytest.mark.ci
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    base = tmp_path_factory.mktemp("traffic")
+    tiny_folder(base / "bert", "bert", hidden_size=128, intermediate_size=512)
+    tiny_data(base / "data", n_train=40, n_dev=12)
+    return base
+
+
+def test_what_is_sent_is_what_deepspeed_counts(folder, tmp_path):
+    """Stage 3 on two ranks: the gathers; what is reduced is a rank's half of the trainables."""
+    for found in run_ranks(runs.sent_in_a_step, 2, arguments(folder, tmp_path / "out")):
+        assert found["gathered"] + found["trainable"] / 2 == pytest.approx(found["said"], rel=0.1), found
+        assert found["said"] > found["whole"] / 2
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_at_other_stages_only_what_trains_is_sent(folder, tmp_path, stage):
+    found = run_ranks(runs.sent_in_a_step, 2, arguments(folder, tmp_path / "out", stage=stage))[0]
+    assert found["said"] == found["trainable"], "gradients there and back, or gradients there and weights back"
+
+
+def test_a_run_writes_it_down_and_it_falls_with_the_model(folder, tmp_path):
+    out = tmp_path / "out"
+    argv = arguments(folder, out, target_sparsity=0.6, shrink="always", max_steps=8)
+    assert run_ranks(runs.whole_run, 2, argv) == [0, 0]
+    report = json.loads((out / "report.json").read_text())
+    reports.validate(report)
+    sent, lines = (
+        report["communication"]["sent_bytes"],
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()],
+    )
+    written = [line["communication/sent(bytes)"] for line in lines if "train/loss" in line]
+    assert written[0] == sent["dense"] > 1.3 * sent["after_shrink"] and written[-1] == sent["after_shrink"]
+    parts, live = report["memory"]["live_parts_bytes"], report["memory"]["live_tensor_bytes"]
+    for kind in ("dense", "after_shrink"):
+        assert all(parts[kind].values()) and sum(parts[kind].values()) == pytest.approx(live[kind], rel=0.05)
+    taught = [line for line in lines if "distillation/loss" in line]
+    assert taught and all(line["distillation/weight"] > 0 and line["distillation/loss"] >= 0 for line in taught)
+    assert not any("distillation/loss" in line for line in lines if line["phase"] == "dense")
+    assert report["nodes"] == 1 and report["time"]["checkpoint_s"] > 0 and report["versions"]["prunadapt_ds"]
