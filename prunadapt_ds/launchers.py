@@ -4,7 +4,7 @@
 |-----------------------|--------------------------------|------------------------------------------------------------|
 | deepspeed, torchrun   | RANK, WORLD_SIZE, LOCAL_RANK   | -                                                          |
 | mpirun (any MPI)      | MPI, asked through mpi4py      | rank 0's host, a free port of it                           |
-| srun                  | SLURM_PROCID and their like    | the step's first host, a port made of the job's id         |
+| srun                  | SLURM_PROCID and their like    | the step's first host, a port made of job and step         |
 | none                  | -                              | one process meets nobody                                   |
 """
 
@@ -123,11 +123,16 @@ def _from_slurm(environ: Mapping[str, str]) -> Place:
         read.problems.append(Problem("MASTER_ADDR", None, "srun names no nodes; set it to the host of rank 0"))
     if "MASTER_PORT" in environ:
         port = read.number("MASTER_PORT", least=1, most=65535)
-    else:  # every rank of the step must come to the same one, and two steps of one node should not
-        port = 10000 + (7 * number(environ, ("SLURM_JOB_ID",)) + number(environ, ("SLURM_STEP_ID",))) % 20000
+    else:
+        port = step_port(number(environ, ("SLURM_JOB_ID",)), number(environ, ("SLURM_STEP_ID",)))
     read.raise_problems()
     tasks = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     return Place("srun", rank, world_size, local_rank, int(tasks[0]) if tasks else 1, address, port)
+
+
+def step_port(job: int, step: int) -> int:
+    """Where all ranks of a step come to without having met; another for any step of 313 neighbouring jobs with 64 steps each."""
+    return 10000 + 64 * (job % 313) + step % 64  # below 32768, from where systems hand ports out
 
 
 def first_host(nodelist: str) -> str:

@@ -37,6 +37,7 @@ ELSEWHERE = frozenset(  # options of programs whose parsers are not at hand: sba
         "signal",
         "ntasks-per-node",
         "container-image",
+        "mem",
         "logdir",
         "host",
         "help",
