@@ -19,9 +19,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prunadapt_ds.cli import STARTED
 from prunadapt_ds.errors import LaunchError, Problem
 
 RENDEZVOUS_VARIABLE = "PRUNADAPT_RENDEZVOUS_SECONDS"
+RENDEZVOUS_SECONDS = 25  # from the start of the program: a failed launch is known of within half a minute
+LEAST_RENDEZVOUS_SECONDS = 8  # from when this rank is ready
 LAUNCHER_VARIABLE = "PRUNADAPT_LAUNCHER"
 MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 RANK_VARIABLES = ("RANK", *MPI_VARIABLES, "SLURM_PROCID")
@@ -172,7 +175,7 @@ def free_port() -> int:
 
 
 def rendezvous(place: Place) -> Any:
-    """A store that all ranks share. Raises LaunchError, within PRUNADAPT_RENDEZVOUS_SECONDS (25), where they cannot meet.
+    """A store that all ranks share. Raises LaunchError, by `rendezvous_deadline`, where they cannot meet.
 
     torch's own rendezvous is left to torchrun, which has met already: it tries for twice its timeout, logs every attempt
     with a stack, and waits for ever for an answer from a stranger on the port.
@@ -185,7 +188,8 @@ def rendezvous(place: Place) -> Any:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, _, _ = next(iter(dist.rendezvous("env://", place.rank, place.world_size)))
         return store
-    deadline = time.monotonic() + number(os.environ, (RENDEZVOUS_VARIABLE,), 25)
+    limit = number(os.environ, (RENDEZVOUS_VARIABLE,), RENDEZVOUS_SECONDS)
+    deadline = rendezvous_deadline(STARTED, time.monotonic(), limit)
     store = _serve(place) if place.rank == 0 else _visit(place, deadline)
     store.set(f"launch/{place.rank}", "here")
     if place.rank == 0:
@@ -194,6 +198,12 @@ def rendezvous(place: Place) -> Any:
     elif not _arrives(store, "launch/complete", deadline + 1):
         raise LaunchError(_no_answer(place, "met rank 0, but not all ranks came"))
     return store
+
+
+def rendezvous_deadline(started: float, now: float, limit: float) -> float:
+    """Until when a rank waits for the others: `limit` seconds from its start, which ranks share, and not from when its imports are
+    done. A rank whose imports took that long waits a little all the same."""
+    return max(started + limit, now + min(limit, LEAST_RENDEZVOUS_SECONDS))
 
 
 def _resolve(place: Place) -> None:

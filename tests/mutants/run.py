@@ -231,6 +231,12 @@ MUTANTS = (
     Mutant("made-up tokenizer", "backbone.py",
            "if not any(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern)):", "if False:",
            f"{BAD_INPUT}::test_model_folders[no tokenizer]"),
+    Mutant("steps of neighbouring jobs share a port", "launchers.py", "10000 + 64 * (job % 313) + step % 64",
+           "10000 + (7 * job + step) % 20000",
+           "tests/unit/test_launchers.py::test_steps_of_neighbouring_jobs_have_ports_of_their_own"),
+    Mutant("patience counted from the last import", "launchers.py", "return max(started + limit, now + min(",
+           "return max(now + limit, now + min(",
+           "tests/unit/test_launchers.py::test_patience_is_counted_from_the_start_of_the_program"),
     Mutant("DeepSpeed's schema not asked", "ds_config.py", "problems += _schema_problems(values, path)", "pass",
            f"{BAD_INPUT}::test_ds_configs[bucket is a text]"),
 )  # fmt: skip

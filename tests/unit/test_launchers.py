@@ -3,7 +3,7 @@
 import pytest
 
 from prunadapt_ds.errors import LaunchError
-from prunadapt_ds.launchers import Place, find, first_host, number, step_port
+from prunadapt_ds.launchers import Place, find, first_host, number, rendezvous_deadline, step_port
 
 pytestmark = pytest.mark.fast
 
@@ -64,6 +64,11 @@ def test_steps_of_neighbouring_jobs_have_ports_of_their_own():
     """Elements of an array share a node, and each is at another of its steps."""
     ports = {step_port(job, step) for job in range(70000, 70313) for step in range(64)}
     assert len(ports) == 313 * 64 and min(ports) >= 10000 and max(ports) < 32768
+
+
+@pytest.mark.parametrize("now, limit, end", [(106, 25, 125), (120, 25, 128), (106, 180, 280), (106, 3, 109)])
+def test_patience_is_counted_from_the_start_of_the_program(now, limit, end):
+    assert rendezvous_deadline(100, now, limit) == end
 
 
 def test_node_lists():
