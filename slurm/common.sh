@@ -96,7 +96,10 @@ train() {
 requeue_and_exit() {
     local job="$SLURM_JOB_ID" restarts="${SLURM_RESTART_COUNT:-0}"
     [[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
-    if ((restarts >= ${MAX_REQUEUES:-100})); then
+    # Cancelling sends TERM too, and SLURM would requeue a job that it is just ending.
+    if [[ "$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null)" =~ JobState=(CANCELLED|COMPLETING) ]]; then
+        echo "job $job was cancelled; submit it again to go on from its checkpoint" >&2
+    elif ((restarts >= ${MAX_REQUEUES:-100})); then
         echo "job $job was requeued $restarts times, which is MAX_REQUEUES; it stays stopped" >&2
     elif scontrol requeue "$job"; then
         echo "job $job: requeued to go on from its checkpoint"

@@ -242,7 +242,7 @@ def test_a_signal_before_the_ranks_listen_requeues_too(shell, script, signal, re
     """It ends them; srun answers 128 and the signal's number."""
     shell.put("srun", f"bash -c 'kill -{signal} $$'")
     done, calls = shell(script, EXIT_CODE="1", **array(0, 1, TASKS="rte"))  # nobody ends a script that has asked for it
-    assert ("scontrol" in calls) == requeued and done.returncode == (75 if requeued else 137)
+    assert ("requeue" in calls.get("scontrol", [])) == requeued and done.returncode == (75 if requeued else 137)
 
 
 def test_nobody_else_may_write_to_what_a_job_leaves(shell):
@@ -299,19 +299,31 @@ def test_exit_codes(shell, script, code):
     (shell.project / "outputs").mkdir()
     done, calls = shell(script, MODEL="m", EXIT_CODE=str(code), **variables)
     assert done.returncode == code
-    assert ("scontrol" in calls) == (code == 75)
+    assert ("requeue" in calls.get("scontrol", [])) == (code == 75)
     if script == "glue_all.sh":
         assert cells(calls) == [("stsb", "0")] if code == 75 else [("stsb", "0"), ("stsb", "1")]
         assert code != 75 or calls["scontrol"][-2:] == ["requeue", "7_3"] or "requeue" in calls["scontrol"]
     elif code == 75:
-        assert calls["scontrol"] == ["scontrol", "requeue", "7"]
+        assert calls["scontrol"][-2:] == ["requeue", "7"]
     (file,) = list(shell.project.rglob("seed0/exit_code")) or list(shell.project.rglob("exit_code"))
     assert file.read_text() == f"{code}\n"
 
 
+@pytest.mark.parametrize("state, requeued", [("RUNNING", True), ("COMPLETING", False), ("CANCELLED", False)])
+def test_a_cancelled_job_is_not_requeued(shell, state, requeued):
+    """Its ranks are sent TERM and end with 75 as in a preemption."""
+    shell.put(
+        "scontrol",
+        f'printf "%s\\0" "$@" >>"$CALLS/said"; [[ $2 == show ]] && echo "JobId=7 JobState={state} Reason=None"',
+    )
+    done, calls = shell("train.sh", EXIT_CODE="75")
+    assert done.returncode == 75 and ("requeue" in calls["said"]) == requeued, done.stderr
+    assert ("was cancelled" in done.stderr) != requeued
+
+
 def test_requeueing_ends(shell):
     done, calls = shell("train.sh", EXIT_CODE="75", SLURM_RESTART_COUNT="3", MAX_REQUEUES="3")
-    assert done.returncode == 75 and "scontrol" not in calls and "stays stopped" in done.stderr
+    assert done.returncode == 75 and "requeue" not in calls["scontrol"] and "stays stopped" in done.stderr
 
 
 def test_submitted_from_elsewhere(shell):
