@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 import warnings
 from pathlib import Path
+
+STARTED = time.monotonic()  # of this program: the imports that come next take seconds
 
 
 def prepare_environment() -> None:

@@ -4,7 +4,7 @@
 |-----------------------|--------------------------------|------------------------------------------------------------|
 | deepspeed, torchrun   | RANK, WORLD_SIZE, LOCAL_RANK   | -                                                          |
 | mpirun (any MPI)      | MPI, asked through mpi4py      | rank 0's host, a free port of it                           |
-| srun                  | SLURM_PROCID and their like    | the step's first host, a port made of the job's id         |
+| srun                  | SLURM_PROCID and their like    | the step's first host, a port made of job and step         |
 | none                  | -                              | one process meets nobody                                   |
 """
 
@@ -19,9 +19,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prunadapt_ds.cli import STARTED
 from prunadapt_ds.errors import LaunchError, Problem
 
 RENDEZVOUS_VARIABLE = "PRUNADAPT_RENDEZVOUS_SECONDS"
+RENDEZVOUS_SECONDS = 25  # from the start of the program: a failed launch is known of within half a minute
+LEAST_RENDEZVOUS_SECONDS = 8  # from when this rank is ready
 LAUNCHER_VARIABLE = "PRUNADAPT_LAUNCHER"
 MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 RANK_VARIABLES = ("RANK", *MPI_VARIABLES, "SLURM_PROCID")
@@ -124,11 +127,16 @@ def _from_slurm(environ: Mapping[str, str]) -> Place:
         read.problems.append(Problem("MASTER_ADDR", None, "srun names no nodes; set it to the host of rank 0"))
     if "MASTER_PORT" in environ:
         port = read.number("MASTER_PORT", least=1, most=65535)
-    else:  # every rank of the step must come to the same one, and two steps of one node should not
-        port = 10000 + (7 * number(environ, ("SLURM_JOB_ID",)) + number(environ, ("SLURM_STEP_ID",))) % 20000
+    else:
+        port = step_port(number(environ, ("SLURM_JOB_ID",)), number(environ, ("SLURM_STEP_ID",)))
     read.raise_problems()
     tasks = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     return Place("srun", rank, world_size, local_rank, int(tasks[0]) if tasks else 1, address, port)
+
+
+def step_port(job: int, step: int) -> int:
+    """Where all ranks of a step come to without having met; another for any step of 313 neighbouring jobs with 64 steps each."""
+    return 10000 + 64 * (job % 313) + step % 64  # below 32768, from where systems hand ports out
 
 
 def first_host(nodelist: str) -> str:
@@ -168,7 +176,7 @@ def free_port() -> int:
 
 
 def rendezvous(place: Place) -> Any:
-    """A store that all ranks share. Raises LaunchError, within PRUNADAPT_RENDEZVOUS_SECONDS (25), where they cannot meet.
+    """A store that all ranks share. Raises LaunchError, by `rendezvous_deadline`, where they cannot meet.
 
     torch's own rendezvous is left to torchrun, which has met already: it tries for twice its timeout, logs every attempt
     with a stack, and waits for ever for an answer from a stranger on the port.
@@ -181,7 +189,8 @@ def rendezvous(place: Place) -> Any:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, _, _ = next(iter(dist.rendezvous("env://", place.rank, place.world_size)))
         return store
-    deadline = time.monotonic() + number(os.environ, (RENDEZVOUS_VARIABLE,), 25)
+    limit = number(os.environ, (RENDEZVOUS_VARIABLE,), RENDEZVOUS_SECONDS)
+    deadline = rendezvous_deadline(STARTED, time.monotonic(), limit)
     store = _serve(place) if place.rank == 0 else _visit(place, deadline)
     store.set(f"launch/{place.rank}", "here")
     if place.rank == 0:
@@ -190,6 +199,12 @@ def rendezvous(place: Place) -> Any:
     elif not _arrives(store, "launch/complete", deadline + 1):
         raise LaunchError(_no_answer(place, "met rank 0, but not all ranks came"))
     return store
+
+
+def rendezvous_deadline(started: float, now: float, limit: float) -> float:
+    """Until when a rank waits for the others: `limit` seconds from its start, which ranks share, and not from when its imports are
+    done. A rank whose imports took that long waits a little all the same."""
+    return max(started + limit, now + min(limit, LEAST_RENDEZVOUS_SECONDS))
 
 
 def _resolve(place: Place) -> None:

@@ -3,6 +3,9 @@
 #
 # Values of the user's are only ever expanded inside double quotes or matched against a pattern: nothing here is evaluated twice.
 
+# Whatever the user's umask: nobody else may write to what a job leaves.
+umask go-w
+
 site_setup() {
     # Modules, containers, network: put your site's lines here, e.g.
     #   module load cuda/12.4
@@ -45,7 +48,7 @@ job_setup() {
     if [[ -n "${MASTER_PORT:-}" ]]; then export MASTER_PORT; else unset MASTER_PORT; fi
     split_words "${SRUN_OPTIONS:-}"
     srun_options=("${words[@]}")
-    # TERM and USR1 are for the ranks; the script waits for them and then decides what becomes of the job.
+    # TERM and USR1 are for the ranks; the script lets them end and then decides what becomes of the job.
     trap : TERM USR1
 }
 
@@ -58,31 +61,45 @@ common_options() {
     [[ -z "${DATA_DIR:-}" ]] || options+=(--data_dir "$DATA_DIR")
 }
 
+# Whether another live run owns the folder $1: its lock ends with it, however it ends.
+is_taken() {
+    [[ -e "$1/.lock" ]] && command -v flock >/dev/null || return
+    flock --shared --nonblock "$1/.lock" true
+    (($? == 1)) # any other failure says that this file system cannot tell
+}
+
 # train OUTPUT_DIR [OPTION...]: one run on all nodes of the job. Sets `code`; leaves log.txt and exit_code in OUTPUT_DIR.
 train() {
     local output="$1"
     shift
     mkdir -p -- "$output" || fail "OUTPUT_ROOT: $output cannot be made"
+    if is_taken "$output"; then
+        code=2 # what the program says to it; the log and the exit code there are the other run's
+        echo "error: $output: another run is writing there; wait for it, or end it" >&2
+        return
+    fi
     printf 'running\n' >"$output/exit_code"
+    # In the foreground: a signal that the script itself gets waits until the step has ended, and the last line is in the log,
+    # which the table reads, before the script goes on.
     srun --nodes="$SLURM_NNODES" --ntasks-per-node="$ranks_per_node" --ntasks="$((SLURM_NNODES * ranks_per_node))" \
         --cpus-per-task="$cpus_per_rank" --kill-on-bad-exit=0 "${srun_options[@]}" \
-        python -m prunadapt_ds train "$@" --output_dir "$output" > >(tee -a -- "$output/log.txt") 2>&1 &
-    local step=$!
-    # A signal that the script itself gets ends `wait`, not the step.
-    while true; do
-        wait "$step"
-        code=$?
-        kill -0 "$step" 2>/dev/null || break
-    done
+        python -m prunadapt_ds train "$@" --output_dir "$output" </dev/null 2>&1 |
+        (trap '' TERM USR1 && exec tee -a -- "$output/log.txt")
+    code=${PIPESTATUS[0]}
+    # Ranks that have not yet got to where they listen are ended by the signal that asks them to stop.
+    ((code != 128 + $(kill -l USR1) && code != 128 + $(kill -l TERM))) || code=75
     printf '%s\n' "$code" >"$output/exit_code"
     echo "$output: exit code $code"
 }
 
-# Exit code 75 means: stopped at a step boundary, checkpoint written, start me again.
+# Exit code 75 means: stopped when asked to, start me again; a checkpoint is written if there were steps to save.
 requeue_and_exit() {
     local job="$SLURM_JOB_ID" restarts="${SLURM_RESTART_COUNT:-0}"
     [[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
-    if ((restarts >= ${MAX_REQUEUES:-100})); then
+    # Cancelling sends TERM too, and SLURM would requeue a job that it is just ending.
+    if [[ "$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null)" =~ JobState=(CANCELLED|COMPLETING) ]]; then
+        echo "job $job was cancelled; submit it again to go on from its checkpoint" >&2
+    elif ((restarts >= ${MAX_REQUEUES:-100})); then
         echo "job $job was requeued $restarts times, which is MAX_REQUEUES; it stays stopped" >&2
     elif scontrol requeue "$job"; then
         echo "job $job: requeued to go on from its checkpoint"

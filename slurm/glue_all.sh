@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All of GLUE, and one table at the end:  DATA_DIR=/data/glue SEEDS="0 1 2" sbatch slurm/glue_all.sh
-# An array job: its elements share the cells (task, seed) among them, whatever their number; the first submits the job that
-# gathers, which starts when all have ended. Everything is explained in slurm/README.md.
+# An array job: elements 0 to N share all cells (task, seed) among them, any others run the cells of their numbers; the first
+# submits the job that gathers, which starts when all have ended. Everything is explained in slurm/README.md.
 #SBATCH --job-name=glue
 #SBATCH --array=0-8
 #SBATCH --nodes=1
@@ -34,20 +34,32 @@ done
 job_setup
 root="${OUTPUT_ROOT:-outputs/glue}"
 mkdir -p -- "$root" || fail "OUTPUT_ROOT=$root cannot be made"
+cells=$((${#tasks[@]} * ${#seeds[@]}))
+# As many elements as numbers from 0 on: none is left out. With gaps, or from another number on, somebody has chosen cells.
+if ((SLURM_ARRAY_TASK_MIN == 0 && SLURM_ARRAY_TASK_MAX == SLURM_ARRAY_TASK_COUNT - 1)); then
+    stride=$SLURM_ARRAY_TASK_COUNT
+else
+    stride=$cells
+    ((SLURM_ARRAY_TASK_ID < cells)) || fail "--array: there is no cell $SLURM_ARRAY_TASK_ID; TASKS and SEEDS make $cells, from 0"
+fi
+
 marker="$root/.gather-$SLURM_ARRAY_JOB_ID"
 if [[ "$SLURM_ARRAY_TASK_ID" == "$SLURM_ARRAY_TASK_MIN" && ! -e "$marker" ]]; then
     # Words that were checked above, and a folder: the only values that the second job needs.
-    TASKS="${tasks[*]}" SEEDS="${seeds[*]}" OUTPUT_ROOT="$root" \
+    if gather="$(TASKS="${tasks[*]}" SEEDS="${seeds[*]}" OUTPUT_ROOT="$root" \
         sbatch --parsable --dependency="afterany:$SLURM_ARRAY_JOB_ID" --partition="${GATHER_PARTITION:-$SLURM_JOB_PARTITION}" \
-        --output="$root/gather-%j.out" \
-        slurm/gather.sh >"$marker" || echo "no job to gather; afterwards run: bash slurm/gather.sh" >&2
+        --output="$root/gather-%j.out" slurm/gather.sh)"; then
+        printf '%s\n' "$gather" >"$marker" # after a requeue it is there already; where it could not be submitted, once more
+    else
+        echo "no job to gather; afterwards run: bash slurm/gather.sh" >&2
+    fi
 fi
 
 common_options
-cells=$((${#tasks[@]} * ${#seeds[@]}))
 worst=0
-for ((cell = SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN; cell < cells; cell += SLURM_ARRAY_TASK_COUNT)); do
+for ((cell = SLURM_ARRAY_TASK_ID; cell < cells; cell += stride)); do
     task="${tasks[cell % ${#tasks[@]}]}" seed="${seeds[cell / ${#tasks[@]}]}"
+    echo "cell $cell: $task, seed $seed"
     train "$root/$task/seed$seed" "${options[@]}" --task_name "$task" --seed "$seed" "$@"
     ((code != 75)) || requeue_and_exit
     ((code == 0)) || worst=$code

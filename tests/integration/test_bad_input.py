@@ -1,13 +1,12 @@
-"""A user's mistakes on two real ranks: exit code 2 on both, said by rank 0 alone, nothing written. tests/unit/test_bad_input.py
-has all of them on one."""
+"""A user's mistakes in two processes that were launched: exit code 2 of both, said by rank 0 alone, nothing written.
+tests/unit/test_bad_input.py has all of them in one."""
 
 import json
 
 import pytest
 
-from tests.distributed import runs
-from tests.distributed.harness import run_ranks
 from tests.distributed.test_laws import arguments
+from tests.integration.processes import free_port, place, run
 from tests.tiny import tiny_data, tiny_folder
 
 pytestmark = pytest.mark.ci
@@ -44,8 +43,9 @@ def test_two_ranks(base, tmp_path, case):
     options, words = CASES[case]
     options = {k: base / v if k in PATHS else v for k, v in options.items()}
     argv = arguments(base, tmp_path / "out", **options)
-    first, second = run_ranks(runs.whole_run_said, 2, argv)
-    assert first[0] == second[0] == 2, first[1]
-    assert all(word in first[1] for word in words), first[1]
-    assert "Traceback" not in first[1] and "error" not in second[1]
+    port = free_port()
+    first, second = run(["launcher/train.py", *argv], place(0, MASTER_PORT=port), place(1, MASTER_PORT=port))
+    assert first.code == second.code == 2, first.text
+    assert len(first.errors) == (3 if case == "several at once" else 1) and not second.errors, first.text + second.text
+    assert all(word in "\n".join(first.errors) for word in words), first.text
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"ds.json"}, "nothing may be half-written"

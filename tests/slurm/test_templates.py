@@ -171,15 +171,80 @@ def test_a_language_model_on_two_nodes(cluster, submit, tmp_path):
 
 @full
 def test_time_limit(cluster, submit, tmp_path):
-    """SLURM sends USR1 by itself before the limit; the job comes back until it is done."""
+    """SLURM sends USR1 by itself before the limit; the job comes back by itself and goes on to its end."""
     out, log = tmp_path / "out", tmp_path / "log"
-    long = ["--task_name", "wnli", "--max_steps", "3000"]
+    long = ["--task_name", "wnli", "--max_steps", "3000", "--logging_steps", "100"]
     job = submit("train.sh", "--time=00:02:00", "--signal=USR1@60", OUTPUT_DIR=str(out), arguments=long)
     until(lambda: log.exists() and "requeued to go on" in log.read_text())
     until(lambda: int(next(iter(cluster.jobs(job).values()))["Restarts"]) == 1)
+    cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # a slow machine would need many parts
+    (ended,) = cluster.wait(job).values()
+    text = log.read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), text
+    assert "exit code 75" in text and "stopped by SIGUSR1" in text and "goes on after step" in text
+    assert report_of(out)["status"] == "complete" and report_of(out)["time"]["steps"] == 3000
+
+
+@full
+def test_a_signal_before_the_ranks_listen(cluster, submit, glue, tmp_path):
+    """While they import: it ends them, and the job starts again."""
+    _, root, *_ = glue
+    out, log = tmp_path / "out", tmp_path / "log"
+    job = submit("train.sh", *TWO_NODES, OUTPUT_DIR=str(out), arguments=["--task_name", "rte"])
+    until(lambda: f"{job}.0" in cluster.command("squeue", "-h", "-s", "-j", job, "-o", "%i"))
+    time.sleep(0.5)
+    cluster.command("scancel", "--signal=USR1", job)
+    (ended,) = cluster.wait(job).values()
+    text = log.read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), text
+    assert f"{out}: exit code 75" in text and "stopped by" not in text and "goes on after" not in text
+    same_result(report_of(out), report_of(root / "rte" / "seed0"))
+
+
+@full
+def test_a_cancelled_job_does_not_come_back(cluster, submit, tmp_path):
+    job = submit("train.sh", OUTPUT_DIR=str(tmp_path / "out"), arguments=["--task_name", "rte"])
+    wait_for_step(job, cluster, tmp_path / "log", 3)
     cluster.command("scancel", job)
-    cluster.wait(job)
-    assert "exit code 75" in log.read_text()
+    (ended,) = cluster.wait(job).values()
+    time.sleep(5)
+    assert (cluster.state(job), ended["Restarts"]) == ("CANCELLED", "0"), (tmp_path / "log").read_text()
+
+
+@full
+def test_a_requeued_element_and_the_table_that_waits_for_it(cluster, variables, glue, tmp_path):
+    """Two cells that were chosen out of three; one is signalled, comes back and ends, and only then the table is made."""
+    _, reference, *_ = glue
+    root = tmp_path / "out"
+    env = {**variables, "TASKS": "mrpc rte wnli", "OUTPUT_ROOT": str(root)}
+    words = ["--array=1,2", *TWO_NODES, f"--output={tmp_path}/%a.log", "slurm/glue_all.sh", *OPTIONS]
+    array = cluster.submit(*words, cwd=ROOT, env=env)
+    log, marker = tmp_path / "1.log", root / f".gather-{array}"
+    until(lambda: log.exists() and f"step 12/{STEPS}" in log.read_text())
+    cluster.command("scancel", "--signal=USR1", f"{array}_1")
+    until(lambda: cluster.jobs(array)[f"{array}_1"]["Restarts"] == "1")
+    gather = marker.read_text().strip()
+    assert cluster.state(gather) == "PENDING"
+    ended = cluster.wait(array)
+    (gathered,) = cluster.wait(gather).values()
+    assert {job["JobState"] for job in ended.values()} == {"COMPLETED"}, log.read_text()
+    assert all(gathered["StartTime"] >= job["EndTime"] for job in ended.values())
+    assert log.read_text().count("cell 1: rte, seed 0") == 2 and "cell 2: wnli" in (tmp_path / "2.log").read_text()
+    for task in ("rte", "wnli"):
+        same_result(report_of(root / task / "seed0"), report_of(reference / task / "seed0"))
+    table = (root / "glue.md").read_text()
+    assert not (root / "mrpc").exists() and "mrpc, seed 0: missing" in table and "exit code" not in table
+
+
+@full
+def test_a_backbone_in_host_memory(cluster, submit, tmp_path):
+    out = tmp_path / "out"
+    config = {"DS_CONFIG": "ds_configs/zero3_offload_cpu.json", "OUTPUT_DIR": str(out)}
+    node = ["--cpus-per-task=16", *TWO_NODES]
+    job = submit("llm.sh", *node, arguments=["--task_name", "rte"], **config)
+    (ended,) = cluster.wait(job).values()
+    assert ended["JobState"] == "COMPLETED", (tmp_path / "log").read_text()
+    assert report_of(out)["status"] == "complete" and report_of(out)["world_size"] == 2
 
 
 @full

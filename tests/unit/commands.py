@@ -46,7 +46,7 @@ PROGRAMS = frozenset(
 OPTION = re.compile(r"(?<![\w-])--([a-zA-Z][\w-]*)")
 TARGETS = frozenset(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 SETTINGS = re.compile(r"^[A-Z_]+=")
-ELSEWHERE = frozenset(  # options of programs whose parsers are not at hand: sbatch, srun, TensorBoard
+ELSEWHERE = frozenset(  # options of programs whose parsers are not at hand: sbatch, srun, mpirun, TensorBoard
     [
         "nodes",
         "gpus-per-node",
@@ -55,6 +55,8 @@ ELSEWHERE = frozenset(  # options of programs whose parsers are not at hand: sba
         "signal",
         "ntasks-per-node",
         "container-image",
+        "mem",
+        "allow-run-as-root",
         "logdir",
         "host",
         "help",
@@ -124,7 +126,7 @@ def check(words):
         "deepspeed": _deepspeed,
         "torchrun": _torchrun,
         "mpirun": _after_python,
-        "srun": _after_python,
+        "srun": _srun,
         "python": _python,
         "prunadapt": _command,
         "sbatch": _sbatch,
@@ -166,6 +168,17 @@ def _after_python(words):
     own = words[: words.index("python")]
     _need(all(OPTION.match(w) or w.startswith("-") or w.isdigit() for w in own), own)
     _python(words[words.index("python") + 1 :])
+
+
+def _srun(words):
+    """Ranks of its own, or one shell a node that starts them; a variable of SLURM's there stands for a number."""
+    if "bash" not in words:
+        return _after_python(words)
+    own, (option, script) = words[: words.index("bash")], words[words.index("bash") + 1 :]
+    _need(option == "-c" and all(w.startswith("-") for w in own), words)
+    (inner,) = lines(re.sub(r"\$SLURM_\w+", "0", script))
+    _need(inner[0] == "exec", "the shell has to become the launcher, or signals end at it")
+    check(inner[1:])
 
 
 def _python(words):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import checkpointing
 import compare
 import compare_table
 import tune
@@ -105,3 +106,15 @@ def test_every_variant_s_options_are_the_trainer_s(variant):
 
     options = {**tune.BASE, **tune.VARIANTS[variant]}
     parse([word for name, value in options.items() for word in (f"--{name}", str(value))])
+
+
+def test_the_share_of_checkpoints_and_whether_it_is_small_enough():
+    saves = [{"step": 10, "seconds": 0.5}, {"step": 20, "seconds": 0.7}, {"step": 30, "seconds": 0.6}]
+    found = {"ranks": 2, "steps": 30, "saves": saves, "wall": {"train_s": 180.0, "checkpoint_s": 1.8}}
+    runs = {
+        "small": {**found, "cpu": {"train_s": 100.0, "checkpoint_s": 1.9}},
+        "large": {**found, "cpu": {"train_s": 100.0, "checkpoint_s": 2.0}},
+    }
+    small, large = checkpointing.table(runs).splitlines()[2:]
+    assert small == "| small | 2 | 30 | 180.0 | 3 | 0.600 | 1.00% | 1.90% | yes |"
+    assert large.endswith("| 2.00% | no |")

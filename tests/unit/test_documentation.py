@@ -52,6 +52,8 @@ def test_every_command_is_understood(name):
         ("deepspeed launcher/train.py --task_nam mrpc", "did you mean --task_name"),
         ("deepspeed --num_accelerators two launcher/train.py", "invalid int value"),
         ("torchrun --nproc-per-node 2 -m prunadapt_ds trian", "no command trian"),
+        ("srun -N2 bash -c 'exec torchrun --node-rnk=$SLURM_NODEID launcher/train.py'", "nrecognized arguments"),
+        ("srun -N2 bash -c 'torchrun --nnodes=2 launcher/train.py'", "signals end at it"),
         ("python launcher/tain.py", "there is no launcher/tain.py"),
         ("python examples/own_data.py --nothing", "has no --nothing"),
         ("prunadapt predict --input_file -", "model_name_or_path"),

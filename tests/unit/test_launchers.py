@@ -3,7 +3,7 @@
 import pytest
 
 from prunadapt_ds.errors import LaunchError
-from prunadapt_ds.launchers import Place, find, first_host, number
+from prunadapt_ds.launchers import Place, find, first_host, number, rendezvous_deadline, step_port
 
 pytestmark = pytest.mark.fast
 
@@ -31,7 +31,7 @@ def test_places():
         "torchrun", 1, 4, 1, 2, "h", 29500
     )
     assert find({**ENV, "CROSS_SIZE": "2", "LOCAL_SIZE": "2"}) == Place("deepspeed", 1, 4, 1, 2, "h", 29500)
-    assert find(SLURM) == Place("srun", 3, 4, 1, 2, "gpu03", 10000 + 7 * 11 + 2)
+    assert find(SLURM) == Place("srun", 3, 4, 1, 2, "gpu03", 10000 + 64 * 11 + 2)
     assert find({**SLURM, **ENV}).launcher == "the launcher", "torchrun under srun"
     assert find({**SLURM, "MASTER_ADDR": "a", "MASTER_PORT": "9"}).master_port == 9
     assert find({"RANK": "0", "WORLD_SIZE": "1"}).world_size == 1
@@ -59,6 +59,17 @@ def test_a_missing_variable_of_srun(name):
 def test_values_that_cannot_be(name, value):
     with pytest.raises(LaunchError, match=name):
         find({**ENV, name: value})
+
+
+def test_steps_of_neighbouring_jobs_have_ports_of_their_own():
+    """Elements of an array share a node, and each is at another of its steps."""
+    ports = {step_port(job, step) for job in range(70000, 70313) for step in range(64)}
+    assert len(ports) == 313 * 64 and min(ports) >= 10000 and max(ports) < 32768
+
+
+@pytest.mark.parametrize("now, limit, end", [(106, 25, 125), (120, 25, 128), (106, 180, 280), (106, 3, 109)])
+def test_patience_is_counted_from_the_start_of_the_program(now, limit, end):
+    assert rendezvous_deadline(100, now, limit) == end
 
 
 def test_node_lists():

@@ -2,9 +2,11 @@
 
 `srun`, `scontrol` and `sbatch` are small programs here that write down how they were called."""
 
+import fcntl
 import os
 import re
 import shutil
+import stat
 import subprocess
 
 import pytest
@@ -14,7 +16,7 @@ from prunadapt_ds.glue_table import TASKS
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.fast
-SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sh")), *sorted((ROOT / "benchmarks").glob("*.sh"))]
+SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sh")), *sorted((ROOT / "benchmarks").glob("*.sh")), ROOT / ".ci" / "run"]
 RECORD = '#!/usr/bin/env bash\nprintf "%s\\0" "${0##*/}" "$@" >> "$CALLS/${0##*/}"\nexit ${EXIT_CODE:-0}\n'
 NASTY = "$(touch pwned) `touch pwned` ; touch pwned\n'\" && touch pwned"
 
@@ -47,16 +49,27 @@ def shell(tmp_path):
         assert not list(tmp_path.rglob("pwned")), "a value was run as a command"
         return done, {p.name: p.read_text().split("\0")[:-1] for p in calls.iterdir()}
 
-    run.project = project
+    def put(name, text):
+        """Another program in the place of one that the templates call."""
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tools / name).chmod(0o755)
+
+    run.project, run.put = project, put
     return run
 
 
 def array(index, count, **variables):
+    return element(index, range(count), **variables)
+
+
+def element(index, indices, **variables):
+    """What SLURM tells element `index` of `--array=` these indices."""
     return {
         "SLURM_ARRAY_JOB_ID": "7",
         "SLURM_ARRAY_TASK_ID": str(index),
-        "SLURM_ARRAY_TASK_MIN": "0",
-        "SLURM_ARRAY_TASK_COUNT": str(count),
+        "SLURM_ARRAY_TASK_MIN": str(min(indices)),
+        "SLURM_ARRAY_TASK_MAX": str(max(indices)),
+        "SLURM_ARRAY_TASK_COUNT": str(len(indices)),
         **variables,
     }
 
@@ -69,8 +82,7 @@ def cells(calls):
 
 
 def test_shellcheck():
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
+    assert shutil.which("shellcheck"), "shellcheck comes with the extra `dev`: pip install -e '.[dev]'"
     done = subprocess.run(["shellcheck", "-x", *map(str, SCRIPTS)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -163,6 +175,122 @@ def test_elements_share_all_cells_whatever_their_number(shell, count):
     assert calls["sbatch"].count("sbatch") == 1 and "--dependency=afterany:7" in calls["sbatch"]
 
 
+@pytest.mark.parametrize("indices", [[3, 5], range(0, 9, 2), [7], range(5, 9), [0, 1, 26]], ids=str)
+def test_elements_with_gaps_run_the_cells_of_their_numbers(shell, indices):
+    """`--array=3,5` after two failures, `0-8:2`, `5-8`: nothing else runs, and nothing twice."""
+    for index in indices:
+        done, calls = shell("glue_all.sh", SEEDS="0 1 2", **element(index, indices))
+        assert done.returncode == 0, done.stderr
+        assert f"cell {index}: " in done.stdout
+    every = [(task, seed) for seed in "012" for task in TASKS]
+    assert cells(calls) == [every[index] for index in indices]
+    assert calls["sbatch"].count("sbatch") == 1
+
+
+def test_a_cell_that_is_none_is_refused(shell):
+    done, calls = shell("glue_all.sh", TASKS="rte wnli", **element(4, [1, 4]))
+    assert done.returncode == 2 and not calls
+    assert done.stderr == "error: --array: there is no cell 4; TASKS and SEEDS make 2, from 0\n"
+
+
+def test_a_cell_that_another_run_is_at_is_left_alone(shell):
+    cell = shell.project / "outputs" / "glue" / "rte" / "seed0"
+    cell.mkdir(parents=True)
+    (cell / "exit_code").write_text("running\n")
+    with (cell / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done, calls = shell("glue_all.sh", TASKS="rte wnli", **array(0, 1))
+    assert done.returncode == 2 and cells(calls) == [("wnli", "0")] and "another run is writing there" in done.stderr
+    assert {p.name: p.read_text() for p in cell.iterdir()} == {"exit_code": "running\n", ".lock": ""}
+    assert shell("glue_all.sh", TASKS="rte wnli", **array(0, 1))[0].returncode == 0, "a lock whose owner is gone"
+
+
+def test_a_table_that_could_not_be_submitted_is_tried_again(shell):
+    marker = shell.project / "outputs" / "glue" / ".gather-7"
+    shell.put("sbatch", "echo 11; exit 1")
+    done, _ = shell("glue_all.sh", **array(0, 9))
+    assert done.returncode == 0 and "no job to gather" in done.stderr and not marker.exists()
+    shell.put("sbatch", "echo 12")
+    shell("glue_all.sh", **array(0, 9))
+    shell.put("sbatch", "echo 13")
+    shell("glue_all.sh", **array(0, 9))
+    assert marker.read_text() == "12\n", "once submitted, a requeue does not submit it again"
+
+
+def test_the_last_line_is_in_the_log_when_the_script_ends(shell):
+    """SLURM kills what a script leaves behind, and the table reads the log for the reason."""
+    shell.put("srun", "echo 'error: seed=-1: the reason' >&2; exit 2")
+    shell.put("tee", f'exec >/dev/null 2>&1; sleep 1; {shutil.which("tee")} "$@"')  # does not hold what the test reads
+    done, _ = shell("train.sh", OUTPUT_DIR="out")
+    assert done.returncode == 2
+    assert (shell.project / "out" / "log.txt").read_text() == "error: seed=-1: the reason\n"
+
+
+@pytest.mark.parametrize("when", ["while it runs", "as it ends"])
+def test_a_signal_to_the_script_does_not_change_what_becomes_of_the_run(shell, when):
+    """Both a step that goes on after the signal, and one that has ended before the script looks again."""
+    shell.put("srun", f"kill -TERM $PPID; kill -USR1 $PPID; {'sleep 1;' if when == 'while it runs' else ''} exit 75")
+    for _ in range(1 if when == "while it runs" else 10):
+        done, calls = shell("train.sh", OUTPUT_DIR="out", EXIT_CODE="1")
+        assert done.returncode == 75 and "requeue" in calls["scontrol"], done.stderr
+        assert (shell.project / "out" / "exit_code").read_text() == "75\n"
+
+
+@pytest.mark.parametrize("script", ["train.sh", "glue_all.sh"])
+@pytest.mark.parametrize("signal, requeued", [("USR1", True), ("TERM", True), ("KILL", False)])
+def test_a_signal_before_the_ranks_listen_requeues_too(shell, script, signal, requeued):
+    """It ends them; srun answers 128 and the signal's number."""
+    shell.put("srun", f"bash -c 'kill -{signal} $$'")
+    done, calls = shell(script, EXIT_CODE="1", **array(0, 1, TASKS="rte"))  # nobody ends a script that has asked for it
+    assert ("requeue" in calls.get("scontrol", [])) == requeued and done.returncode == (75 if requeued else 137)
+
+
+def test_nobody_else_may_write_to_what_a_job_leaves(shell):
+    shell.put("srun", 'mkdir -p made; : > "made/file"')
+    before = os.umask(0)
+    try:
+        shell("glue_all.sh", OUTPUT_ROOT="out", TASKS="rte", **array(0, 1))
+    finally:
+        os.umask(before)
+    left = [p for name in ("out", "made") for p in (shell.project / name, *(shell.project / name).rglob("*"))]
+    assert {"log.txt", "exit_code", ".gather-7", "file"} <= {p.name for p in left}
+    assert not [p for p in left if stat.S_IMODE(p.stat().st_mode) & 0o022]
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """Runs a command with nothing on its PATH but what is named; answers the process."""
+
+    def run(*command, cwd=ROOT, **programs):
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        for name in ("bash", "sh", "dirname", "make", "tail", "echo"):
+            (folder / name).symlink_to(shutil.which(name))
+        for name, text in programs.items():
+            (folder / name.replace("_", "-")).write_text(f"#!{shutil.which('bash')}\n{text}\n")
+            (folder / name.replace("_", "-")).chmod(0o755)
+        return subprocess.run(command, cwd=cwd, env={"PATH": str(folder)}, capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "user, said", [("0", "E: no network\nerror: apt-get could not install"), ("7", "error: as root")]
+)
+def test_tools_that_cannot_be_installed_are_a_failure(bare, user, said):
+    done = bare("make", "-s", "slurm-tools", id=f"echo {user}", apt_get="echo 'E: no network' >&2; exit 1")
+    assert done.returncode != 0 and said in done.stdout + done.stderr
+
+
+def test_the_whole_check_stops_where_its_tools_are_missing(bare, tmp_path):
+    """Otherwise every test of SLURM and MPI would be skipped, and nobody would see it."""
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    (tmp_path / "Makefile").write_text("slurm-tools:\n\t@exit 1\ntest test-slurm-ci:\n\t@echo $@ ran\n")
+    done = bare("bash", ".ci/run", cwd=tmp_path)
+    assert done.returncode != 0 and "ran" not in done.stdout
+
+
 @pytest.mark.parametrize("script", ["train.sh", "llm.sh", "glue_all.sh"])
 @pytest.mark.parametrize("code", [0, 1, 2, 75])
 def test_exit_codes(shell, script, code):
@@ -171,19 +299,31 @@ def test_exit_codes(shell, script, code):
     (shell.project / "outputs").mkdir()
     done, calls = shell(script, MODEL="m", EXIT_CODE=str(code), **variables)
     assert done.returncode == code
-    assert ("scontrol" in calls) == (code == 75)
+    assert ("requeue" in calls.get("scontrol", [])) == (code == 75)
     if script == "glue_all.sh":
         assert cells(calls) == [("stsb", "0")] if code == 75 else [("stsb", "0"), ("stsb", "1")]
         assert code != 75 or calls["scontrol"][-2:] == ["requeue", "7_3"] or "requeue" in calls["scontrol"]
     elif code == 75:
-        assert calls["scontrol"] == ["scontrol", "requeue", "7"]
+        assert calls["scontrol"][-2:] == ["requeue", "7"]
     (file,) = list(shell.project.rglob("seed0/exit_code")) or list(shell.project.rglob("exit_code"))
     assert file.read_text() == f"{code}\n"
 
 
+@pytest.mark.parametrize("state, requeued", [("RUNNING", True), ("COMPLETING", False), ("CANCELLED", False)])
+def test_a_cancelled_job_is_not_requeued(shell, state, requeued):
+    """Its ranks are sent TERM and end with 75 as in a preemption."""
+    shell.put(
+        "scontrol",
+        f'printf "%s\\0" "$@" >>"$CALLS/said"; [[ $2 == show ]] && echo "JobId=7 JobState={state} Reason=None"',
+    )
+    done, calls = shell("train.sh", EXIT_CODE="75")
+    assert done.returncode == 75 and ("requeue" in calls["said"]) == requeued, done.stderr
+    assert ("was cancelled" in done.stderr) != requeued
+
+
 def test_requeueing_ends(shell):
     done, calls = shell("train.sh", EXIT_CODE="75", SLURM_RESTART_COUNT="3", MAX_REQUEUES="3")
-    assert done.returncode == 75 and "scontrol" not in calls and "stays stopped" in done.stderr
+    assert done.returncode == 75 and "requeue" not in calls["scontrol"] and "stays stopped" in done.stderr
 
 
 def test_submitted_from_elsewhere(shell):

@@ -1,0 +1,60 @@
+"""What the doctor calls wrong, of ranks that are made up."""
+
+from dataclasses import replace
+
+import pytest
+
+from prunadapt_ds import doctor, launchers
+from prunadapt_ds.config import parse
+from prunadapt_ds.doctor import Rank, problems
+
+pytestmark = pytest.mark.fast
+CPU = Rank(0, 0, "a", "cpu", frozenset({0, 1}), 1, dict.fromkeys(doctor.PACKAGES, "1.0"), [])
+GPU = replace(CPU, device="cuda:0 H100 80 GiB", threads=1)
+
+
+def test_nothing_is_wrong():
+    assert not problems([CPU, replace(CPU, rank=1, local_rank=1)])
+    assert not problems([GPU, replace(GPU, rank=1, host="b")])
+
+
+@pytest.mark.parametrize(
+    "ranks, said",
+    [
+        ([replace(CPU, problems=["no compiler"])], "no compiler"),
+        ([CPU, replace(CPU, rank=1, problems=["full"])], "full (ranks [1])"),
+        (
+            [CPU, replace(CPU, rank=1, versions={**CPU.versions, "torch": "2.0"})],
+            "torch differs between ranks: 1.0, 2.0",
+        ),
+        ([GPU, replace(CPU, rank=1, host="b")], "1 of 2 ranks have no GPU"),
+        ([GPU, replace(GPU, rank=1, local_rank=1)], "ranks share a GPU"),
+        ([CPU, replace(CPU, rank=1, threads=2)], "a: 3 threads of 2 ranks on 2 cores"),
+    ],
+    ids=["one rank", "one of two", "versions", "no GPU", "shared GPU", "threads"],
+)
+def test_what_is_wrong_is_said_once(ranks, said, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (found,) = problems(ranks)
+    assert found.startswith(said)
+
+
+def test_the_page_ends_with_what_is_wrong(monkeypatch):
+    monkeypatch.setenv(launchers.LAUNCHER_VARIABLE, "python")
+    monkeypatch.setattr(doctor, "backend", lambda: "gloo")
+    page = doctor.describe(parse([]), [CPU], {1024: 0.001}, ["no compiler", "full"])
+    assert page[-2:] == ["wrong: no compiler", "wrong: full"] and "nothing wrong" not in page
+    assert doctor.describe(parse([]), [CPU], {1024: 0.001}, [])[-1] == "nothing wrong"
+
+
+def test_what_a_rank_sees_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [text.split(":")[0] for text in doctor.compiler_problems()] == [
+        "no C++ compiler (no-such-compiler)",
+        "ninja is not on the PATH",
+    ]
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    assert doctor.folder_problems(tmp_path / "new" / "out") == [
+        f"--output_dir {tmp_path / 'new' / 'out'}: {tmp_path} cannot be written to by this user"
+    ]
