@@ -1,4 +1,5 @@
-"""Run every tier, or what is named, and write what came out to tests/results/: commit, counts, duration.
+"""Run every tier, or what is named, and write what came out to tests/results/: commit, counts, duration; a file for each choice
+of paths and day.
 
 python tests/summary.py                                     everything
 python tests/summary.py full tests/slurm                    a tier, below some paths
@@ -43,7 +44,8 @@ def main() -> int:
     ]
     folder = ROOT / "tests" / "results"
     folder.mkdir(exist_ok=True)
-    (folder / f"full-{today}.md").write_text("\n".join(text) + "\n")
+    below = "".join(f"-{Path(path).stem.removeprefix('test_')}" for path in paths)
+    (folder / f"full-{today}{below}.md").write_text("\n".join(text) + "\n")
     return code
 
 
