@@ -77,7 +77,7 @@ def test_what_lies_beside_it(finished):
     assert b"prunadapt_ds/" not in (folder / "model.onnx").read_bytes(), "names a folder of the machine"
 
 
-@pytest.mark.fast
+@pytest.mark.ci
 def test_torch_export(tmp_path, monkeypatch):
     """The same work in this process; the program that is saved is the one that was compared."""
     saved = []

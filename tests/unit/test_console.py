@@ -1,7 +1,9 @@
 """One command for all programs, what comes with the package, and SLURM templates in a folder of one's own."""
 
 import ast
+import contextlib
 import fnmatch
+import importlib
 import re
 import shlex
 import subprocess
@@ -60,11 +62,23 @@ def test_every_command_has_help_with_an_example(prunadapt, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_example_of_a_launcher_file_is_the_file(name):
+def test_the_example_of_a_launcher_file_is_the_file(capsys, monkeypatch, name):
     """Where nothing is installed, there is no `prunadapt`."""
     file = f"launcher/{name.replace('-', '_')}.py"
-    done = subprocess.run([sys.executable, file, "--help"], cwd=ROOT, capture_output=True, text=True)
-    example = shlex.split(done.stdout.split("example: ")[1])
+    monkeypatch.setattr(sys, "argv", [str(ROOT / file), "--help"])
+    module = next(c.module for c in console.COMMANDS if c.name == name)
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(f"prunadapt_ds.{module}").main(["--help"])
+    is_example(capsys.readouterr().out, name, file)
+
+
+def test_a_launcher_file_itself_says_so():
+    done = subprocess.run([sys.executable, "launcher/train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    is_example(done.stdout, "train", "launcher/train.py")
+
+
+def is_example(out, name, file):
+    example = shlex.split(out.split("example: ")[1])
     assert example[:2] == ["deepspeed" if name == "train" else "python", file]
     commands.check(example)
 
