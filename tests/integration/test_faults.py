@@ -142,7 +142,7 @@ def test_one_rank_dies(base, tmp_path):
     assert checkpoint.newest(tmp_path / "out" / "checkpoints")[0].step == 2
 
 
-@pytest.mark.parametrize("how", ["one more", "too little to be trained on"])
+@pytest.mark.parametrize("how", ["one more", pytest.param("too little to be trained on", marks=pytest.mark.full)])
 def test_one_rank_has_other_data(base, tmp_path, how):
     tiny_data(tmp_path / "data", n_train=38, n_dev=21)
     mine = argv(base, tmp_path / "out")
@@ -174,7 +174,7 @@ def _with_another_plan_on_rank_1(argv):
         train.decide = honest
 
 
-@pytest.mark.parametrize("where", ["checkpoint-6/begin", "shrink-6/end"])
+@pytest.mark.parametrize("where", ["checkpoint-6/begin", pytest.param("shrink-6/end", marks=pytest.mark.full)])
 def test_a_stuck_rank(base, tmp_path, where):
     """Within a minute of when it stopped, also right after what may take an hour."""
     environment = {"PRUNADAPT_FAULT": f"stall@{where}@1", "PRUNADAPT_STUCK_SECONDS": "3"}

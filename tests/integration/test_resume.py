@@ -145,11 +145,11 @@ def everything_below(folder):
 @pytest.mark.parametrize(
     "fault",
     [
-        "SIGKILL@shrink-6/begin@1",
+        pytest.param("SIGKILL@shrink-6/begin@1", marks=pytest.mark.full),
         "SIGKILL@shrink-6/end@1",
-        "SIGKILL@checkpoint-8/begin@0",
+        pytest.param("SIGKILL@checkpoint-8/begin@0", marks=pytest.mark.full),
         "SIGKILL@checkpoint-8/half written@0",
-        "SIGKILL@export/begin@0",
+        pytest.param("SIGKILL@export/begin@0", marks=pytest.mark.full),
         "SIGKILL@export/half written@0",
     ],
     ids=[
@@ -217,7 +217,7 @@ def test_asked_to_stop_and_started_again(base, tmp_path, uninterrupted, name, ra
         assert complete(arguments)[0] == uninterrupted[1]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_second_ctrl_c_leaves_at_once(base, tmp_path, world_size):
     """A terminal sends it to every rank. One of them answers the first; none waits for the step after the second."""
     ranks = Ranks(argv(base, tmp_path / "out"), world_size, {"PRUNADAPT_FAULT": "stall@step-5@all"})

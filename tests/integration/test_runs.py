@@ -103,7 +103,7 @@ def test_a_uniform_run_loads_with_stock_classes(base, tmp_path):
     check_launchers(base, tmp_path / "out", report)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+@pytest.mark.parametrize("model_type", ["bert", pytest.param("distilbert", marks=pytest.mark.full)])
 def test_a_uniform_run_drops_whole_layers(base, tmp_path, model_type):
     """Heads stay where the stock configuration cannot say fewer, so most of the model can only go layer by layer."""
     out = tmp_path / "out"
