@@ -189,6 +189,7 @@ def test_a_stuck_rank(base, tmp_path, where):
     assert dump.stat().st_mtime - newest.folder.stat().st_mtime < 60
 
 
+@pytest.mark.full
 def test_a_suspended_rank(base, tmp_path):
     """It cannot tell; the one that waits for it does, and says that it stands in a collective."""
     environment = {"PRUNADAPT_FAULT": "SIGSTOP@checkpoint-4/end@1", "PRUNADAPT_STUCK_SECONDS": "3"}
