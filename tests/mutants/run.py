@@ -149,6 +149,8 @@ MUTANTS = (
            f"{RESIZE}::test_a_skipped_layer_has_gradients_of_zero"),
     Mutant("norms of a skipped layer counted", "models/structure.py", "if count} if self.skips", "} if self.skips",
            f"{RESIZE}::test_cost_model_counts_what_is_really_left"),
+    Mutant("the deepest model wins", "budget.py", "if lost < least_lost:", "if best is None:",
+           f"{BUDGET}::test_the_least_important_layers_go_where_that_costs_less"),
     Mutant("layers not counted anew", "formats.py", 'return f"{layers}.{number[old]}.{rest}"', "return name",
            "tests/integration/test_exports.py::test_a_stranger_computes_the_same"),
     Mutant("a given adapter's values not read", "given_adapter.py", "parameters[ours].copy_(opened.get_tensor(keys[name]))", "pass",

@@ -188,7 +188,9 @@ def test_between_what_widths_reach_and_a_layer_less_the_layer_goes():
 
 
 def test_the_least_important_layers_go_where_that_costs_less():
-    s = replace(uniformly(structure(layers=4, heads=4, neurons=32)), skips=True)
+    s = replace(
+        uniformly(structure(layers=4, heads=4, neurons=32, neuron_cost=600)), skips=True
+    )  # widths alone would do
     scores = torch.ones(s.num_units)
     layer = s.dense_cost("params") // 4
     for sub in s.sublayers:
