@@ -30,11 +30,8 @@ TRADE_OFFS = (("latency", "latency / dense"), ("parameters", "parameters / dense
 # Options of run.json that make no other setting: the columns of KEY say them, or they do not change what is measured.
 IN_KEY = {"task_name", "method", "criterion", "model_name_or_path", "target_sparsity"}
 UNMEASURED = {"seed", "export_formats", "save_scores"}
-SURROUNDINGS = (
-    "world_size",
-    "zero_stage",
-    "device",
-)  # of report.json: they change seconds, and no option says them all
+# Of report.json: they change seconds, and no option says them all.
+SURROUNDINGS = ("world_size", "zero_stage", "device")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> Non
         layout = Layout.from_dict(structure["layout"])
         shapes = dense_shapes(stock)
         places = kept_places(layout, plan)
-        if layout.skips and len(layers_left(config, plan)) < layout.num_layers:
+        if len(layers_left(config, plan)) < layout.num_layers:
             remedy = "whole layers are gone, which zeros cannot say; the uniform folder loads with stock classes"
             raise UserError(Problem("export_formats", "padded", remedy))
         change = lambda name, tensor: (name, spread(tensor, shapes[name], places.get(name)))  # noqa: E731

@@ -74,9 +74,7 @@ class Session:
     cpu_seconds: dict[str, float] = field(default_factory=dict)  # of this process, all threads
     step: int = 0  # optimizer steps done
     scores: ScoreAverage | None = None
-    losses: list[Tensor] = field(
-        default_factory=list
-    )  # [3] of each step since the last log line: see `step.train_step`
+    losses: list[Tensor] = field(default_factory=list)  # [3] of each step since the last log line, see step.train_step
     rebuilt: dict[int, bool] = field(default_factory=dict)  # by decision step, whether the clock spoke for a rebuild
     options: dict[str, Any] = field(default_factory=dict)  # by which a run is known again; see resume.py
     identity: dict[str, str] = field(default_factory=dict)  # sha256: "data", "backbone", "adapter"

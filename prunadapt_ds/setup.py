@@ -59,6 +59,7 @@ def setup(
     timing = timing_of(config, loaded.model)
     table = measured(config, loaded, timing, ds, saved) if config.prune.budget == "latency" else None
     loaded.structure = prunable(config, loaded, table)
+    loaded.layout = replace(loaded.layout, skips=loaded.structure.skips)
     only_head_inputs = config.prune.method == "tmp"
     lora_targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=only_head_inputs)
     if given is not None:
@@ -144,7 +145,6 @@ def prunable(config: Config, loaded: backbone.Backbone, table: dict[str, Any] | 
     prune, structure = config.prune, loaded.structure
     if prune.uniform:
         structure = uniform_floors(loaded.family, structure, prune.neuron_multiple)
-        loaded.layout = replace(loaded.layout, skips=structure.skips)
         if structure.skips and "padded" in (config.output.export_formats or ()):
             remedy = "zeros cannot say that whole layers are gone, which --uniform may decide; leave one of them out"
             raise UserError(Problem("export_formats", "padded", remedy))

@@ -50,9 +50,8 @@ class Tracker:
         self._file.truncate(min(metrics_bytes, self._file.tell()))
         shown = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not shown, file=sys.stderr)
-        self._lines = not (
-            shown and sys.stdout.isatty()
-        )  # of `train > log` the log has the lines, the terminal the bar
+        # Of `train > log` the log has the lines, the terminal the bar.
+        self._lines = not (shown and sys.stdout.isatty())
         self._postfix: dict[str, str] = {}
         self._began = step, time.monotonic()
         self._writer = self._new_writer(board_dir or output_dir / "runs", step)
