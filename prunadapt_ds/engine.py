@@ -6,7 +6,6 @@ of the global step, so that a rebuilt engine goes on exactly where the old one s
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -188,7 +187,7 @@ def set_learning_rates(engine: Any, factor: float) -> dict[str, float]:
 
 
 def destroy(engine: Any) -> None:
-    """Let go of an engine, its optimizer and its hooks; the module and its (sharded) parameters stay usable."""
+    """Take an engine off its module, which stays usable with its (sharded) parameters. What the engine held is garbage then."""
     module = engine.module
     engine.destroy()
     zero3.forget_engine(module)
@@ -199,8 +198,6 @@ def destroy(engine: Any) -> None:
         if is_sharded(parameter) and parameter.ds_persist:  # the next engine decides anew what stays whole
             parameter.ds_persist = False
             parameter.partition()
-    del engine
-    gc.collect()
 
 
 def frozen_shard_bytes(model: nn.Module) -> int:

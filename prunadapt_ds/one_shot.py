@@ -70,7 +70,7 @@ def prune_once(session: Session) -> None:
         generator = torch.Generator().manual_seed(config.train.seed)
         samples = torch.randperm(len(session.train_rows), generator=generator)[:count].tolist()
         window = score_samples(session, samples)
-        engines.destroy(session.engine)
+        engines.destroy(session.release_engine())
         heads = [s for s in loaded.structure.sublayers if s.kind == "heads"]
         scores = torch.stack([window.sums["grad_abs"][s.span] for s in heads])  # [L, N]
         selection = tmp.select(scores, [s.floor for s in heads])
