@@ -153,7 +153,8 @@ def main() -> None:
         output = args.work_dir / name
         output.mkdir(parents=True, exist_ok=True)
         line = command(method, task, seed, args, output)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        # A busy machine may take longer to import a trainer than a user would want to wait for a rank that is not coming.
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PRUNADAPT_RENDEZVOUS_SECONDS": "180"}
         with (output / "log.txt").open("w") as log:
             code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=output).returncode
         if code:

@@ -52,11 +52,15 @@ def start_deepspeed() -> None:
     compiles an operator first, which takes a minute where that has not been done yet."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import groups
 
     if not torch.cuda.is_available():
         free_compiler_lock(compiler_lock())
     backend = get_accelerator().communication_backend_name()
     deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
+    # The first engine would copy the group, and while it is copied a rank that dies is waited for half an hour. The group
+    # itself does, and on an accelerator there is one communicator less.
+    groups._WORLD_GROUP = dist.group.WORLD
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

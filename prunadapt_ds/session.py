@@ -222,6 +222,7 @@ def build_engine(session: Session) -> Any:
     )
     start = session.clock()
     blocks = [block for _, block in own_blocks(session.backbone)]
+    watchdog.milestone(f"build-{session.step}")
     engine = engines.build(session.model, groups, ds.values, ds.adam, blocks=blocks)
     engine.train()
     session.build_seconds = distributed.dist_max(session.clock() - start)

@@ -117,6 +117,8 @@ MUTANTS = (
            "if True:", "tests/unit/test_backbone.py::test_the_input_of_a_block_in_one_piece_has_a_gradient"),
     Mutant("blocks kept for the backward pass against the configuration", "zero3.py", "// 2)\n", "// 2 or PIECE_ELEMENTS)\n",
            "tests/unit/test_backbone.py::test_small_blocks_are_fetched_as_one_piece"),
+    Mutant("the first engine copies the group", "distributed.py", "    groups._WORLD_GROUP = dist.group.WORLD\n", "",
+           "tests/integration/test_faults.py::test_one_rank_dies"),
     Mutant("backward pass left to the destroyed engine", "zero3.py", '("pre_bwd_fn", "post_bwd_fn")', "()",
            f"{LAWS}::test_loss_curve_does_not_depend_on_the_split[checkpointing-modules]"),
     Mutant("the dense parameters are kept in memory", "zero3.py",
