@@ -163,9 +163,13 @@ def _program(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # Who is killed before it has come is not waited for as long as for an answer.
+    store = dist.FileStore(f"{folder}/rendezvous", world_size)
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in range(world_size)], datetime.timedelta(seconds=60))
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/rendezvous",
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=300),
