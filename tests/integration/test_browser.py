@@ -166,7 +166,9 @@ def test_histograms(board, opened):
 
 def test_text(board, opened):
     page, elsewhere = opened(f"{board}/#text", wait_for="target_sparsity")  # the configuration itself
-    page.locator("tf-text-loader").nth(5).wait_for(timeout=PATIENCE)  # two configurations and a plan of two runs
+    page.locator("tf-text-loader").nth(3).wait_for(timeout=PATIENCE)  # two configurations of two runs are open
+    page.locator("tf-category-paginated-view button.heading", has_text="plan").click()
+    page.locator("tf-text-loader").nth(5).wait_for(timeout=PATIENCE)
     for words in ("ds_config", "zero_optimization", "plan"):
         assert page.get_by_text(words).count(), words
     assert not elsewhere
