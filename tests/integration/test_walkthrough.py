@@ -118,6 +118,7 @@ def typed(block):
     return "\n".join(kept).replace(" ...", "")
 
 
+@pytest.mark.timeout(1800)  # a slow machine takes ten minutes for the README's trainings
 @pytest.mark.parametrize("page", commands.PAGES)
 def test_every_block_of_a_page_runs(walk, page):
     text = commands.PAGES[page].read_text()
