@@ -154,7 +154,7 @@ def main() -> None:
         output.mkdir(parents=True, exist_ok=True)
         line = command(method, task, seed, args, output)
         # A busy machine may take longer to import a trainer than a user would want to wait for a rank that is not coming.
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PRUNADAPT_RENDEZVOUS_SECONDS": "180"}
+        environment = {"PRUNADAPT_RENDEZVOUS_SECONDS": "180", **os.environ, "PYTHONPATH": str(ROOT)}
         with (output / "log.txt").open("w") as log:
             code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=output).returncode
         if code:
