@@ -21,8 +21,9 @@ from tests.tiny import tiny_data, tiny_folder, tiny_glue, tiny_instructions, tin
 from tests.unit import commands
 
 pytestmark = pytest.mark.full
-# Not run here. SLURM's and MPI's programs, TensorBoard (by make and by itself), the notebook, the installation and the site
-# have tests of their own, and so have commands for several hosts (test_launchers.py); of make's other targets, most of which run tests, recipes are parsed (unit/test_documentation.py).
+# Not run here. SLURM's and MPI's programs, commands for several hosts (test_launchers.py), TensorBoard (by make and by itself),
+# the notebook, the installation and the site have tests of their own; of make's other targets, most of which run tests,
+# recipes are parsed (unit/test_documentation.py).
 LEFT_OUT = ("make", "sbatch", "srun", "mpirun", "tensorboard", "jupyter", "pip", "source", "kill", "bash")
 SHORT = ["--max_steps", "6", "--max_seq_length", "32", "--num_decisions", "1", "--per_device_train_batch_size", "4"]
 ENCODERS, LANGUAGE = ("bert-base-uncased", "bert-base", "my-encoder", "roberta-base"), ("Qwen/Qwen3-0.6B", "llama")
