@@ -34,7 +34,7 @@ test-slurm: $(INSTALLED)
 
 test-slurm-ci: $(INSTALLED)
 	-@$(MAKE) -s slurm-tools
-	$(RUN) python -m pytest -m slurm -q tests/slurm tests/integration/test_launchers.py
+	$(RUN) python -m pytest -m slurm -q -n auto --maxprocesses 2 --dist loadfile tests/slurm tests/integration/test_launchers.py
 
 SLURM_PACKAGES := slurm-wlm munge openmpi-bin libopenmpi-dev
 INSTALL_SLURM := apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES)
@@ -84,10 +84,16 @@ tools:
 	@command -v $${CXX:-g++} >/dev/null || \
 	  { echo "A C++ compiler is needed, DeepSpeed compiles an operator on first use: e.g. apt-get install g++"; exit 1; }
 
+# Of all that is installed few modules are ever imported: each is compiled when it first is, and those of a run are here.
+export PYTHONDONTWRITEBYTECODE :=
+PIP := $(BIN)/python -m pip install -qq --no-compile -c constraints.txt
+MODULES := import prunadapt_ds.train, prunadapt_ds.pages, transformers.models.auto.modeling_auto
+OPERATOR := from deepspeed.accelerator import get_accelerator as a; b = a().create_op_builder("ShareMemCommBuilder"); b and b.load()
+
 $(INSTALLED): pyproject.toml constraints.txt | tools
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq -c constraints.txt torch
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[sample,onnx,dev,docs]'
-	@# DeepSpeed's operator for CPU ranks: compiled now, so that the first run does not wait for it.
-	@$(RUN) python -c 'from deepspeed.accelerator import get_accelerator as a; b = a().create_op_builder("ShareMemCommBuilder"); b and b.load()' >/dev/null 2>&1 || true
+	$(PIP) torch
+	$(PIP) -e '.[sample,onnx,dev,docs]'
+	@# DeepSpeed's operator for CPU ranks: now, so that the first run does not wait for it.
+	@$(RUN) python -c '$(MODULES)' >/dev/null 2>&1 & $(RUN) python -c '$(OPERATOR)' >/dev/null 2>&1; wait
 	@touch $@

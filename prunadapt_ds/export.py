@@ -253,6 +253,48 @@ def auto_class_of(folder: Path) -> str:
 
 
 @dataclass(frozen=True)
+class Reload:
+    """A folder and what a fresh process is to compute from it.
+
+    `latency`: {"batch_size", "seq_length", "repeats", "dtype"} to time it against the dense stock model as well.
+    `adapter_of`: the folder is a PEFT adapter of this base: {"model", "auto_class", "num_labels", "pad_token_id"}.
+    """
+
+    folder: Path
+    datasets: dict[str, Rows]
+    batch_size: int
+    device: torch.device
+    needs_remote_code: bool = False
+    dtype: str = "float32"
+    latency: dict[str, Any] | None = None
+    threads: int | None = None
+    adapter_of: dict[str, Any] | None = None
+
+    def request(self, scratch: Path) -> dict[str, Any]:
+        """As reload.py reads it; answers are written to `scratch`."""
+        rows = next(iter(self.datasets.values()))
+        return {
+            "folder": str(self.folder.resolve()),
+            "rows": {
+                name: [{c: row[c] for c in rows.columns} for row in rows.examples]
+                for name, rows in self.datasets.items()
+            },
+            "labels": {n: rows.token_labels for n, rows in self.datasets.items() if rows.token_labels is not None},
+            "auto_class": self.adapter_of["auto_class"] if self.adapter_of else auto_class_of(self.folder),
+            "needs_remote_code": self.needs_remote_code,
+            "pad_token_id": rows.tokenizer.pad_token_id,
+            "batch_size": self.batch_size,
+            "device": str(self.device),
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "latency": self.latency,
+            "adapter_of": self.adapter_of,
+            "logits": str(scratch / "logits.safetensors"),
+            "result": str(scratch / "result.json"),
+        }
+
+
+@dataclass(frozen=True)
 class Reloaded:
     """What a fresh process computed from an exported folder: logits float32 [N, C] per dataset, and timings."""
 
@@ -260,62 +302,40 @@ class Reloaded:
     latency: dict[str, Any] | None
 
 
-def reload_in_fresh_process(
-    folder: Path,
-    datasets: dict[str, Rows],
-    *,
-    needs_remote_code: bool,
-    batch_size: int,
-    device: torch.device,
-    dtype: str = "float32",
-    latency: dict[str, Any] | None = None,
-    threads: int | None = None,
-    adapter_of: dict[str, Any] | None = None,
-) -> Reloaded:
-    """Load `folder` in a new Python process that does not import this package and predict `datasets`.
+def reload_in_fresh_process(*reloads: Reload) -> list[Reloaded]:
+    """Load each folder in a new Python process that does not import this package, and predict.
 
-    `latency`: {"batch_size", "seq_length", "repeats", "dtype"} to time it against the dense stock model as well.
-    `adapter_of`: the folder is a PEFT adapter of this base: {"model", "auto_class", "num_labels", "pad_token_id"}.
+    One process for all: most of its time it imports. Folders of stock classes come first, before any code of a folder's own.
     Raises ParityError with the process's last words if it fails.
     """
     from safetensors.torch import load_file
 
-    with tempfile.TemporaryDirectory() as scratch:
-        request = {
-            "folder": str(folder.resolve()),
-            "rows": {
-                name: [{c: row[c] for c in rows.columns} for row in rows.examples] for name, rows in datasets.items()
-            },
-            "labels": {name: rows.token_labels for name, rows in datasets.items() if rows.token_labels is not None},
-            "auto_class": adapter_of["auto_class"] if adapter_of else auto_class_of(folder),
-            "needs_remote_code": needs_remote_code,
-            "pad_token_id": next(iter(datasets.values())).tokenizer.pad_token_id,
-            "batch_size": batch_size,
-            "device": str(device),
-            "dtype": dtype,
-            "threads": threads,
-            "latency": latency,
-            "adapter_of": adapter_of,
-            "logits": f"{scratch}/logits.safetensors",
-            "result": f"{scratch}/result.json",
-        }
-        Path(scratch, "request.json").write_text(json.dumps(request))
-        script = shutil.copyfile(Path(reload.__file__), Path(scratch, "reload.py"))
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        order = sorted(range(len(reloads)), key=lambda i: reloads[i].needs_remote_code)
+        for i in order:
+            (scratch / str(i)).mkdir()
+            (scratch / str(i) / "request.json").write_text(json.dumps(reloads[i].request(scratch / str(i))))
+        script = shutil.copyfile(Path(reload.__file__), scratch / "reload.py")
         drop = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
         environment = {k: v for k, v in os.environ.items() if k not in drop}
         environment |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         done = subprocess.run(
-            [sys.executable, str(script), f"{scratch}/request.json"],
+            [sys.executable, str(script), *(str(scratch / str(i) / "request.json") for i in order)],
             env=environment,
             cwd=scratch,
             capture_output=True,
             text=True,
         )
         if done.returncode != 0:
+            failed = next((i for i in order if not (scratch / str(i) / "result.json").exists()), order[-1])
+            folder = reloads[failed].folder
             raise ParityError(f"the exported folder {folder} could not be reloaded:\n{done.stderr[-3000:]}")
-        logits = load_file(request["logits"])
-        result = json.loads(Path(scratch, "result.json").read_text())
-    return Reloaded(logits, result.get("latency"))
+        answers = [scratch / str(i) for i in range(len(reloads))]
+        return [
+            Reloaded(load_file(a / "logits.safetensors"), json.loads((a / "result.json").read_text()).get("latency"))
+            for a in answers
+        ]
 
 
 def compare_logits(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:

@@ -147,28 +147,28 @@ def prove(
     config, result = session.config, session.report
     export_dtype = config.output.export_dtype
 
-    def reloaded(dtype: str, latency: bool) -> export.Reloaded:
+    def compact(dtype: str, latency: bool) -> export.Reload:
         low = "bfloat16" if session.ds.dtype == "bf16" else "float32"
-        return export.reload_in_fresh_process(
+        return export.Reload(
             folder,
             {**compared_rows(session), **session.validation_rows},
+            eval_batch(session),
+            session.device,
             needs_remote_code=needs_remote_code,
-            batch_size=eval_batch(session),
-            device=session.device,
             dtype=dtype,
             latency={**session.timing, "dtype": low} if latency else None,
         )
 
     files.replace(session.output_dir / "plan.json", json.dumps(session.plan.to_dict(), sort_keys=True))
-    exported = reloaded("float32", latency=export_dtype == "float32")
-    result["parity"] |= parity(reference, exported)
-    for kind in formats_of(session)[1:]:
-        found = parity(reference, prove_format(session, kind, folder))
-        if found["max_abs_logit_diff"] > result["parity"]["max_abs_logit_diff"]:  # the report holds the worst
-            result["parity"] |= found
+    others = [write_format(session, kind, folder) for kind in formats_of(session)[1:]]
+    answers = export.reload_in_fresh_process(compact("float32", latency=export_dtype == "float32"), *others)
+    found = [parity(reference, answer) for answer in answers]
+    result["parity"] |= max(found, key=lambda one: one["max_abs_logit_diff"])
+    exported = answers[0]
     if export_dtype != "float32":
-        export.cast(folder, getattr(torch, export_dtype))
-        exported = reloaded(export_dtype, latency=True)
+        for written in (folder, *(other.folder for other in others if other.adapter_of is None)):
+            export.cast(written, getattr(torch, export_dtype))
+        (exported,) = export.reload_in_fresh_process(compact(export_dtype, latency=True))
     result["latency"] |= exported.latency or {}
     write_predictions(session, masked, exported.logits)
     difference, tolerance = result["parity"]["max_abs_logit_diff"], result["parity"]["tolerance"]
@@ -189,22 +189,13 @@ def parity(reference: dict[str, Tensor], exported: export.Reloaded) -> dict[str,
     )
 
 
-def prove_format(session: Session, kind: str, compact: Path) -> export.Reloaded:
-    """Rank 0: write one more folder beside the compact one, and what a fresh process computes with stock classes from it."""
+def write_format(session: Session, kind: str, compact: Path) -> export.Reload:
+    """Rank 0: write one more folder beside the compact one; how it is proven: by stock classes."""
     folder = compact.parent / kind
     if kind != "adapter":
         formats.convert(kind, compact, session.plan.to_dict(), folder)
-    exported = export.reload_in_fresh_process(
-        folder,
-        compared_rows(session),
-        needs_remote_code=False,
-        batch_size=eval_batch(session),
-        device=session.device,
-        adapter_of=adapter_folder.base_of(session.backbone, folder) if kind == "adapter" else None,
-    )
-    if kind != "adapter" and session.config.output.export_dtype != "float32":
-        export.cast(folder, getattr(torch, session.config.output.export_dtype))
-    return exported
+    base = adapter_folder.base_of(session.backbone, folder) if kind == "adapter" else None
+    return export.Reload(folder, compared_rows(session), eval_batch(session), session.device, adapter_of=base)
 
 
 def write_predictions(session: Session, masked: dict[str, Tensor], exported: dict[str, Tensor]) -> None:

@@ -159,15 +159,15 @@ def only_our_code(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def prove(compact: Path, folder: Path) -> None:
-    """Both folders, loaded by fresh processes, compute the same on random rows."""
-    rows = random_rows(compact)
-    found = []
-    for path in (compact, folder):
-        remote = "auto_map" in json.loads((path / "config.json").read_text())
-        reloaded = export.reload_in_fresh_process(
-            path, {"random": rows}, needs_remote_code=remote, batch_size=16, device=distributed.device()
+    """Both folders, loaded by a fresh process, compute the same on random rows."""
+    rows = {"random": random_rows(compact)}
+    pair = [
+        export.Reload(
+            path, rows, 16, distributed.device(), "auto_map" in json.loads((path / "config.json").read_text())
         )
-        found.append(reloaded.logits["random"])
+        for path in (compact, folder)
+    ]
+    found = [answer.logits["random"] for answer in export.reload_in_fresh_process(*pair)]
     parity = export.compare_logits({"random": (found[0], found[1])})
     if not parity["max_abs_logit_diff"] <= parity["tolerance"]:
         raise ParityError(f"{folder} differs from {compact} by {parity['max_abs_logit_diff']:.2e} in its logits")

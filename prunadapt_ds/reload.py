@@ -1,9 +1,9 @@
 """Load an exported folder as a stranger would, compute logits, time it.
 
 Runs as a script in a process of its own that never imports the trainer: it needs torch, transformers and safetensors.
-Reads a request (JSON, rows to predict), writes logits and timings. One request, one answer:
+Reads requests (JSON, rows to predict) and answers each with logits and timings, one after the other:
 
-    python reload.py request.json
+    python reload.py request.json [request.json ...]
 """
 
 from __future__ import annotations
@@ -154,4 +154,5 @@ def answer(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    answer(json.loads(Path(sys.argv[1]).read_text()))
+    for path in sys.argv[1:]:
+        answer(json.loads(Path(path).read_text()))

@@ -75,8 +75,8 @@ def test_failure_names_rank_and_reason():
 def test_hang_is_killed():
     start = time.monotonic()
     with pytest.raises(pytest.fail.Exception, match="not done in time"):
-        run_ranks(_hang, 2, timeout=25)
-    assert time.monotonic() - start < 60
+        run_ranks(_hang, 2, timeout=10)
+    assert time.monotonic() - start < 45
 
 
 def test_skip_is_passed_back():

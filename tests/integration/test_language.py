@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 
 import pytest
 import torch
@@ -90,12 +89,12 @@ def test_two_ranks_on_a_text_file_and_its_score(tmp_path):
 
 
 def score_as_the_run_says(tmp_path, report):
-    """The line of the footer, in a process of its own."""
+    """The line of the footer, as it would be typed."""
     config = parse(language_arguments(tmp_path, "qwen3", "txt", max_seq_length=16))
     (line,) = (line for line in outline.footer(config, "causal_lm").splitlines() if "score it" in line)
-    done = launch([sys.executable, *shlex.split(line[12:])[1:]])
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(report["metric"]["exported"], rel=1e-5)
+    words = shlex.split(line[12:])
+    assert words[:4] == ["python", "-m", "prunadapt_ds", "evaluate"]
+    assert run_ranks(runs.scored, 1, words[4:]) == [pytest.approx(report["metric"]["exported"], rel=1e-5)]
 
 
 def test_an_encoder_generates_nothing(tmp_path):
