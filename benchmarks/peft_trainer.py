@@ -33,7 +33,7 @@ from prunadapt_ds.batches import PAD_TO_MULTIPLE_OF  # noqa: E402
 from prunadapt_ds.config import parse  # noqa: E402
 from prunadapt_ds.data import compute_metrics, load_task, tokenize  # noqa: E402
 from prunadapt_ds.ds_config import fast_bf16  # noqa: E402
-from prunadapt_ds.models.families import family_of, layout_of  # noqa: E402
+from prunadapt_ds.models.layouts import family_of, layout_of  # noqa: E402
 
 
 class Watched(Trainer):

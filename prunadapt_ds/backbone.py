@@ -20,7 +20,8 @@ from torch import nn
 from prunadapt_ds import attention, distributed, hub
 from prunadapt_ds.errors import Problem, PrunadaptError, UserError
 from prunadapt_ds.files import read_object
-from prunadapt_ds.models.families import Family, family_of, layout_of, most_tokens
+from prunadapt_ds.models.families import Family
+from prunadapt_ds.models.layouts import family_of, layout_of, most_tokens
 from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.models.structure import Structure, measure
 from prunadapt_ds.streaming import streaming

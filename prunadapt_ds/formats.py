@@ -23,7 +23,8 @@ from torch import Tensor
 
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.files import read_object, whole_folder
-from prunadapt_ds.models.families import FAMILIES, head_dim_of, widths_of
+from prunadapt_ds.models.families import FAMILIES
+from prunadapt_ds.models.layouts import head_dim_of, widths_of
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 
 MODELING_FILE = "modeling_prunadapt.py"

@@ -18,7 +18,8 @@ from prunadapt_ds import adapters, backbone, gates, memory, tmp, zero3
 from prunadapt_ds.budget import PruningPlan, check_target
 from prunadapt_ds.config import Config
 from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.models.families import Family, family_of, layout_of
+from prunadapt_ds.models.families import Family
+from prunadapt_ds.models.layouts import family_of, layout_of
 from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.models.structure import Structure, full_numel, layers_of, measure
 from prunadapt_ds.objective import sample_losses

@@ -25,7 +25,7 @@ from prunadapt_ds.data import TaskData, load_language, load_task, tokenize, toke
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.importance import ScoreAverage
-from prunadapt_ds.models.families import most_tokens, uniform_floors
+from prunadapt_ds.models.layouts import most_tokens, uniform_floors
 from prunadapt_ds.models.structure import Structure, with_outer_floor
 from prunadapt_ds.session import Session
 from prunadapt_ds.tracking import Tracker

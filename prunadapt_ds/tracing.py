@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds.models.families import most_tokens
+from prunadapt_ds.models.layouts import most_tokens
 from prunadapt_ds.reload import latency
 
 ONNX_FILE, TORCH_FILE = "model.onnx", "model.pt2"

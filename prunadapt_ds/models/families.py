@@ -3,31 +3,20 @@
 This is the only place that knows a module path. To add a family, add a record to `FAMILIES`: the tests that run over
 the table (slicing, cost model, parity, training) pick it up.
 
-Widths are written by name and resolved from the model's configuration:
+Widths are written by name; layouts.py resolves them with a model's configuration:
 
     q        the query rows of a unit: head_dim for plain attention, group * head_dim where `group` query heads share a key
     k, v     the key or value rows of a unit: head_dim
     qkv      one head's query, key and value rows interleaved: 3 * head_dim
     neuron   1
     heads    query heads per unit;  kv_heads  key/value heads per unit;  sharing  query heads per key that a unit adds
-
-Under multi-query attention (one key/value head for all) a unit is one query head: k, v and kv_heads do not follow the
-units, they stay as they are, and `sharing` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
-
-from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.models.modeling_prunadapt import AttributeLayout, Layout, ProjectionLayout, SubLayerLayout
-from prunadapt_ds.models.structure import Structure, full_shape
-
-POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 @dataclass(frozen=True)
@@ -285,128 +274,3 @@ _RECORDS = (
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS}
 assert len(FAMILIES) == len(_RECORDS), "two records name the same model_type"
-
-
-def family_of(config: Any) -> Family:
-    """The record of a configuration's family. Raises UserError where there is none."""
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UserError(
-            Problem(
-                "model_name_or_path",
-                getattr(config, "name_or_path", "") or config.model_type,
-                f"the architecture {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}. "
-                "To add one, write its record in prunadapt_ds/models/families.py",
-            )
-        )
-    if family.shares_layers and config.num_hidden_groups != 1:
-        remedy = "its layers share weights in several groups, of which no cut is written; take one with one group"
-        raise UserError(Problem("model_name_or_path", f"num_hidden_groups={config.num_hidden_groups}", remedy))
-    return family
-
-
-def most_tokens(model: Any) -> int | None:
-    """The longest input that a model has positions for; None where positions are no table."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
-            # RoBERTa counts from behind the padding token, OPT from 2.
-            unused = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
-            return full_shape(nn.Module.get_parameter(module, "weight"))[0] - unused
-    return None
-
-
-def head_dim_of(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def widths_of(config: Any) -> dict[str, int | None]:
-    """Rows (or whatever is counted) per unit by width name; None for what does not follow the units."""
-    heads, head_dim = config.num_attention_heads, head_dim_of(config)
-    group = heads // _kv_heads(config)
-    widths = {"q": group * head_dim, "k": head_dim, "v": head_dim, "qkv": 3 * head_dim, "neuron": 1}
-    if is_multi_query(config):
-        return {**widths, "q": head_dim, "k": None, "v": None, "heads": 1, "kv_heads": None, "sharing": 1}
-    return {**widths, "heads": group, "kv_heads": 1, "sharing": None}
-
-
-def _kv_heads(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def is_multi_query(config: Any) -> bool:
-    """One key/value head for several query heads: it stays, query heads go one by one."""
-    return _kv_heads(config) == 1 < config.num_attention_heads
-
-
-def num_units(family: Family, config: Any) -> tuple[int, int]:
-    """Heads (or key/value groups) and neurons of a layer."""
-    heads = config.num_attention_heads if is_multi_query(config) else _kv_heads(config)
-    neurons = getattr(config, family.neurons.config_fields[0][0]) or 4 * config.hidden_size
-    return heads, neurons
-
-
-def head_floors(family: Family, config: Any, num_layers: int) -> tuple[int, ...]:
-    """Heads that must stay, by layer.
-
-    A decoder's cache tells its length from the first layer of each kind of attention, so that layer keeps some. Shared
-    layers and the one key/value head of multi-query attention keep some everywhere.
-    """
-    if family.shares_layers or is_multi_query(config):
-        return (1,) * num_layers
-    if not family.is_decoder:
-        return (0,) * num_layers
-    kinds = getattr(config, "layer_types", None) or [""] * num_layers
-    return tuple(int(kinds.index(kind) == i) for i, kind in enumerate(kinds))
-
-
-def uniform_floors(family: Family, structure: Structure, neuron_multiple: int) -> Structure:
-    """The same structure where each layer keeps what a stock configuration needs: at least one unit of each kind, and all of
-    a kind whose number it cannot say; where it can say fewer layers, whole ones may go."""
-    sayable = {"heads": bool(family.heads.config_fields), "neurons": bool(family.neurons.config_fields)}
-    least = {"heads": 1, "neurons": neuron_multiple}
-    return replace(
-        structure,
-        sublayers=tuple(
-            replace(s, floor=min(least[s.kind], s.num_units) if sayable[s.kind] else s.num_units)
-            for s in structure.sublayers
-        ),
-        skips=family.drops_layers,
-    )
-
-
-def layout_of(family: Family, config: Any, base_model_prefix: str) -> Layout:
-    """Resolve a family's record with the sizes of one configuration."""
-    widths, head_dim = widths_of(config), head_dim_of(config)
-    num_layers = config.inner_group_num if family.shares_layers else config.num_hidden_layers
-
-    def projection(p: Projection) -> ProjectionLayout:
-        follow = tuple(w for part in p.parts if (w := widths[part]) is not None)
-        tail = head_dim * (len(p.parts) - len(follow))
-        return ProjectionLayout(p.path, follow, p.transposed, tail, p.per_token)
-
-    def sublayer(kind: str, units: int, record: SubLayer, floors: tuple[int, ...], positions: int) -> SubLayerLayout:
-        return SubLayerLayout(
-            kind=kind,
-            num_units=units,
-            inputs=tuple(projection(p) for p in record.inputs if p.exists(config)),
-            output=projection(record.output),
-            core=record.core,
-            attributes=tuple(
-                AttributeLayout(path, name, w) for path, name, width in record.attributes if (w := widths[width])
-            ),
-            floors=floors,
-            relative_positions=positions,
-        )
-
-    heads, neurons = num_units(family, config)
-    return Layout(
-        layers=f"{base_model_prefix}.{family.layers}",
-        num_layers=num_layers,
-        sublayers=(
-            sublayer(
-                "heads", heads, family.heads, head_floors(family, config, num_layers), family.relative_positions(config)
-            ),
-            sublayer("neurons", neurons, family.neurons, (0,) * num_layers, 0),
-        ),
-        passes=config.num_hidden_layers if family.shares_layers else 1,
-    )

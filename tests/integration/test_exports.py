@@ -11,7 +11,8 @@ import torch
 from prunadapt_ds import export, formats, gates
 from prunadapt_ds.budget import decide
 from prunadapt_ds.errors import UserError
-from prunadapt_ds.models.families import FAMILIES, uniform_floors
+from prunadapt_ds.models.families import FAMILIES
+from prunadapt_ds.models.layouts import uniform_floors
 from tests.tiny import VARIANTS, layout_and_structure, tiny_tokenizer
 from tests.unit.test_resize import adapted, inputs, plan_of
 

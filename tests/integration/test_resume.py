@@ -271,7 +271,7 @@ def test_what_would_be_another_run_is_refused(base, remains, tmp_path, name):
 
 def agree(mine, other):
     """The plans of two checkpoints: on 99.5 % of the cost; whoever they differ on is at the threshold."""
-    from prunadapt_ds.models.families import family_of, layout_of
+    from prunadapt_ds.models.layouts import family_of, layout_of
     from prunadapt_ds.models.structure import measure
     from tests.tiny import tiny_model
 

@@ -106,7 +106,7 @@ MUTANTS = (
     Mutant("flattened tokens taken for samples", "gates.py", "return self(x.unflatten(0, (rows, -1))).flatten(0, 1)",
            "return self(x.unflatten(0, (-1, rows))).flatten(0, 1)",
            f"{IMPORTANCE}::test_equals_autograd_sample_by_sample[opt]"),
-    Mutant("the cache's first layer may go", "models/families.py", "return tuple(int(kinds.index(kind) == i) for i, kind",
+    Mutant("the cache's first layer may go", "models/layouts.py", "return tuple(int(kinds.index(kind) == i) for i, kind",
            "return tuple(0 for i, kind", "tests/unit/test_families.py::test_what_must_stay_stays_at_the_highest_sparsity[llama]"),
     Mutant("padding token of the tokenizer not told", "backbone.py", "    config.pad_token_id = tokenizer.pad_token_id",
            "    pass", "tests/unit/test_families.py::test_a_decoder_learns_the_padding_token_of_its_tokenizer"),

@@ -10,7 +10,8 @@ from prunadapt_ds.budget import decide, max_sparsity
 from prunadapt_ds.data.loading import tokenize
 from prunadapt_ds.data.tasks import TASKS
 from prunadapt_ds.errors import UserError
-from prunadapt_ds.models.families import FAMILIES, family_of
+from prunadapt_ds.models.families import FAMILIES
+from prunadapt_ds.models.layouts import family_of
 from prunadapt_ds.models.table import updated
 from tests.conftest import ROOT
 from tests.tiny import layout_and_structure, tiny_config, tiny_folder, tiny_model
