@@ -1,6 +1,6 @@
 """Write the trained model as a smaller Hugging Face folder, and prove that it computes the same.
 
-LoRA is merged and gates are folded in fp32, one module gathered at a time; rank 0 writes what stays, file by file.
+One module is gathered at a time; rank 0 merges LoRA and folds gates in fp32, in what stays, and writes it file by file.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,26 +73,32 @@ def cuts_of(layout: Layout, plan: PruningPlan, present: PruningPlan) -> dict[str
     return cuts
 
 
-def merged_weight(module: Any) -> Tensor:
-    """fp32 weight of a linear map with its LoRA merged in; the parameters must be gathered."""
-    if not is_lora(module):
-        return module.weight.detach().float()
-    a, b = module.lora_A[ADAPTER].weight.float(), module.lora_B[ADAPTER].weight.float()
-    update = module.scaling[ADAPTER] * (b @ a)
-    base = module.base_layer.weight.float()
-    return (base + (update.T if module.fan_in_fan_out else update)).detach()
+def merged_weight(module: Any, cut: Cut) -> Tensor:
+    """fp32 weight of what a linear map keeps, LoRA merged in; parameters gathered. One new tensor, no other of its size."""
+    stored = getattr(module, "base_layer", module).weight.detach()
+    index = cut.index.to(stored.device)
+    weight = stored.index_select(cut.axis, index).float()
+    if is_lora(module):
+        left, right = module.lora_B[ADAPTER].weight.detach(), module.lora_A[ADAPTER].weight.detach()
+        if module.fan_in_fan_out:
+            left, right = right.T, left.T
+        left, right = (left[index], right) if cut.axis == 0 else (left, right[:, index])
+        weight.addmm_(left.float(), right.float(), alpha=module.scaling[ADAPTER])
+    return weight
 
 
 def fold_gate(weight: Tensor, gate: Gate, cut: Cut) -> Tensor:
-    """Multiply the columns of an output projection by g * m of their units."""
+    """Multiply the columns that an output projection keeps by g * m of their units, in place."""
     scale = ((1 + gate.delta.detach().float()) * gate.mask.float()).repeat_interleave(gate.width)
-    return weight * (scale if cut.axis == 1 else scale[:, None])
+    scale = scale[cut.index.to(scale.device)]
+    return weight.mul_(scale if cut.axis == 1 else scale[:, None])
 
 
 def pruned_tensors(
     model: nn.Module, layout: Layout, plan: PruningPlan, present: PruningPlan | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Name and fp32 tensor of everything the exported checkpoint holds, under the stock model's names.
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Name, under the stock model's names, of everything the exported checkpoint holds, and what computes its fp32 tensor:
+    a new one, to be asked for before the next name is. Ranks that do not write need not ask.
 
     `present`: what the model physically holds (None: dense). Collective: every rank must consume the whole iterator.
     One module is gathered at a time. A tensor that several modules share comes once, under its first name.
@@ -110,7 +117,7 @@ def pruned_tensors(
             seen |= {id(p) for _, p in own}
             with gathered([p for _, p in own]):
                 for key, parameter in own:
-                    yield f"{name}.{key}".lstrip("."), parameter.detach().float()
+                    yield f"{name}.{key}".lstrip("."), partial(_new, parameter)
             continue
         inside = (*inside, name + ".")
         gate = gate_before(model, name) if cut.side == "in" else None
@@ -118,17 +125,28 @@ def pruned_tensors(
             yield from _projection_tensors(name, module, gate, cut)
 
 
-def _projection_tensors(name: str, module: Any, gate: Gate | None, cut: Cut) -> Iterator[tuple[str, Tensor]]:
-    base = getattr(module, "base_layer", module)
-    if not cut.vanishes:
-        weight = merged_weight(module)
+def _new(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32, copy=True)
+
+
+def _projection_tensors(
+    name: str, module: Any, gate: Gate | None, cut: Cut
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    def folded() -> Tensor:
+        weight = merged_weight(module, cut)
         if gate is not None:
             weight = fold_gate(weight, gate, cut)
-        yield f"{name}.weight", weight.index_select(cut.axis, cut.index.to(weight.device))
-    if getattr(base, "bias", None) is None or (cut.vanishes and cut.side == "out"):
+        return weight
+
+    bias = getattr(getattr(module, "base_layer", module), "bias", None)
+    if not cut.vanishes:
+        yield f"{name}.weight", folded
+    if bias is None or (cut.vanishes and cut.side == "out"):
         return
-    bias = base.bias.detach().float()
-    yield f"{name}.bias", bias.index_select(0, cut.index.to(bias.device)) if cut.side == "out" else bias
+    if cut.side == "in":
+        yield f"{name}.bias", partial(_new, bias)
+    else:
+        yield f"{name}.bias", lambda: bias.detach().index_select(0, cut.index.to(bias.device)).float()
 
 
 def export(
@@ -148,7 +166,7 @@ def export(
     weights = WeightFiles(folder.with_name(f".{folder.name}.weights.tmp"))
     for name, tensor in pruned_tensors(model, layout, plan, present):
         if rank() == 0:
-            weights.add(name, tensor)
+            weights.add(name, tensor())
     config = exported_config(model, layout, plan, needs_remote_code)
     generation = None
     if auto_class_for(type(model).__name__) == "AutoModelForCausalLM":
@@ -163,7 +181,7 @@ class WeightFiles:
     """The weights of an export on their way to its folder; no more than `MAX_FILE_BYTES` of them wait in memory.
 
     Full files lie in `scratch` until `finish`. A write that fails is said there as well: until then other ranks count on this
-    one.
+    one. A tensor that is added is kept: nobody may change it after that.
     """
 
     def __init__(self, scratch: Path):
@@ -175,7 +193,7 @@ class WeightFiles:
     def add(self, name: str, tensor: Tensor) -> None:
         if self.waiting and sum(t.nbytes for t in self.waiting.values()) + tensor.nbytes > MAX_FILE_BYTES:
             self._write()
-        self.waiting[name] = tensor.cpu().contiguous().clone()
+        self.waiting[name] = tensor.cpu()
 
     def _write(self) -> None:
         from safetensors import SafetensorError

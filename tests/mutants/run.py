@@ -133,7 +133,7 @@ MUTANTS = (
            "tests/distributed/test_shrink.py::test_a_block_without_feed_forward_is_computed_again"),
     Mutant("gate not folded", "export.py", "weight = fold_gate(weight, gate, cut)", "pass",
            f"{RESIZE}::test_folded_and_narrowed_equals_masked[bert-unequal]"),
-    Mutant("LoRA not merged", "export.py", "update = module.scaling[ADAPTER] * (b @ a)", "update = 0 * (b @ a)",
+    Mutant("LoRA not merged", "export.py", "alpha=module.scaling[ADAPTER])", "alpha=0)",
            f"{RESIZE}::test_folded_and_narrowed_equals_masked[bert-unequal]"),
     Mutant("bias missing in the cost", "models/structure.py", "return sum(projection.parts) * (other_features + bias)",
            "return sum(projection.parts) * other_features",

@@ -116,7 +116,7 @@ def test_folded_and_narrowed_equals_masked(model_type, how):
     stock = tiny_model(model_type, num_labels=3, seed=99)
     kept = [[c["heads"], c["neurons"]] for c in plan.counts()]
     narrow(stock, Layout.from_dict(layout.to_dict()), kept)
-    stock.load_state_dict(dict(pruned_tensors(model, layout, plan)), strict=True)
+    stock.load_state_dict({name: tensor() for name, tensor in pruned_tensors(model, layout, plan)}, strict=True)
     torch.testing.assert_close(stock(**inputs()).logits, masked, rtol=1e-5, atol=1e-5)
 
 
