@@ -1,8 +1,9 @@
-"""Memory of each rank while a model of several GB is loaded under ZeRO-3: `python benchmarks/loading.py`.
+"""Memory of each rank while a model of several GB is loaded, exported and cut under ZeRO-3: `python benchmarks/loading.py`.
 
 Writes a random Llama-shaped checkpoint in bf16, four files, to `--work_dir`, loads it on two ranks as `from_pretrained` does by
-itself ("before") and streamed ("after"), and deletes it. Sampled every 2 ms: anonymous memory, which is the process's own, and
-pages mapped from files, which the system can take back. Both above the level just before the loading began.
+itself ("before") and streamed ("after"), and deletes it. What was streamed gets LoRA and gates; an export leaves out half of
+its units, and then they are cut off. Sampled every 2 ms: anonymous memory, which is the process's own, and pages mapped from
+files, which the system can take back. Both above the level just before.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from ranks import ENVIRONMENT, ROOT, measured, words_of_a_rank
+
+if TYPE_CHECKING:
+    from prunadapt_ds.backbone import Backbone
 
 RESULTS = ROOT / "benchmarks/results/loading"
 LAYERS, HIDDEN, NEURONS, WORDS, FILES = 18, 2560, 6912, 32000, 4
@@ -96,8 +101,9 @@ def measure(folder: str, way: str, result: Path) -> None:
     distributed.barrier()
     start = time.perf_counter()
     with Sampler() as sampler:
-        model = backbone.load(folder, num_labels=2, dtype=torch.bfloat16).model
+        loaded = backbone.load(folder, num_labels=2, dtype=torch.bfloat16)
     seconds = time.perf_counter() - start
+    model = loaded.model
     largest = max(p.ds_numel * p.element_size() for p in model.parameters())
     found = {
         "anonymous": sampler.most[0],
@@ -105,11 +111,32 @@ def measure(folder: str, way: str, result: Path) -> None:
         "shard": memory.parameter_bytes(model),
         "seconds": seconds,
     }
+    if way == "after":
+        found |= export_and_cut(loaded, result.with_name("exported"))
     ranks = distributed.all_gather_objects({**found, "largest_tensor": largest})
     if distributed.rank() == 0:
         result.write_text(json.dumps(ranks, indent=1) + "\n")
     assert zero3 is not None
     distributed.shutdown()
+
+
+def export_and_cut(loaded: Backbone, folder: Path) -> dict[str, int]:
+    """Bytes above those of the loaded model while every second unit is left out of an export, and then cut off."""
+    from prunadapt_ds import adapters, engine, export, gates, memory
+    from prunadapt_ds.budget import PruningPlan
+    from prunadapt_ds.resize import resize
+
+    model, layout, structure = loaded.model, loaded.layout, loaded.structure
+    adapters.add_lora(model, layout, adapters.target_modules(layout), r=8, lora_alpha=16)
+    gates.attach(model, layout, structure)
+    plan = PruningPlan(structure, tuple(tuple(range(0, s.num_units, 2)) for s in structure.sublayers))
+    memory.return_freed()
+    with Sampler() as exporting:
+        export.export(model, layout, plan, loaded.tokenizer, folder)
+    memory.return_freed()
+    with Sampler() as cutting:
+        resize(model, layout, plan, None, engine.rewriting)
+    return {"exporting": exporting.most[0], "cutting": cutting.most[0]}
 
 
 def table() -> str:
@@ -122,6 +149,14 @@ def table() -> str:
             above = (r["anonymous"] - r["shard"]) / r["largest_tensor"]
             gib = [r[name] / 2**30 for name in ("anonymous", "mapped")]
             lines.append(f"| {way} | {rank} | {r['seconds']:.1f} | {gib[0]:.2f} | {above:.2f} | {gib[1]:.2f} |")
+    lines += [
+        "",
+        "| afterwards, rank | exporting, GiB more | in largest tensors | cutting, GiB more | in largest tensors |",
+    ]
+    lines += ["|--:|--:|--:|--:|--:|"]
+    for rank, r in enumerate(json.loads((RESULTS / "after.json").read_text())):
+        cells = [f"{r[what] / 2**30:.2f} | {r[what] / r['largest_tensor']:.2f}" for what in ("exporting", "cutting")]
+        lines.append(f"| {rank} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -137,9 +172,10 @@ def main() -> None:
     try:
         write(args.work_dir)
         for way in ("before", "after"):
-            result = RESULTS / f"{way}.json"
+            result = args.work_dir / f"{way}.json"
             command = measured(args.ranks, __file__, args.work_dir, way, result)
             subprocess.run(command, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+            shutil.copy(result, RESULTS)
     finally:
         shutil.rmtree(args.work_dir)
     (RESULTS / "table.md").write_text(table())  # copied into README.md, with what it rests on

@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds import zero3
+from prunadapt_ds import memory, zero3
 from prunadapt_ds.gates import GATE_NAME, gates_of
 from prunadapt_ds.models.structure import full_numel
+
+FREED_BYTES = (
+    2**22
+)  # of one module's shards: from there on it is worth the time to give them back to the system at once
 
 Group = dict[str, Any]  # a torch optimizer's parameter group; "name" and "base_lr" are kept beside "lr"
 
@@ -49,13 +53,30 @@ def gate_values(model: nn.Module) -> torch.Tensor:
 
 @contextmanager
 def rewriting(module: nn.Module) -> Iterator[None]:
-    """Make one module's parameters whole on every rank while they are replaced; what is new is sharded at the end."""
+    """Make one module's parameters whole on every rank while they are replaced; what is new is sharded at the end, and the
+    shards of what it replaces are gone."""
     sharded: list[Any] = [p for p in module.parameters() if is_sharded(p)]
     with gathered(sharded):
         yield
+    if release(sharded, module) > FREED_BYTES:
+        memory.return_freed()
     if sharded:
         new = [p for p in module.parameters() if not is_sharded(p)]
         sharded[0].convert_to_zero_parameters(param_list=new)
+
+
+def release(parameters: Iterable[Any], module: nn.Module) -> int:
+    """Free the shards of those sharded parameters that `module` does not hold any more; returns their bytes.
+
+    DeepSpeed gives each parameter methods that refer to it, so that it is freed when the garbage of the whole process is
+    collected, and not when the last one lets go of it.
+    """
+    held = {id(p) for p in module.parameters()}
+    gone = [p.ds_tensor for p in parameters if is_sharded(p) and id(p) not in held]
+    freed = sum(shard.nbytes for shard in gone)
+    for shard in gone:
+        shard.data = shard.new_empty(0)
+    return freed
 
 
 def parameter_groups(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 from prunadapt_ds.watchdog import milestone
 
-MAX_FILE_BYTES = 2**30  # of weights in one exported file, and of what rank 0 holds of an export
+MAX_FILE_BYTES = 2**30  # of weights in one exported file
 TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
 
 
@@ -178,65 +179,82 @@ def export(
 
 
 class WeightFiles:
-    """The weights of an export on their way to its folder; no more than `MAX_FILE_BYTES` of them wait in memory.
+    """The weights of an export on their way to its folder, of which no more than one tensor is in memory.
 
-    Full files lie in `scratch` until `finish`. A write that fails is said there as well: until then other ranks count on this
-    one. A tensor that is added is kept: nobody may change it after that.
+    Each lies in a file of its own until there are `MAX_FILE_BYTES` of them, which become one file by way of the page cache.
+    Everything lies in `scratch` until `finish`. A write that fails is said there as well: until then other ranks count on
+    this one.
     """
 
     def __init__(self, scratch: Path):
         self.scratch = scratch
-        self.waiting: dict[str, Tensor] = {}
+        self.waiting: dict[str, int] = {}  # bytes by name
         self.written: list[dict[str, int]] = []  # by file: bytes of each tensor
         self.failure: Exception | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        if self.waiting and sum(t.nbytes for t in self.waiting.values()) + tensor.nbytes > MAX_FILE_BYTES:
-            self._write()
-        self.waiting[name] = tensor.cpu()
-
-    def _write(self) -> None:
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        try:
-            if self.failure is None:
-                self.scratch.mkdir(parents=True, exist_ok=True)
-                save_file(self.waiting, self.scratch / str(len(self.written)), {"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            self.failure = error
-        self.written.append({name: tensor.nbytes for name, tensor in self.waiting.items()})
+        if self.waiting and sum(self.waiting.values()) + tensor.nbytes > MAX_FILE_BYTES:
+            self._write()
+        with self._noting_failure():
+            self.scratch.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.cpu()}, self.scratch / f"waiting-{len(self.waiting)}")
+        self.waiting[name] = tensor.nbytes
+
+    def _write(self) -> None:
+        from safetensors.torch import load_file, save_file
+
+        parts = [self.scratch / f"waiting-{i}" for i in range(len(self.waiting))]
+        with self._noting_failure():
+            tensors = {name: tensor for part in parts for name, tensor in load_file(part).items()}  # mapped, not read
+            save_file(tensors, self.scratch / str(len(self.written)), {"format": "pt"})
+            for part in parts:
+                part.unlink()
+        self.written.append(self.waiting)
         self.waiting = {}
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            self.failure = self.failure or error
 
     def finish(self, folder: Path) -> None:
         """Move the files to `folder` under Hugging Face's names, with an index where there are several. Raises OSError."""
-        try:
-            self._write()
-            if self.failure is not None:
-                raise self.failure
-            count = len(self.written)
-            where: dict[str, str] = {}
-            for i, sizes in enumerate(self.written):
-                file = "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
-                (self.scratch / str(i)).replace(folder / file)
-                where |= dict.fromkeys(sizes, file)
-            if count > 1:
-                total = sum(sum(sizes.values()) for sizes in self.written)
-                index = {"metadata": {"total_size": total}, "weight_map": where}
-                (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        finally:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+        self._write()
+        if self.failure is not None:
+            raise self.failure
+        count = len(self.written)
+        where: dict[str, str] = {}
+        for i, sizes in enumerate(self.written):
+            file = "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
+            (self.scratch / str(i)).replace(folder / file)
+            where |= dict.fromkeys(sizes, file)
+        if count > 1:
+            total = sum(sum(sizes.values()) for sizes in self.written)
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def discard(self) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 def write_folder(folder: Path, weights: WeightFiles, parts: list[Any], needs_remote_code: bool) -> None:
     """The Hugging Face folder, whole or not at all. `parts`: configurations and tokenizer, which save themselves."""
-    with whole_folder(folder) as unfinished:
-        if needs_remote_code:
-            shutil.copyfile(Path(modeling_prunadapt.__file__), unfinished / MODELING_FILE)
-        weights.finish(unfinished)
-        milestone("export/half written")
-        for part in parts:
-            part.save_pretrained(unfinished)
+    try:
+        with whole_folder(folder) as unfinished:
+            weights.finish(unfinished)
+            milestone("export/half written")
+            if needs_remote_code:
+                shutil.copyfile(Path(modeling_prunadapt.__file__), unfinished / MODELING_FILE)
+            for part in parts:
+                part.save_pretrained(unfinished)
+    finally:
+        weights.discard()
 
 
 def exported_config(model: Any, layout: Layout, plan: PruningPlan, needs_remote_code: bool) -> Any:

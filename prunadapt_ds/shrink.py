@@ -35,7 +35,10 @@ def shrink(
     del engine
     gc.collect()
     memory.return_freed()
+    before = list(model.parameters())
     slices = resize(model, layout, plan, present, engines.rewriting)
+    engines.release(before, model)  # whole sub-layers too
+    del before
     smaller = build()
     state.restore(smaller, learnt.sliced(slices, set(state.trainable(model))))
     return smaller

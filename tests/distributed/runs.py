@@ -337,7 +337,9 @@ def shrink_in_training(argv):
 
     def shrink_model(session):
         before = (losses(), learnt())
+        sharded = [p for p in session.model.parameters() if engines.is_sharded(p)]
         really_shrink(session)
+        held = {id(p) for p in session.model.parameters()}
         seen.append(
             {
                 "losses": (before[0], losses()),
@@ -346,6 +348,7 @@ def shrink_in_training(argv):
                 "shapes": {n: full_shape(p) for n, p in session.model.named_parameters()},
                 "frozen_share": _frozen_share(session.model),
                 "engines": _engines(),
+                "left_of_shards": [p.ds_tensor.numel() for p in sharded if id(p) not in held],
             }
         )
 

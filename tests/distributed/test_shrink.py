@@ -95,6 +95,12 @@ def test_an_old_engine_leaves_nothing_behind(shrunk):
         assert [s["engines"] for s in result["seen"]] == [1] * len(result["seen"])
 
 
+def test_shards_of_what_was_cut_are_gone_whoever_refers_to_them(shrunk):
+    for result in shrunk:
+        for shrink in result["seen"]:
+            assert shrink["left_of_shards"] and not any(shrink["left_of_shards"])
+
+
 def test_the_dense_parameters_are_gone(folder, tmp_path):
     """Enough steps between decisions for ZeRO-3 to have gone by a trace, whose answers it keeps."""
     found = run_ranks(runs.fit, 1, arguments(folder, tmp_path / "out", max_steps=24, shrink="always", num_decisions=3))[

@@ -129,6 +129,8 @@ MUTANTS = (
            "tests/distributed/test_laws.py::test_an_evaluation_keeps_no_weights_for_a_backward_pass"),
     Mutant("one piece although it runs many times", "session.py", "[] if loaded.family.shares_layers else list(", "list(",
            f"{LAWS}::test_gradients_of_blocks_in_one_piece"),
+    Mutant("shards of what was cut stay", "engine.py", "        shard.data = shard.new_empty(0)\n", "        pass\n",
+           "tests/distributed/test_shrink.py::test_shards_of_what_was_cut_are_gone_whoever_refers_to_them"),
     Mutant("a recomputed module drops its own weights", "engine.py", "        zero3.keep_recomputed(engine.optimizer)\n", "",
            "tests/distributed/test_shrink.py::test_a_block_without_feed_forward_is_computed_again"),
     Mutant("gate not folded", "export.py", "weight = fold_gate(weight, gate, cut)", "pass",
