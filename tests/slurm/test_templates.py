@@ -180,7 +180,7 @@ def test_time_limit(cluster, submit, tmp_path):
     until(lambda: log.exists() and "requeued to go on" in log.read_text())
     until(lambda: cluster.jobs(job)[job]["Restarts"] == "1")
     cluster.wait(job, "RUNNING")
-    until(lambda: "step " in log.read_text().rpartition("goes on after step")[2])
+    until(lambda: re.search(r"goes on after step \d+[\s\S]*\nstep ", log.read_text()))
     assert cluster.jobs(job)[job]["Restarts"] == "1"
     cluster.command("scancel", job)
     cluster.wait(job)
