@@ -98,7 +98,8 @@ def forget_engine(model: nn.Module) -> None:
 
     Hooks on the model go on calling the engine, and keep it with all its buffers in memory. And every module keeps the
     functions that fetch and release its parameters in the backward pass: the next engine would leave them in place, so
-    that the old one's records, of what is used when, decide for it.
+    that the old one's records, of what is used when, decide for it. So does the list of a module's parameters that another one
+    asked for, as a LoRA layer does for its A's dtype: the next engine would go on fetching those of before the cut.
     """
 
     def is_engine_s(function: Any) -> bool:
@@ -110,7 +111,7 @@ def forget_engine(model: nn.Module) -> None:
     for name in [name for name, value in vars(model).items() if is_engine_s(value)]:
         delattr(model, name)
     for module in model.modules():
-        for name in ("pre_bwd_fn", "post_bwd_fn"):
+        for name in ("pre_bwd_fn", "post_bwd_fn", "_external_params"):
             vars(module).pop(name, None)
     _forget_releases()
 
