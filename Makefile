@@ -34,7 +34,7 @@ test-slurm: $(INSTALLED)
 
 test-slurm-ci: $(INSTALLED)
 	-@$(MAKE) -s slurm-tools
-	$(RUN) python -m pytest -m slurm -q -n auto --maxprocesses 2 --dist loadfile tests/slurm tests/integration/test_launchers.py
+	$(RUN) python -m pytest -m slurm -q tests/slurm tests/integration/test_launchers.py
 
 SLURM_PACKAGES := slurm-wlm munge openmpi-bin libopenmpi-dev
 INSTALL_SLURM := apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES)

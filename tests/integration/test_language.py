@@ -49,7 +49,9 @@ def generate(folder):
     return [model.generate(torch.tensor([p]), eos_token_id=None, **options)[0].tolist() for p in PROMPTS]
 
 
-@pytest.mark.parametrize("model_type, formats", [("llama", "padded"), ("gpt2", "compact")])
+@pytest.mark.parametrize(
+    "model_type, formats", [("llama", "padded"), pytest.param("gpt2", "compact", marks=pytest.mark.full)]
+)
 def test_generation_with_the_cache_follows_the_masked_model(tmp_path, model_type, formats):
     argv = language_arguments(tmp_path, model_type, export_formats=formats)
     ((report, said),) = run_ranks(runs.language_run, 1, argv, PROMPTS, 10)

@@ -76,7 +76,8 @@ def encoder_parameters_in(folder, layers="layer."):
         return sum(math.prod(file.get_slice(n).get_shape()) for n in names)
 
 
-@pytest.mark.parametrize("method", ["tmp", "lora", "full"])
+# A whole run of `lora` is in test_peft_loads_the_adapter.
+@pytest.mark.parametrize("method", ["tmp", "full", pytest.param("lora", marks=pytest.mark.full)])
 def test_other_methods(base, tmp_path, method):
     report = run(base, tmp_path / "out", method=method)
     assert report["status"] == "complete" and report["metric"]["teacher"] is None
