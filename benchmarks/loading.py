@@ -152,8 +152,8 @@ def table() -> str:
     lines += [
         "",
         "| afterwards, rank | exporting, GiB more | in largest tensors | cutting, GiB more | in largest tensors |",
+        "|--:|--:|--:|--:|--:|",
     ]
-    lines += ["|--:|--:|--:|--:|--:|"]
     for rank, r in enumerate(json.loads((RESULTS / "after.json").read_text())):
         cells = [f"{r[what] / 2**30:.2f} | {r[what] / r['largest_tensor']:.2f}" for what in ("exporting", "cutting")]
         lines.append(f"| {rank} | {' | '.join(cells)} |")

@@ -17,9 +17,8 @@ from prunadapt_ds import memory, zero3
 from prunadapt_ds.gates import GATE_NAME, gates_of
 from prunadapt_ds.models.structure import full_numel
 
-FREED_BYTES = (
-    2**22
-)  # of one module's shards: from there on it is worth the time to give them back to the system at once
+# Of one module's shards: from there on it is worth the time to give them back to the system at once.
+FREED_BYTES = 2**22
 
 Group = dict[str, Any]  # a torch optimizer's parameter group; "name" and "base_lr" are kept beside "lr"
 

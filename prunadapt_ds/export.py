@@ -195,6 +195,8 @@ class WeightFiles:
     def add(self, name: str, tensor: Tensor) -> None:
         from safetensors.torch import save_file
 
+        if self.failure is not None:
+            return
         if self.waiting and sum(self.waiting.values()) + tensor.nbytes > MAX_FILE_BYTES:
             self._write()
         with self._noting_failure():
@@ -221,11 +223,12 @@ class WeightFiles:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            self.failure = self.failure or error
+            self.failure = error
 
     def finish(self, folder: Path) -> None:
         """Move the files to `folder` under Hugging Face's names, with an index where there are several. Raises OSError."""
-        self._write()
+        if self.failure is None:
+            self._write()
         if self.failure is not None:
             raise self.failure
         count = len(self.written)
