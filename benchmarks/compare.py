@@ -6,6 +6,7 @@ Methods: `peft` (HF Trainer, PEFT LoRA, ZeRO-3), `trainer-full` (the same, full 
 one cut in the middle of a LoRA training: `fisher@S`, `magnitude@S`, `random@S`. A result that is there already is kept,
 so that a stopped run goes on. `--dry_run` prints what would run and how long it takes; `--table_only` draws what is there.
 With `--evaluations N` the development score is followed, N times a run, for the time until 97 % of the base's final score.
+`--workers N` has N runs at a time, where a machine has room for them: their scores count, their times are left out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
@@ -54,7 +57,7 @@ def options_of(method: str) -> list[str]:
     return options + (VARIANTS[variant] if variant else [])
 
 
-def command(method: str, task: str, seed: int, args: argparse.Namespace, output: Path) -> list[str]:
+def command(method: str, task: str, seed: int, args: argparse.Namespace, output: Path, port: int) -> list[str]:
     script = "benchmarks/peft_trainer.py" if method in ("peft", "trainer-full") else "launcher/train.py"
     options = ["--ds_config", str(ROOT / "ds_configs/zero3.json"), "--model_name_or_path", args.model]
     options += ["--task_name", task, "--data_dir", args.data_dir, "--num_train_epochs", str(args.epochs)]
@@ -65,7 +68,7 @@ def command(method: str, task: str, seed: int, args: argparse.Namespace, output:
     if args.evaluations:
         steps = args.epochs * min(ROWS[task], args.max_train_samples or ROWS[task]) / (args.batch_size * args.ranks)
         options += ["--eval_steps", str(max(1, int(steps / args.evaluations)))]
-    return [*deepspeed(args.ranks, "--master_port", str(args.master_port)), str(ROOT / script), *options]
+    return [*deepspeed(args.ranks, "--master_port", str(port)), str(ROOT / script), *options]
 
 
 def collect(method: str, output: Path) -> dict:
@@ -73,7 +76,9 @@ def collect(method: str, output: Path) -> dict:
     if method in ("peft", "trainer-full"):
         found = json.loads((output / "result.json").read_text())
         predictions = next(iter(found.pop("predictions").values()))
-        found["step_cpu_s"] = found["last_step_cpu_s"] = found["train_cpu_s"] / found["steps"]
+        for clock in ("_s", "_cpu_s"):
+            whole = found[f"train{clock}"]
+            found[f"step{clock}"] = found[f"last_step{clock}"] = whole and whole / found["steps"]
         return {**found, "live_after": found["live_bytes"], "predictions": predictions[0], "labels": predictions[1]}
     report = json.loads((output / "report.json").read_text())
     lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
@@ -84,8 +89,9 @@ def collect(method: str, output: Path) -> dict:
         "metric": report["metric"]["exported"],
         "train_s": report["time"]["train_s"],
         "train_cpu_s": report["time"]["train_cpu_s"],
-        "step_cpu_s": report["time"]["dense_step_cpu_s"],
-        "last_step_cpu_s": report["time"]["last_step_cpu_s"],
+        **{f"step{clock}": report["time"][f"dense_step{clock}"] for clock in ("_s", "_cpu_s")},
+        **{f"last_step{clock}": report["time"][f"last_step{clock}"] for clock in ("_s", "_cpu_s")},
+        "device": report["device"],
         "scores": [
             [x["step"], x["time/train(s)"], x["eval/score"]]
             for x in metrics_log
@@ -112,6 +118,27 @@ def commit() -> str:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
+def run(seed: int, task: str, method: str, args: argparse.Namespace, ports: queue.SimpleQueue[int]) -> None:
+    """One cell of the grid, on a port that no run beside it uses; a failure is said, and the others go on."""
+    name = f"{task}-{method}-{seed}"
+    output, port = args.work_dir / name, ports.get()
+    output.mkdir(parents=True, exist_ok=True)
+    # A busy machine may take longer to import a trainer than a user would want to wait for a rank that is not coming.
+    environment = {"PRUNADAPT_RENDEZVOUS_SECONDS": "180", **os.environ, "PYTHONPATH": str(ROOT)}
+    with (output / "log.txt").open("w") as log:
+        line = command(method, task, seed, args, output, port)
+        code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=output).returncode
+    ports.put(port)
+    if code:
+        print(f"{name}: failed with exit code {code}, see {output / 'log.txt'}", flush=True)
+        return
+    result = {"task": task, "method": method, "seed": seed, "epochs": args.epochs, "ranks": args.ranks}
+    result |= {"batch_size": args.batch_size, "commit": commit(), "workers": args.workers}
+    result |= collect(method, output)
+    (args.results / f"{name}.json").write_text(json.dumps(result) + "\n")
+    print(f"{name}: {100 * result['metric']['score']:.1f} in {result['train_s']:.0f} s", flush=True)
+
+
 def into_readme(text: str) -> None:
     path, marks = ROOT / "README.md", ("<!-- compare: begin -->", "<!-- compare: end -->")
     before, _, rest = path.read_text().partition(marks[0])
@@ -129,6 +156,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=16, help="per rank")
     parser.add_argument("--evaluations", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--model", default="sample")
     parser.add_argument("--max_train_samples", type=int)
     parser.add_argument("--master_port", type=int, default=29511)
@@ -148,23 +176,11 @@ def main() -> None:
         guess = f"{len(todo) * (mean(done) + 60) / 3600:.1f} h" if done else "unknown before a first run"
         print("\n".join(f"{t} {m} seed {s}" for s, t, m in todo) + f"\n{len(todo)} runs, estimated {guess}")
         return
-    for seed, task, method in [] if args.table_only else todo:
-        name = f"{task}-{method}-{seed}"
-        output = args.work_dir / name
-        output.mkdir(parents=True, exist_ok=True)
-        line = command(method, task, seed, args, output)
-        # A busy machine may take longer to import a trainer than a user would want to wait for a rank that is not coming.
-        environment = {"PRUNADAPT_RENDEZVOUS_SECONDS": "180", **os.environ, "PYTHONPATH": str(ROOT)}
-        with (output / "log.txt").open("w") as log:
-            code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=output).returncode
-        if code:
-            print(f"{name}: failed with exit code {code}, see {output / 'log.txt'}", flush=True)
-            continue
-        result = {"task": task, "method": method, "seed": seed, "epochs": args.epochs, "ranks": args.ranks}
-        result |= {"batch_size": args.batch_size, "commit": commit()}
-        result |= collect(method, output)
-        (args.results / f"{name}.json").write_text(json.dumps(result) + "\n")
-        print(f"{name}: {100 * result['metric']['score']:.1f} in {result['train_s']:.0f} s", flush=True)
+    ports: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for worker in range(args.workers):
+        ports.put(args.master_port + worker)
+    with ThreadPoolExecutor(args.workers) as workers:
+        list(workers.map(lambda cell: run(*cell, args, ports), [] if args.table_only else todo))
     results = compare_table.load(args.results, args.tasks, args.methods)
     text = compare_table.table(results, args.methods)
     (args.results / "table.md").write_text(text)

@@ -1,7 +1,8 @@
 """What the results of compare.py say: a table with bootstrap intervals, and the trade-off picture.
 
 A ratio is ours over the base's, task by task. Training time is given in CPU seconds of the busiest rank, which other jobs on the
-machine do not stretch, and in wall seconds, which is what a user waits for.
+machine do not stretch (on a GPU there are none), and in wall seconds, which is what a user waits for. Of runs that shared a
+machine with each other no time is given.
 """
 
 from __future__ import annotations
@@ -19,11 +20,23 @@ BOOTSTRAPS = 2000
 Results = dict[str, dict[str, list[dict]]]  # by task and method, a dictionary per seed
 
 
+TIMES = ("train_s", "train_cpu_s", "step_s", "step_cpu_s", "last_step_s", "last_step_cpu_s", "latency", "scores")
+
+
 def load(folder: Path, tasks: Sequence[str], methods: Sequence[str]) -> Results:
-    return {
-        t: {m: [json.loads(p.read_text()) for p in sorted(folder.glob(f"{t}-{m}-*.json"))] for m in methods}
-        for t in tasks
-    }
+    return {t: {m: [_read(p) for p in sorted(folder.glob(f"{t}-{m}-*.json"))] for m in methods} for t in tasks}
+
+
+def _read(path: Path) -> dict:
+    run = json.loads(path.read_text())
+    shared = run.get("workers", 1) > 1
+    return {name: value for name, value in run.items() if not (shared and name in TIMES)}
+
+
+def timed(runs: list[dict], key: str) -> float | None:
+    """The mean over those runs that know it; None where none does."""
+    values = [run[key] for run in runs if run.get(key) is not None]
+    return mean(values) if values else None
 
 
 def score(task: str, predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -68,7 +81,7 @@ def seconds_until(run: dict, level: float) -> float | None:
 def table(results: Results, methods: Sequence[str]) -> str:
     """Markdown: a line per task and method over the seeds that are there, then one per method over all tasks."""
     lines = [
-        "| task | method | seeds | score | of peft | 95 % interval | train time (CPU) | train time (wall) | last step (CPU) "
+        "| task | method | seeds | score | of peft | 95 % interval | train time (CPU) | train time (wall) | last step "
         "| until 97 % | live memory after / before | peak | parameters | MACs | latency, batch 32 |",
         "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -87,18 +100,21 @@ def table(results: Results, methods: Sequence[str]) -> str:
 
 def _row(task: str, method: str, found: list[dict], base: list[dict], both: np.ndarray | None) -> str:
     def ratio(key: str, base_key: str | None = None) -> str:
-        values = [r.get(key) for r in found], [r.get(base_key or key) for r in base]
-        if not base or None in values[0] or None in values[1]:
-            return "-"
-        return f"{mean(values[0]) / mean(values[1]):.2f}"
+        values = timed(found, key), timed(base, base_key or key)
+        return "-" if None in values else f"{values[0] / values[1]:.2f}"  # type: ignore[operator]
 
     def share(key: str) -> str:
-        return f"{mean(r[key] for r in found):.2f}" if key in found[0] else "1.00"
+        if "params" not in found[0]:  # of what cuts nothing
+            return "1.00"
+        value = timed(found, key)
+        return "-" if value is None else f"{value:.2f}"
 
     scores = [100 * r["metric"]["score"] for r in found]
     spread = f" ± {np.std(scores):.1f}" if len(scores) > 1 else ""
     cells = [task, method, str(len(found)), f"{mean(scores):.1f}{spread}", *_of_base(scores, base, both)]
-    cells += [ratio("train_cpu_s"), ratio("train_s"), ratio("last_step_cpu_s", "step_cpu_s"), _until(found, base)]
+    step = ratio("last_step_cpu_s", "step_cpu_s")
+    cells += [ratio("train_cpu_s"), ratio("train_s"), ratio("last_step_s", "step_s") if step == "-" else step]
+    cells += [_until(found, base)]
     cells += [f"{ratio('live_after', 'live_bytes')} / {ratio('live_bytes')}", ratio("peak_bytes")]
     return "| " + " | ".join([*cells, share("params"), share("macs"), share("latency")]) + " |"
 
@@ -136,8 +152,10 @@ def _average(method: str, pairs: list[tuple[list[dict], list[dict]]], parts: lis
         return 100 * mean(r["metric"]["score"] for r in runs)
 
     def ratio(key: str) -> str:
-        values = [(mean(r[key] for r in a), mean(r[key] for r in b)) for a, b in pairs if key in a[0] and key in b[0]]
-        return f"{mean(x / y for x, y in values):.2f}" if len(values) == len(pairs) else "-"
+        values = [(timed(a, key), timed(b, key)) for a, b in pairs]
+        if any(None in pair for pair in values):
+            return "-"
+        return f"{mean(x / y for x, y in values):.2f}"  # type: ignore[operator]
 
     ours, base = mean(scores(a) for a, _ in pairs), mean(scores(b) for _, b in pairs)
     seeds = str(min(len(a) for a, _ in pairs))
@@ -156,11 +174,12 @@ def draw(results: Results, methods: Sequence[str], path: Path) -> None:
     for (task, runs), marker in zip(results.items(), "osD^vP*X<", strict=False):
         base, points = runs[BASE], []
         for found in (runs[m] for m in methods if m.startswith("ours@") and runs[m] and base):
-            quality, seconds = (
-                mean(key(r) for r in found) / mean(key(r) for r in base)
-                for key in (lambda r: r["metric"]["score"], lambda r: r.get("train_cpu_s", r["train_s"]))
-            )
-            points.append((mean(r["latency"] for r in found), seconds, quality))
+            clock = "train_cpu_s" if timed(found, "train_cpu_s") else "train_s"
+            latency, seconds, whole = timed(found, "latency"), timed(found, clock), timed(base, clock)
+            if latency is None or seconds is None or whole is None:
+                continue
+            quality = mean(r["metric"]["score"] for r in found) / mean(r["metric"]["score"] for r in base)
+            points.append((latency, seconds / whole, quality))
         points.sort()
         for axis, i in zip(axes, (0, 1), strict=True) if points else ():
             axis.plot([p[i] for p in points], [p[2] for p in points], marker=marker, label=task)

@@ -19,47 +19,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import random_llama
 from ranks import ENVIRONMENT, ROOT, measured, words_of_a_rank
 
 if TYPE_CHECKING:
     from prunadapt_ds.backbone import Backbone
 
 RESULTS = ROOT / "benchmarks/results/loading"
-LAYERS, HIDDEN, NEURONS, WORDS, FILES = 18, 2560, 6912, 32000, 4
-
-
-def write(folder: Path) -> None:
-    """The checkpoint: never more than one tensor in memory per layer, written file by file."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoTokenizer, LlamaConfig, LlamaModel
-
-    from prunadapt_ds.backbone import locate
-
-    config = LlamaConfig(
-        num_hidden_layers=LAYERS,
-        hidden_size=HIDDEN,
-        num_attention_heads=HIDDEN // 128,
-        num_key_value_heads=HIDDEN // 128,
-        intermediate_size=NEURONS,
-        vocab_size=WORDS,
-        pad_token_id=0,
-        architectures=["LlamaModel"],
-        dtype="bfloat16",
-    )
-    config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(locate("sample")).save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in LlamaModel(config).named_parameters()}
-    names, where = list(shapes), {}
-    for i in range(FILES):
-        part = names[i * len(names) // FILES : (i + 1) * len(names) // FILES]
-        file = f"model-{i + 1:05}-of-{FILES:05}.safetensors"
-        save_file({n: torch.randn(shapes[n]).bfloat16() * 0.02 for n in part}, folder / file, {"format": "pt"})
-        where |= dict.fromkeys(part, file)
-    total = sum(2 * shape.numel() for shape in shapes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+SHAPE = random_llama.Shape(layers=18, hidden=2560, neurons=6912, heads=20, kv_heads=20)
 
 
 class Sampler:
@@ -170,7 +137,7 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     args.work_dir.mkdir(parents=True)
     try:
-        write(args.work_dir)
+        random_llama.write(args.work_dir, SHAPE)
         for way in ("before", "after"):
             result = args.work_dir / f"{way}.json"
             command = measured(args.ranks, __file__, args.work_dir, way, result)

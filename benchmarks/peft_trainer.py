@@ -16,6 +16,7 @@ from prunadapt_ds.cli import prepare_environment
 
 prepare_environment()
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from peft import LoraConfig, TaskType, get_peft_model  # noqa: E402
 from torch import nn  # noqa: E402
@@ -35,6 +36,8 @@ from prunadapt_ds.data import compute_metrics, load_task, tokenize  # noqa: E402
 from prunadapt_ds.ds_config import fast_bf16  # noqa: E402
 from prunadapt_ds.models.layouts import family_of, layout_of  # noqa: E402
 
+WARM_UP = 4  # steps
+
 
 class Watched(Trainer):
     """Counts the bytes of the step with the longest samples, follows the score, and keeps evaluation out of the time."""
@@ -44,6 +47,7 @@ class Watched(Trainer):
     start = cpu_start = 0.0
     away = cpu_away = 0.0  # seconds spent on evaluation
     curve: list  # [step, training seconds so far, score]
+    starts: list  # of the steps, training seconds
 
     def seconds(self):
         """(Wall, CPU) seconds of training so far on this rank."""
@@ -58,7 +62,12 @@ class Watched(Trainer):
         self.curve.append([self.state.global_step, before[0], found["eval_score"]])
         return found
 
+    def steady_step(self):
+        """Median seconds from one step's start to the next one's: no clock waits for the device, so the first are left out."""
+        return float(np.median(np.diff(self.starts[WARM_UP:]))) if len(self.starts) > WARM_UP + 1 else None
+
     def training_step(self, *args, **kwargs):
+        self.starts.append(self.seconds()[0])
         length = args[1]["input_ids"].shape[1]
         if length <= self.longest:
             return super().training_step(*args, **kwargs)
@@ -106,6 +115,7 @@ def main(argv):
         lr_scheduler_type="linear",
         max_grad_norm=config.train.max_grad_norm,
         seed=config.train.seed,
+        gradient_checkpointing=config.train.gradient_checkpointing,
         train_sampling_strategy="group_by_length",
         save_strategy="no",
         report_to="none",
@@ -161,7 +171,7 @@ def main(argv):
         compute_metrics=lambda found: {"score": compute_metrics(data, found.predictions, found.label_ids)["score"]},
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
     )
-    trainer.curve = []
+    trainer.curve, trainer.starts = [], []
     trainer.start, trainer.cpu_start = time.perf_counter(), time.process_time()
     trainer.train()
     train_s, train_cpu_s = trainer.seconds()
@@ -181,7 +191,9 @@ def main(argv):
         result = {
             "metric": metrics,
             "train_s": train_s,
-            "train_cpu_s": train_cpu_s,
+            "train_cpu_s": None if cuda else train_cpu_s,
+            "steady_step_s": trainer.steady_step(),
+            "device": distributed.device_name(distributed.device()),
             "attention": attention,
             "scores": trainer.curve,
             "steps": trainer.state.global_step,

@@ -46,6 +46,8 @@ def measure(result: Path, rounds: int, options: list[str]) -> None:
             for name, session in sessions.items():
                 start, cpu_start = time.perf_counter(), time.process_time()
                 train.train_step(session, step, record=VARIANTS[name][1])
+                if session.device.type == "cuda":
+                    torch.cuda.synchronize()
                 row[name] = {"cpu": time.process_time() - cpu_start, "wall": time.perf_counter() - start}
             seconds.append(row)
         for session in sessions.values():
@@ -80,11 +82,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batch_size", type=int, default=16, help="per rank")
     parser.add_argument("--seq_length", type=int, default=128)
+    parser.add_argument("--model", default="sample")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/step")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
     result = args.results / f"batch{args.batch_size}-ranks{args.ranks}.json"
-    options = ["--ds_config", "ds_configs/zero3.json", "--max_seq_length", str(args.seq_length)]
+    options = [
+        "--ds_config",
+        "ds_configs/zero3.json",
+        "--model_name_or_path",
+        args.model,
+        "--max_seq_length",
+        str(args.seq_length),
+    ]
     options += ["--per_device_train_batch_size", str(args.batch_size)]
     command = measured(args.ranks, __file__, result, args.rounds, *options)
     subprocess.run(command, check=True, cwd=ROOT, env=ENVIRONMENT)

@@ -19,7 +19,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 FOLDS = 5
 FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B"}  # official names
-PATHS = ("--data_dir", "--output_dir", "--ds_config")
+PATHS = ("--model_name_or_path", "--data_dir", "--output_dir", "--ds_config")
 BASE = {"num_train_epochs": 3, "per_device_train_batch_size": 32, "ds_config": str(ROOT / "ds_configs/zero0.json")}
 PLAIN = {  # what the search began with
     "target_sparsity": 0.8,
@@ -67,6 +67,13 @@ VARIANTS: dict[str, dict[str, object]] = {
     "mean-teacher-stays": {**MEAN, "distill_fades": False},
     "mean-teacher-stays@0.6": {**MEAN, "target_sparsity": 0.6, "distill_fades": False},
     "mean-teacher@0.6": {**MEAN, "target_sparsity": 0.6},
+    "mean-teacher-1e-3@0.6": {**MEAN, "target_sparsity": 0.6, "learning_rate": 1e-3},
+    "mean-teacher-15e-4@0.6": {**MEAN, "target_sparsity": 0.6, "learning_rate": 1.5e-3},
+    "frozen-norms@0.6": {**MEAN, "target_sparsity": 0.6, "train_norms": False},
+    "long-warmup@0.6": {**MEAN, "target_sparsity": 0.6, "warmup_ratio": 0.2},
+    "no-teacher-1e-3@0.6": {**MEAN, "target_sparsity": 0.6, "learning_rate": 1e-3, "distill_weight": 0},
+    "no-teacher-1e-3": {**MEAN, "learning_rate": 1e-3, "distill_weight": 0},
+    "slow-gates-1e-3@0.6": {**MEAN, "target_sparsity": 0.6, "learning_rate": 1e-3, "gate_learning_rate": 1e-3},
 }
 
 
@@ -105,8 +112,9 @@ def work_off(todo: queue.Queue, args: argparse.Namespace) -> None:
             task, variant, seed, result = todo.get_nowait()
         except queue.Empty:
             return
-        folder = fold_folder(Path(args.data_dir), args.work_dir, task, args.fold)
+        folder = args.work_dir / f"fold{args.fold}"
         options = {**BASE, **VARIANTS[variant], "task_name": task, "data_dir": folder, "seed": seed}
+        options["model_name_or_path"] = args.model
         options["output_dir"] = args.work_dir / result.stem
         argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         command = [sys.executable, __file__, "--one_run", str(result), *argv]
@@ -143,6 +151,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--model", default="sample")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/tuning")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs/tuning")
     parser.add_argument("--dry_run", action="store_true")
@@ -158,6 +167,8 @@ def main() -> None:
     if args.dry_run:
         print("\n".join(item[3].stem for item in todo.queue) + f"\n{todo.qsize()} runs, about 4 minutes each")
         return
+    for task in args.tasks:
+        fold_folder(Path(args.data_dir), args.work_dir, task, args.fold)
     workers = [threading.Thread(target=work_off, args=(todo, args)) for _ in range(args.workers)]
     for worker in workers:
         worker.start()

@@ -22,6 +22,8 @@ def prepare_environment() -> None:
         del sys.path[0]
     if shutil.which("nvidia-smi") is None and not Path("/proc/driver/nvidia").exists():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":  # torch must not see what DeepSpeed is told to leave alone
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")

@@ -127,7 +127,7 @@ class TrainOptions:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass; saves memory")
     learning_rate: float | None = option(
         None,
-        "peak learning rate of adapters and head (0.77 / hidden size, at most 2e-3; --method full a tenth)",
+        "peak learning rate of adapters and head (0.38 / hidden size, at most 1e-3; --method full a tenth)",
         above=0,
     )
     weight_decay: float = option(0.01, "AdamW's; not on biases, norms, gates", least=0)

@@ -30,7 +30,7 @@ TIMEOUT = datetime.timedelta(minutes=int(os.environ.get("PRUNADAPT_TIMEOUT_MINUT
 def init() -> None:
     """Join the process group of whatever launcher started this process; a plain `python` becomes a group of one.
 
-    Raises LaunchError where the ranks cannot find each other.
+    Raises LaunchError where the ranks cannot find each other, or have to share a GPU.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -39,12 +39,16 @@ def init() -> None:
     place = launchers.find(os.environ)
     os.environ.update(place.variables())
     store = launchers.rendezvous(place)
-    backend = get_accelerator().communication_backend_name()
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT)
+    backend, gpu = get_accelerator().communication_backend_name(), None
     if torch.cuda.is_available():
-        torch.cuda.set_device(device())
+        gpu = device()
+        torch.cuda.set_device(gpu)
+        launchers.refuse_shared_gpu(place, store, str(torch.cuda.get_device_properties(gpu).uuid))
     else:
         use_local_threads()
+    dist.init_process_group(
+        backend, store=store, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT, device_id=gpu
+    )
 
 
 def start_deepspeed() -> None:

@@ -201,6 +201,18 @@ def rendezvous(place: Place) -> Any:
     return store
 
 
+def refuse_shared_gpu(place: Place, store: Any, gpu: str) -> None:
+    """Say so before NCCL does, in its own way. `gpu`: what tells this rank's from every other. Raises LaunchError on all ranks."""
+    keys = [f"launch/gpu/{rank}" for rank in range(place.world_size)]
+    store.set(keys[place.rank], gpu)
+    store.wait(keys)
+    first: dict[bytes, int] = {}
+    for rank, found in enumerate(store.multi_get(keys)):
+        if first.setdefault(found, rank) != rank:
+            remedy = f"ranks {first[found]} and {rank} have the same GPU; start one rank per GPU, or show each a GPU of its own"
+            raise LaunchError(Problem("WORLD_SIZE", place.world_size, remedy))
+
+
 def rendezvous_deadline(started: float, now: float, limit: float) -> float:
     """Until when a rank waits for the others: `limit` seconds from its start, which ranks share, and not from when its imports are
     done. A rank whose imports took that long waits a little all the same."""

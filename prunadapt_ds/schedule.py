@@ -70,12 +70,12 @@ class PruningSchedule:
 
 
 def default_learning_rate(hidden_size: int, *, is_full: bool) -> float:
-    """Peak rate where the user names none: 2e-3 for a hidden size of 384 and less, 1e-3 for 768, 2e-4 for 4096.
+    """Peak rate where the user names none: 1e-3 for a hidden size of 384 and less, 5e-4 for 768, 1e-4 for 4096.
 
     Adam moves every weight by about the rate, so that a layer's output moves with its width: wider models need smaller rates
     (Yang et al., arXiv 2203.03466). The constant was found on folds of training sets. Whole weights get a tenth.
     """
-    rate = min(2e-3, 0.768 / hidden_size)
+    rate = min(1e-3, 0.384 / hidden_size)
     return rate / 10 if is_full else rate
 
 

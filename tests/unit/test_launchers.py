@@ -1,9 +1,19 @@
 """What launchers say in the environment: read, checked, never guessed."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from prunadapt_ds.errors import LaunchError
-from prunadapt_ds.launchers import Place, find, first_host, number, rendezvous_deadline, step_port
+from prunadapt_ds.launchers import (
+    Place,
+    find,
+    first_host,
+    number,
+    refuse_shared_gpu,
+    rendezvous_deadline,
+    step_port,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -70,6 +80,26 @@ def test_steps_of_neighbouring_jobs_have_ports_of_their_own():
 @pytest.mark.parametrize("now, limit, end", [(106, 25, 125), (120, 25, 128), (106, 180, 280), (106, 3, 109)])
 def test_patience_is_counted_from_the_start_of_the_program(now, limit, end):
     assert rendezvous_deadline(100, now, limit) == end
+
+
+def test_ranks_that_share_a_gpu_are_told_which():
+    from torch.distributed import HashStore
+
+    def told(gpus):
+        store = HashStore()
+
+        def rank(number):
+            try:
+                refuse_shared_gpu(Place("deepspeed", number, len(gpus)), store, gpus[number])
+            except LaunchError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(len(gpus)) as ranks:
+            return list(ranks.map(rank, range(len(gpus))))
+
+    assert told("abc") == [None] * 3
+    shared = told("abcb")
+    assert len(set(shared)) == 1 and "ranks 1 and 3 have the same GPU" in shared[0], "every rank says the same"
 
 
 def test_node_lists():

@@ -62,5 +62,5 @@ def test_the_teacher_s_snapshots_end_at_the_first_decision_and_fill_the_window()
 
 def test_wider_models_get_smaller_rates():
     rates = [default_learning_rate(size, is_full=False) for size in (32, 384, 768, 4096)]
-    assert rates == pytest.approx([2e-3, 2e-3, 1e-3, 1.875e-4])
-    assert default_learning_rate(768, is_full=True) == pytest.approx(1e-4)
+    assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 0.9375e-4])
+    assert default_learning_rate(768, is_full=True) == pytest.approx(5e-5)
