@@ -167,6 +167,7 @@ def build(
     offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     optimizer = make_optimizer(groups, adam, offloaded=offload != "none")
     threshold = zero.get("stage3_param_persistence_threshold", 0)
+    zero3.spare_the_compiler()
     if zero.get("stage", 0) == 3:
         zero3.blocks_as_leaves(blocks, zero)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=nothing_persists(ds_config))

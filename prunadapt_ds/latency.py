@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression
 from torch import nn
 
 from prunadapt_ds.models.modeling_prunadapt import Layout, narrow
@@ -70,6 +69,8 @@ def curve(points: tuple[tuple[int, int], ...], num_units: int) -> tuple[int, ...
 
     The nearest curve that never falls, in least squares: fewer units never take longer, what says so is noise.
     """
+    from scipy.optimize import isotonic_regression
+
     units, ns = (np.array(column, dtype=float) for column in zip(*points, strict=True))
     rising = isotonic_regression(ns).x
     return tuple(np.interp(np.arange(num_units + 1), units, rising - rising[0]).round().astype(int).tolist())

@@ -32,29 +32,11 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, is_regression: boo
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a teacher thinks of some samples, logits [B, C], and on average of the whole training set: shares of classes [C]."""
-
-    logits: Tensor
-    shares: Tensor
-
-    def to(self, device: torch.device) -> Answers:
-        return Answers(self.logits.to(device), self.shares.to(device))
-
-
-def trust(teacher: Answers, labels: Tensor, is_regression: bool) -> Tensor:
-    """How far to follow the teacher on each sample, with labels [B]: float32 [B] in [0, 1].
-
-    The part of the way from its own average to certainty that it went for the true class; 0 if it went away from that. A
-    teacher that has only learnt how frequent each class is knows nothing of any sample, however probable it calls the class
-    that most have. 1 for regression.
-    """
+def trust(teacher_logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor:
+    """How far to follow the teacher on each sample: its logits [B, C], labels [B] -> float32 [B] in [0, 1]."""
     if is_regression:
-        return torch.ones(len(teacher.logits), device=teacher.logits.device)
-    given = teacher.logits.float().softmax(-1).gather(1, labels[:, None]).squeeze(1)
-    average = teacher.shares[labels]
-    return ((given - average) / (1 - average).clamp(min=1e-6)).clamp(0, 1)
+        return torch.ones(len(teacher_logits), device=teacher_logits.device)
+    return teacher_logits.float().softmax(-1).gather(1, labels[:, None]).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -102,14 +84,14 @@ def sample_losses(
     labels: Tensor,
     *,
     is_regression: bool,
-    teacher: Answers | TopWords | None = None,
+    teacher: Tensor | TopWords | None = None,
     distill_weight: float = 0.0,
 ) -> Tensor:
     """float32 [B]: (1 - w) * task + w * distillation, w = distill_weight * trust; the task's loss alone without a teacher.
 
-    The teacher is taken after a part of the training and may be poor, so it is followed on a sample as far as it got that
-    sample right (`trust`), of language as far as it thinks the true word likely. That depends on the sample alone, so that a
-    step's loss stays the same for every split of its samples.
+    `teacher`: its logits [B, C], of language its words. It is taken after a part of the training and may be poor, so it is
+    followed on a sample as far as it got that sample right: `trust` is the probability that it gives the true class (1 for
+    regression). It depends on the sample alone, so that a step's loss stays the same for every split of its samples.
     """
     return losses_and_distillation(logits, labels, teacher, is_regression=is_regression, distill_weight=distill_weight)[
         0
@@ -119,7 +101,7 @@ def sample_losses(
 def losses_and_distillation(
     logits: Tensor,
     labels: Tensor,
-    teacher: Answers | TopWords | None,
+    teacher: Tensor | TopWords | None,
     *,
     is_regression: bool,
     distill_weight: float,
@@ -132,9 +114,6 @@ def losses_and_distillation(
         return task_loss(logits, labels, is_regression), None
     if isinstance(teacher, TopWords):
         return language_losses(logits, labels, teacher, distill_weight)
-    loss, distillation = (
-        task_loss(logits, labels, is_regression),
-        distillation_loss(logits, teacher.logits, is_regression),
-    )
+    loss, distillation = task_loss(logits, labels, is_regression), distillation_loss(logits, teacher, is_regression)
     trusted = trust(teacher, labels, is_regression)
     return torch.lerp(loss, distillation, distill_weight * trusted), distillation.detach()

@@ -26,7 +26,7 @@ from prunadapt_ds.report import LIVE_PARTS
 from prunadapt_ds.resize import resize
 from prunadapt_ds.schedule import default_learning_rate
 from prunadapt_ds.shrink import StepTimes
-from prunadapt_ds.teacher import LogitsTeacher, WeightAverage
+from prunadapt_ds.teacher import WeightAverage
 from prunadapt_ds.token_teacher import TokenTeacher
 from prunadapt_ds.tracking import Tracker
 
@@ -59,7 +59,7 @@ class Session:
     rank_per_layer: dict[int, int] = field(default_factory=dict)
     engine: Any = None
     build_seconds: float = 0.0  # of the last engine, by `clock`
-    teacher: LogitsTeacher | TokenTeacher | None = None
+    teacher: Tensor | TokenTeacher | None = None  # its logits [N, C] on the training set, or where its words are
     average: WeightAverage = field(default_factory=WeightAverage)  # of the dense phase, until it has become the teacher
     activation_bytes: int = 0
     live_bytes: dict[str, int] = field(default_factory=dict)  # "dense", "after_shrink": most of any rank

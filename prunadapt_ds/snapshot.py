@@ -21,7 +21,7 @@ from prunadapt_ds.checkpoint import Checkpoint
 from prunadapt_ds.errors import PrunadaptError
 from prunadapt_ds.session import Session
 from prunadapt_ds.shrink import StepTimes
-from prunadapt_ds.teacher import LogitsTeacher, WeightAverage
+from prunadapt_ds.teacher import WeightAverage
 from prunadapt_ds.token_teacher import TokenTeacher
 
 STEP_TIMES_KEPT = 1000  # of each size
@@ -39,8 +39,8 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["scores"] = session.scores.value
     if session.recorder is not None:
         tensors["window"] = distributed.all_gather_rows(session.recorder.capture()[None]).cpu()  # [ranks, S * U + 1]
-    if isinstance(session.teacher, LogitsTeacher):
-        tensors["teacher"] = session.teacher.logits
+    if isinstance(session.teacher, Tensor):
+        tensors["teacher"] = session.teacher
     tensors |= {f"average/{name}": total for name, total in session.average.sums.items()}
     for name, states in random_states(session.device).items():
         tensors[f"random/{name}"] = distributed.all_gather_rows(states.to(session.device)[None]).cpu()  # [ranks, bytes]
@@ -132,7 +132,7 @@ def restore(session: Session, start: Checkpoint) -> None:
     state.restore(session.engine, state.TrainingState(below("master/"), moments, saved["optimizer_steps"]))
     gates.apply_mask(session.model, session.plan.mask()[session.present.mask()])
     session.step = saved["step"]
-    session.teacher = LogitsTeacher(tensors["teacher"]) if "teacher" in tensors else None
+    session.teacher = tensors.get("teacher")
     if saved["token_teacher"]:
         session.teacher = distributed.together(
             lambda: token_teacher.open_again(session.output_dir / token_teacher.FOLDER, saved["token_teacher"])

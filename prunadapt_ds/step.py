@@ -12,8 +12,9 @@ from torch import Tensor
 from prunadapt_ds import memory
 from prunadapt_ds.batches import Batch
 from prunadapt_ds.importance import Recorder
-from prunadapt_ds.objective import Answers, TopWords, losses_and_distillation
+from prunadapt_ds.objective import TopWords, losses_and_distillation
 from prunadapt_ds.session import Session
+from prunadapt_ds.token_teacher import TokenTeacher
 
 StepLosses = list[tuple[list[int], Tensor]]  # by micro-batch: the samples, and the loss of each
 
@@ -66,9 +67,11 @@ def forward_backward(
     return losses.detach(), distillation
 
 
-def teacher_answers(session: Session, batch: Batch) -> Answers | TopWords:
+def teacher_answers(session: Session, batch: Batch) -> Tensor | TopWords:
     assert session.teacher is not None
-    return session.teacher.answers(batch.index.tolist()).to(session.device)
+    if isinstance(session.teacher, TokenTeacher):
+        return session.teacher.answers(batch.index.tolist()).to(session.device)
+    return session.teacher[batch.index].to(session.device)
 
 
 @contextlib.contextmanager

@@ -7,16 +7,14 @@ at the price of a few copies of the trainables, which are small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from prunadapt_ds import state
-from prunadapt_ds.objective import Answers
 
 
 @dataclass
@@ -48,19 +46,3 @@ def averaged(engine: Any, average: WeightAverage) -> Iterator[None]:
         yield
     finally:
         state.write_masters(engine, learnt)
-
-
-@dataclass(frozen=True)
-class LogitsTeacher:
-    """What it answered to the training set, once: float32 [N, C], on the CPU of every rank."""
-
-    logits: Tensor
-
-    @cached_property
-    def shares(self) -> Tensor:
-        """How probable it calls each class on average: float32 [C]."""
-        return self.logits.softmax(-1).mean(0)
-
-    def answers(self, positions: Sequence[int]) -> Answers:
-        """Those of these rows."""
-        return Answers(self.logits[list(positions)], self.shares)

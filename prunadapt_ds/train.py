@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prunadapt_ds import board, distributed, files, gates, memory, outline, resume, token_teacher, watchdog
 from prunadapt_ds import engine as engines
@@ -31,7 +32,7 @@ from prunadapt_ds.session import Session, add_trainables, build_engine, eval_bat
 from prunadapt_ds.setup import setup
 from prunadapt_ds.shrink import pays_now, shrink
 from prunadapt_ds.step import train_step, watched
-from prunadapt_ds.teacher import LogitsTeacher, WeightAverage, averaged
+from prunadapt_ds.teacher import WeightAverage, averaged
 from prunadapt_ds.token_teacher import TokenTeacher, num_bytes
 from prunadapt_ds.watchdog import milestone
 
@@ -305,11 +306,11 @@ def keep_teacher(session: Session, step: int) -> None:
     session.tracker.log(step, "teacher", {"eval/score": metrics["score"]})
 
 
-def taught(session: Session) -> LogitsTeacher | TokenTeacher:
+def taught(session: Session) -> Tensor | TokenTeacher:
     """What the engine's model answers to the training set: logits, or of language the likeliest words, on disk."""
     rows, batch_size, top_k = session.train_rows, eval_batch(session), session.config.prune.distill_top_k
     if not session.data.is_language:
-        return LogitsTeacher(predict(session.engine, rows, batch_size, session.device))
+        return predict(session.engine, rows, batch_size, session.device)
     folder = session.output_dir / token_teacher.FOLDER
     watchdog.rest()  # every token is counted first
     session.tracker.say(f"the teacher's {top_k} likeliest words: {num_bytes(rows, top_k) / 2**20:.1f} MiB in {folder}")

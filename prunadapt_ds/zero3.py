@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -15,6 +16,15 @@ from prunadapt_ds.models.structure import full_numel
 
 PIECE_ELEMENTS = 2**24
 """The largest block that is fetched as one piece: 32 MiB in bf16. Beyond it a fetch should run beside the computation."""
+
+
+def spare_the_compiler() -> None:
+    """Whatever the optimizer, DeepSpeed asks whether it is Muon, and that one's module compiles a function as it is imported:
+    torch's compiler would be loaded, which takes seconds of every start, for an optimizer that no run here has."""
+    from deepspeed.runtime import compiler
+
+    with patch.object(compiler, "compile", lambda *args, **kwargs: lambda function: function):
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
 
 
 def is_piece(elements: int, zero: Mapping[str, Any]) -> bool:

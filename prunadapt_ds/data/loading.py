@@ -147,5 +147,6 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, m
         remove_columns=[*fields, "label"],
         keep_in_memory=True,
         load_from_cache_file=False,
+        new_fingerprint="tokens",  # nothing is cached by it, and to find one takes longer than many a data set's tokens
         desc="tokenizing",
     )

@@ -187,7 +187,7 @@ MUTANTS = (
            f"{RESUME}::test_killed_and_resumed_is_uninterrupted[in a shrink]"),
     Mutant("resume without random states", "snapshot.py", 'torch.set_rng_state(tensors["random/cpu"][rank].clone())', "pass",
            DAMAGED),
-    Mutant("resume without the teacher", "snapshot.py", 'if "teacher" in tensors else None', "if False else None",
+    Mutant("resume without the teacher", "snapshot.py", 'session.teacher = tensors.get("teacher")', "session.teacher = None",
            f"{RESUME}::test_killed_and_resumed_is_uninterrupted[in a shrink]"),
     Mutant("resume without the teacher's mean", "snapshot.py", 'WeightAverage(below("average/"), saved["average_count"])',
            "WeightAverage()", DAMAGED),
