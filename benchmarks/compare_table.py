@@ -24,7 +24,9 @@ TIMES = ("train_s", "train_cpu_s", "step_s", "step_cpu_s", "last_step_s", "last_
 
 
 def load(folder: Path, tasks: Sequence[str], methods: Sequence[str]) -> Results:
-    return {t: {m: [_read(p) for p in sorted(folder.glob(f"{t}-{m}-*.json"))] for m in methods} for t in tasks}
+    """What is there of these methods, and of the base, beside which all of them are shown."""
+    wanted = dict.fromkeys((BASE, *methods))
+    return {t: {m: [_read(p) for p in sorted(folder.glob(f"{t}-{m}-*.json"))] for m in wanted} for t in tasks}
 
 
 def _read(path: Path) -> dict:
@@ -78,27 +80,43 @@ def seconds_until(run: dict, level: float) -> float | None:
     return next((seconds for _, seconds, found in run.get("scores", ()) if found >= level), None)
 
 
+COLUMNS = (
+    *(
+        "task",
+        "method",
+        "seeds",
+        "score",
+        "of peft",
+        "95 % interval",
+        "train time (CPU)",
+        "train time (wall)",
+        "last step",
+    ),
+    *("until 97 %", "live memory after / before", "peak", "parameters", "MACs", "latency, batch 32"),
+)
+
+
 def table(results: Results, methods: Sequence[str]) -> str:
-    """Markdown: a line per task and method over the seeds that are there, then one per method over all tasks."""
-    lines = [
-        "| task | method | seeds | score | of peft | 95 % interval | train time (CPU) | train time (wall) | last step "
-        "| until 97 % | live memory after / before | peak | parameters | MACs | latency, batch 32 |",
-        "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    """Markdown: a line per task and method over the seeds that are there, then one per method over all tasks. Columns that nobody
+    knows anything of are left out."""
+    rows: list[list[str]] = []
     drawn: dict[str, list[np.ndarray]] = {m: [] for m in methods}
     for task, runs in results.items():
         for method in (m for m in methods if runs[m]):
             both = bootstrap(task, runs[method], runs[BASE]) if runs[BASE] else None
             if both is not None:
                 drawn[method].append(both)
-            lines.append(_row(task, method, runs[method], runs[BASE], both))
+            rows.append(_row(task, method, runs[method], runs[BASE], both))
     for method, parts in drawn.items():
         if len(parts) == len(results) > 1:
-            lines.append(_average(method, [(runs[method], runs[BASE]) for runs in results.values()], parts))
-    return "\n".join(lines) + "\n"
+            rows.append(_average(method, [(runs[method], runs[BASE]) for runs in results.values()], parts))
+    known = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in rows)]
+    marks = ["---" if COLUMNS[i] in ("task", "method", "95 % interval") else "---:" for i in known]
+    lines = [[COLUMNS[i] for i in known], marks, *([row[i] for i in known] for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _row(task: str, method: str, found: list[dict], base: list[dict], both: np.ndarray | None) -> str:
+def _row(task: str, method: str, found: list[dict], base: list[dict], both: np.ndarray | None) -> list[str]:
     def ratio(key: str, base_key: str | None = None) -> str:
         values = timed(found, key), timed(base, base_key or key)
         return "-" if None in values else f"{values[0] / values[1]:.2f}"  # type: ignore[operator]
@@ -116,7 +134,7 @@ def _row(task: str, method: str, found: list[dict], base: list[dict], both: np.n
     cells += [ratio("train_cpu_s"), ratio("train_s"), ratio("last_step_s", "step_s") if step == "-" else step]
     cells += [_until(found, base)]
     cells += [f"{ratio('live_after', 'live_bytes')} / {ratio('live_bytes')}", ratio("peak_bytes")]
-    return "| " + " | ".join([*cells, share("params"), share("macs"), share("latency")]) + " |"
+    return [*cells, share("params"), share("macs"), share("latency")]
 
 
 def _of_base(scores: list[float], base: list[dict], both: np.ndarray | None) -> list[str]:
@@ -145,7 +163,7 @@ def _until(found: list[dict], base: list[dict]) -> str:
     return f"{mean(ratios):.2f}" if ratios else "-"
 
 
-def _average(method: str, pairs: list[tuple[list[dict], list[dict]]], parts: list[np.ndarray]) -> str:
+def _average(method: str, pairs: list[tuple[list[dict], list[dict]]], parts: list[np.ndarray]) -> list[str]:
     """Mean score over the tasks; other columns are means of the tasks' ratios."""
 
     def scores(runs: list[dict]) -> float:
@@ -160,11 +178,12 @@ def _average(method: str, pairs: list[tuple[list[dict], list[dict]]], parts: lis
     ours, base = mean(scores(a) for a, _ in pairs), mean(scores(b) for _, b in pairs)
     seeds = str(min(len(a) for a, _ in pairs))
     cells = ["**average**", method, seeds, f"{ours:.1f}", f"{ours / base:.3f}", _interval(np.mean(parts, axis=0))]
-    return "| " + " | ".join([*cells, ratio("train_cpu_s"), ratio("train_s"), *["-"] * 7]) + " |"
+    return [*cells, ratio("train_cpu_s"), ratio("train_s"), *["-"] * 7]
 
 
 def draw(results: Results, methods: Sequence[str], path: Path) -> None:
-    """Score against latency and against training time (CPU seconds), relative to the base, a line per task."""
+    """Score against latency and against training time (CPU seconds), relative to the base, a line per task; nothing where no
+    run was timed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -189,6 +208,9 @@ def draw(results: Results, methods: Sequence[str], path: Path) -> None:
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("score / PEFT LoRA's")
+    if not axes[0].get_legend_handles_labels()[0]:
+        plt.close(figure)
+        return
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -81,7 +81,10 @@ class Watched(Trainer):
 
 
 def ds_config(config, bf16):
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 100_000}
+    buckets = dict.fromkeys(
+        ("reduce_bucket_size", "stage3_prefetch_bucket_size"), 5_000_000
+    )  # as ours; by default a GB
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 100_000, **buckets}
     return {
         "train_micro_batch_size_per_gpu": config.train.per_device_train_batch_size,
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,

@@ -45,7 +45,9 @@ def write(folder: Path, shape: Shape, tokenizer: str = "sample") -> None:
         dtype="bfloat16",
     )
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(locate(tokenizer)).save_pretrained(folder)
+    words = AutoTokenizer.from_pretrained(locate(tokenizer))
+    words.model_max_length = config.max_position_embeddings
+    words.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
     names, where = list(shapes), {}

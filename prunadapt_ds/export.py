@@ -359,13 +359,8 @@ def reload_in_fresh_process(*reloads: Reload) -> list[Reloaded]:
         drop = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
         environment = {k: v for k, v in os.environ.items() if k not in drop}
         environment |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        done = subprocess.run(
-            [sys.executable, str(script), *(str(scratch / str(i) / "request.json") for i in order)],
-            env=environment,
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-        )
+        requests = [str(scratch / str(i) / "request.json") for i in order]
+        done = run_script(script, requests, environment, scratch)
         if done.returncode != 0:
             failed = next((i for i in order if not (scratch / str(i) / "result.json").exists()), order[-1])
             folder = reloads[failed].folder
@@ -375,6 +370,14 @@ def reload_in_fresh_process(*reloads: Reload) -> list[Reloaded]:
             Reloaded(load_file(a / "logits.safetensors"), json.loads((a / "result.json").read_text()).get("latency"))
             for a in answers
         ]
+
+
+def run_script(
+    script: Path, arguments: list[str], environment: dict[str, str], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """A Python process of its own, in `folder`."""
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
 
 def compare_logits(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:

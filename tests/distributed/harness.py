@@ -4,6 +4,7 @@ Ranks come from a fork server that has imported the stack once, so that starting
 """
 
 import datetime
+import functools
 import multiprocessing
 import os
 import sys
@@ -17,8 +18,26 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import stranger
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.distributed._preload"])
+
+
+def _processes(ranks: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """One for each (target, arguments), started."""
+    _stranger()
+    processes = [_context.Process(target=target, args=args, daemon=True) for target, args in ranks]
+    for process in processes:
+        process.start()
+    return processes
+
+
+@functools.cache
+def _stranger() -> Any:
+    """Before the fork server starts, whose ranks are to know of it."""
+    folder = tempfile.TemporaryDirectory()
+    return folder, stranger.start(folder.name)
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
@@ -29,12 +48,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     answers = _context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            _context.Process(target=_rank, args=(function, args, rank, world_size, folder, answers), daemon=True)
-            for rank in range(world_size)
-        ]
-        for process in ranks:
-            process.start()
+        ranks = _processes([(_rank, (function, args, rank, world_size, folder, answers)) for rank in range(world_size)])
         try:
             results = _collect(answers, ranks, time.monotonic() + timeout)
         finally:
@@ -117,16 +131,10 @@ class Ranks:
         each = argv if isinstance(argv[0], list) else [argv] * world_size
         self._folder = tempfile.TemporaryDirectory()
         self.files = [f"{self._folder.name}/{rank}.txt" for rank in range(world_size)]
-        self.processes: list[Any] = [
-            _context.Process(
-                target=_program,
-                args=(each[rank], rank, world_size, self._folder.name, self.files[rank], dict(environment or {})),
-                daemon=True,
-            )
-            for rank in range(world_size)
-        ]
-        for process in self.processes:
-            process.start()
+        own = dict(environment or {})
+        self.processes = _processes(
+            [(_program, (each[r], r, world_size, self._folder.name, self.files[r], own)) for r in range(world_size)]
+        )
 
     def wait(self, timeout: float = 240) -> list[Ended]:
         """Kills and fails when one is not done after `timeout` seconds."""

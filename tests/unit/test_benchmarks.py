@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import checkpointing
 import compare
 import compare_table
+import generation
+import large
 import tune
 
 pytestmark = pytest.mark.fast
@@ -91,6 +93,42 @@ def test_table_and_picture_from_a_results_folder(tmp_path):
     assert "| 1.000 | 1.000 to 1.000 | 0.50 | 1.00 | 0.40 | 0.50 | 0.50 / 1.00 | 1.00 | 0.40 | 0.42 | 0.50 |" in row
     compare_table.draw(results, methods, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_times_of_runs_that_shared_a_machine_are_nobody_s_figure(tmp_path):
+    shared = {"workers": 8, "train_s": 3.0, "step_s": 0.1, "latency": 0.9, "params": 0.4, "macs": 0.4}
+    for method in ("peft", "ours@0.6"):
+        (tmp_path / f"rte-{method}-0.json").write_text(
+            json.dumps(run(**(shared if method != "peft" else {"workers": 8})))
+        )
+    methods = ("ours@0.6",)
+    results = compare_table.load(tmp_path, ["rte"], methods)
+    text = compare_table.table(results, methods)
+    assert "time" not in text and "latency" not in text and "| 1.000 | 1.000 to 1.000 | 0.50 / 1.00 |" in text
+    compare_table.draw(results, methods, tmp_path / "picture.png")
+    assert not (tmp_path / "picture.png").exists()
+
+
+def test_steps_of_large_models_beside_peft_s(tmp_path):
+    setting = {"batch_size": 4, "seq_length": 100}
+    row = {"sparsity": 0.0, "record": False, "step_s": 0.5, "live_bytes": 2**31, "peak_bytes": 2**32}
+    ours = [{**row, "macs": 10**9, "record": True}, {**row, "macs": 10**9, "sparsity": 0.5, "step_s": 0.25}]
+    (tmp_path / "1b-peft.json").write_text(json.dumps({"rows": [row], **setting}))
+    (tmp_path / "1b-ours.json").write_text(json.dumps({"rows": ours, "flops_per_s": 64e9, **setting}))
+    peft, gates, half = large.table(tmp_path).splitlines()[2:]
+    assert peft == "| 1b | peft | 0.500 | 1.00 | 800 | 50% | 2.00 | 1.00 | 4.00 | 1.00 |"
+    assert gates.startswith("| 1b | gates, recording | 0.500 |")
+    assert half.startswith("| 1b | ours, 50% gone | 0.250 | 0.50 | 1,600 | 100% |")
+
+
+def test_tokens_of_each_model_beside_the_first_one_s():
+    rows = [
+        {"model": name, "batch": batch, "prompt_s": seconds, "token_s": seconds / 10, "parameters": 2e6}
+        for batch in (1, 32)
+        for name, seconds in (("dense", 0.01 * batch), ("compact", 0.005 * batch))
+    ]
+    assert generation.table(rows).splitlines()[3] == "| compact | 2 | 1 | 5.00 | 0.50 | 0.50 | 0.50 |"
+    assert generation.table(rows).splitlines()[4] == "| dense | 2 | 32 | 320.00 | 1.00 | 32.00 | 1.00 |"
 
 
 @pytest.mark.parametrize("method", [*compare.METHODS, *(f"ours@0.6+{name}" for name in compare.VARIANTS)])
