@@ -1,12 +1,13 @@
 """Write the trained model as a smaller Hugging Face folder, and prove that it computes the same.
 
-One module is gathered at a time; rank 0 merges LoRA and folds gates in fp32, in what stays, and writes it file by file.
+One module is gathered at a time; rank 0 merges LoRA and folds gates in fp32, a few rows of what stays at a time, right into files.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 from prunadapt_ds.watchdog import milestone
 
 MAX_FILE_BYTES = 2**30  # of weights in one exported file
+ROWS_NUMEL = 2**22  # of a tensor's rows that are computed at a time: 16 MiB
 TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
 
 
@@ -74,32 +76,55 @@ def cuts_of(layout: Layout, plan: PruningPlan, present: PruningPlan) -> dict[str
     return cuts
 
 
-def merged_weight(module: Any, cut: Cut) -> Tensor:
-    """fp32 weight of what a linear map keeps, LoRA merged in; parameters gathered. One new tensor, no other of its size."""
+@dataclass(frozen=True)
+class Exported:
+    """An fp32 tensor of the export, which never has to be whole in memory. `rows`: computes some of its rows, anew."""
+
+    shape: tuple[int, ...]
+    rows: Callable[[slice], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * math.prod(self.shape)
+
+    def whole(self) -> Tensor:
+        return self.rows(slice(0, self.shape[0]))
+
+    def write(self, out: Tensor) -> None:
+        """Fill `out`, row by row."""
+        step = max(1, ROWS_NUMEL // math.prod(self.shape[1:]))
+        for start in range(0, self.shape[0], step):
+            part = slice(start, start + step)
+            out[part].copy_(self.rows(part))
+
+
+def kept_rows(module: Any, gate: Gate | None, cut: Cut, part: slice) -> Tensor:
+    """Some rows, in fp32, of the weight that a projection keeps, with LoRA merged in and the gate folded; parameters gathered."""
     stored = getattr(module, "base_layer", module).weight.detach()
     index = cut.index.to(stored.device)
-    weight = stored.index_select(cut.axis, index).float()
+    weight = stored[index[part]] if cut.axis == 0 else stored[part].index_select(1, index)
+    weight = weight.float()
     if is_lora(module):
         left, right = module.lora_B[ADAPTER].weight.detach(), module.lora_A[ADAPTER].weight.detach()
         if module.fan_in_fan_out:
             left, right = right.T, left.T
-        left, right = (left[index], right) if cut.axis == 0 else (left, right[:, index])
+        left, right = (left[index[part]], right) if cut.axis == 0 else (left[part], right[:, index])
         weight.addmm_(left.float(), right.float(), alpha=module.scaling[ADAPTER])
-    return weight
+    return weight if gate is None else weight.mul_(folded_scale(gate, cut, part))
 
 
-def fold_gate(weight: Tensor, gate: Gate, cut: Cut) -> Tensor:
-    """Multiply the columns that an output projection keeps by g * m of their units, in place."""
+def folded_scale(gate: Gate, cut: Cut, part: slice) -> Tensor:
+    """g * m of the units of those rows, or of the kept columns, of the output projection behind the gate."""
     scale = ((1 + gate.delta.detach().float()) * gate.mask.float()).repeat_interleave(gate.width)
     scale = scale[cut.index.to(scale.device)]
-    return weight.mul_(scale if cut.axis == 1 else scale[:, None])
+    return scale if cut.axis == 1 else scale[part, None]
 
 
 def pruned_tensors(
     model: nn.Module, layout: Layout, plan: PruningPlan, present: PruningPlan | None = None
-) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Name, under the stock model's names, of everything the exported checkpoint holds, and what computes its fp32 tensor:
-    a new one, to be asked for before the next name is. Ranks that do not write need not ask.
+) -> Iterator[tuple[str, Exported]]:
+    """Name, under the stock model's names, of everything the exported checkpoint holds, and its tensor, to be asked for its
+    rows before the next name is. Ranks that do not write need not ask.
 
     `present`: what the model physically holds (None: dense). Collective: every rank must consume the whole iterator.
     One module is gathered at a time. A tensor that several modules share comes once, under its first name.
@@ -118,7 +143,7 @@ def pruned_tensors(
             seen |= {id(p) for _, p in own}
             with gathered([p for _, p in own]):
                 for key, parameter in own:
-                    yield f"{name}.{key}".lstrip("."), partial(_new, parameter)
+                    yield f"{name}.{key}".lstrip("."), _as_it_is(parameter)
             continue
         inside = (*inside, name + ".")
         gate = gate_before(model, name) if cut.side == "in" else None
@@ -126,28 +151,21 @@ def pruned_tensors(
             yield from _projection_tensors(name, module, gate, cut)
 
 
-def _new(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float32, copy=True)
+def _as_it_is(tensor: Tensor) -> Exported:
+    return Exported(tuple(tensor.shape), lambda part: tensor.detach()[part].to(torch.float32, copy=True))
 
 
-def _projection_tensors(
-    name: str, module: Any, gate: Gate | None, cut: Cut
-) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    def folded() -> Tensor:
-        weight = merged_weight(module, cut)
-        if gate is not None:
-            weight = fold_gate(weight, gate, cut)
-        return weight
-
-    bias = getattr(getattr(module, "base_layer", module), "bias", None)
+def _projection_tensors(name: str, module: Any, gate: Gate | None, cut: Cut) -> Iterator[tuple[str, Exported]]:
+    base = getattr(module, "base_layer", module)
     if not cut.vanishes:
-        yield f"{name}.weight", folded
+        shape = list(base.weight.shape)
+        shape[cut.axis] = len(cut.index)
+        yield f"{name}.weight", Exported(tuple(shape), partial(kept_rows, module, gate, cut))
+    bias = getattr(base, "bias", None)
     if bias is None or (cut.vanishes and cut.side == "out"):
         return
-    if cut.side == "in":
-        yield f"{name}.bias", partial(_new, bias)
-    else:
-        yield f"{name}.bias", lambda: bias.detach().index_select(0, cut.index.to(bias.device)).float()
+    kept = bias.detach() if cut.side == "in" else bias.detach().index_select(0, cut.index.to(bias.device))
+    yield f"{name}.bias", _as_it_is(kept)
 
 
 def export(
@@ -167,7 +185,7 @@ def export(
     weights = WeightFiles(folder.with_name(f".{folder.name}.weights.tmp"))
     for name, tensor in pruned_tensors(model, layout, plan, present):
         if rank() == 0:
-            weights.add(name, tensor())
+            weights.add(name, tensor)
     config = exported_config(model, layout, plan, needs_remote_code)
     generation = None
     if auto_class_for(type(model).__name__) == "AutoModelForCausalLM":
@@ -179,41 +197,37 @@ def export(
 
 
 class WeightFiles:
-    """The weights of an export on their way to its folder, of which no more than one tensor is in memory.
+    """The weights of an export on their way to its folder, which rest in the page cache and not in this process's memory.
 
-    Each lies in a file of its own until there are `MAX_FILE_BYTES` of them, which become one file by way of the page cache.
+    Each lies in a file of its own, numbers only, until there are `MAX_FILE_BYTES` of them, which become one file.
     Everything lies in `scratch` until `finish`. A write that fails is said there as well: until then other ranks count on
     this one.
     """
 
     def __init__(self, scratch: Path):
         self.scratch = scratch
-        self.waiting: dict[str, int] = {}  # bytes by name
+        self.waiting: dict[str, Tensor] = {}  # mapped from their files
         self.written: list[dict[str, int]] = []  # by file: bytes of each tensor
         self.failure: Exception | None = None
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        from safetensors.torch import save_file
-
+    def add(self, name: str, tensor: Exported) -> None:
         if self.failure is not None:
             return
-        if self.waiting and sum(self.waiting.values()) + tensor.nbytes > MAX_FILE_BYTES:
+        if self.waiting and sum(other.nbytes for other in self.waiting.values()) + tensor.nbytes > MAX_FILE_BYTES:
             self._write()
         with self._noting_failure():
             self.scratch.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.cpu()}, self.scratch / f"waiting-{len(self.waiting)}")
-        self.waiting[name] = tensor.nbytes
+            self.waiting[name] = new_mapped(self.scratch / f"waiting-{len(self.waiting)}", tensor.shape)
+            tensor.write(self.waiting[name])
 
     def _write(self) -> None:
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import save_file
 
-        parts = [self.scratch / f"waiting-{i}" for i in range(len(self.waiting))]
         with self._noting_failure():
-            tensors = {name: tensor for part in parts for name, tensor in load_file(part).items()}  # mapped, not read
-            save_file(tensors, self.scratch / str(len(self.written)), {"format": "pt"})
-            for part in parts:
+            save_file(self.waiting, self.scratch / str(len(self.written)), {"format": "pt"})
+            for part in self.scratch.glob("waiting-*"):
                 part.unlink()
-        self.written.append(self.waiting)
+        self.written.append({name: tensor.nbytes for name, tensor in self.waiting.items()})
         self.waiting = {}
 
     @contextmanager
@@ -244,6 +258,15 @@ class WeightFiles:
 
     def discard(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def new_mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """A new file as an fp32 tensor. Its room is taken first: on a full disk, writing to it would end the process by a signal."""
+    size = math.prod(shape)
+    reserve = getattr(os, "posix_fallocate", lambda file, start, length: os.truncate(file, length))  # not everywhere
+    with path.open("wb") as file:
+        reserve(file.fileno(), 0, 4 * size)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
 
 
 def write_folder(folder: Path, weights: WeightFiles, parts: list[Any], needs_remote_code: bool) -> None:

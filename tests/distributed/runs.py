@@ -360,7 +360,7 @@ def shrink_in_training(argv):
         train.shrink_model, engines.rewriting = really_shrink, plain
     _, masked = train.evaluate(session)
     tensors = export.pruned_tensors(session.model, session.backbone.layout, session.plan, session.present)
-    exported = {name: tuple(tensor().shape) for name, tensor in tensors}
+    exported = {name: tuple(tensor.whole().shape) for name, tensor in tensors}
     session.tracker.close()
     return {
         "seen": seen,

@@ -280,12 +280,12 @@ def _run_with_damaged_export(argv, factor):
     from prunadapt_ds import export
     from prunadapt_ds.train import main
 
-    honest = export.fold_gate
-    export.fold_gate = lambda weight, gate, cut: honest(weight, gate, cut) * factor
+    honest = export.folded_scale
+    export.folded_scale = lambda gate, cut, part: honest(gate, cut, part) * factor
     try:
         return main(argv)
     finally:
-        export.fold_gate = honest
+        export.folded_scale = honest
 
 
 # -------------------------------------------------------------------------------------------------- launchers

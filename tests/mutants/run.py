@@ -133,7 +133,7 @@ MUTANTS = (
            "tests/distributed/test_shrink.py::test_shards_of_what_was_cut_are_gone_whoever_refers_to_them"),
     Mutant("a recomputed module drops its own weights", "engine.py", "        zero3.keep_recomputed(engine.optimizer)\n", "",
            "tests/distributed/test_shrink.py::test_a_block_without_feed_forward_is_computed_again"),
-    Mutant("gate not folded", "export.py", "weight = fold_gate(weight, gate, cut)", "pass",
+    Mutant("gate not folded", "export.py", "weight if gate is None else weight.mul_(folded_scale(gate, cut, part))", "weight",
            f"{RESIZE}::test_folded_and_narrowed_equals_masked[bert-unequal]"),
     Mutant("LoRA not merged", "export.py", "alpha=module.scaling[ADAPTER])", "alpha=0)",
            f"{RESIZE}::test_folded_and_narrowed_equals_masked[bert-unequal]"),

@@ -40,6 +40,11 @@ def test_several_files_hold_what_one_would(dense, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), dense[0].parameters(), strict=True))
 
 
+def test_no_file_is_begun_that_the_disk_has_no_room_for(tmp_path):
+    with pytest.raises(OSError):
+        export.new_mapped(tmp_path / "file", (2**44, 2**10))
+
+
 def test_a_write_that_fails_is_said_when_all_is_done(dense, tmp_path, monkeypatch):
     """Every rank goes through all tensors together; a rank that stopped half way would leave the others waiting."""
     taken = []
