@@ -9,6 +9,7 @@ from tests.conftest import ROOT
 from tests.distributed import runs
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_laws import arguments
+from tests.distributed.test_shrink import arguments as shrinking
 from tests.distributed.test_shrink import check
 from tests.integration.test_runs import TRAINABLE, another_criterion, base, launch, peft_loads_the_adapter, run  # noqa: F401
 from tests.tiny import tiny_folder
@@ -26,7 +27,7 @@ def test_every_family_with_every_method(base, tmp_path, model_type, method):  # 
 
 @pytest.mark.parametrize("model_type", TRAINABLE)
 def test_every_family_shrinks(base, tmp_path, model_type):  # noqa: F811
-    argv = arguments(base, tmp_path / "out", model_name_or_path=base / model_type, target_sparsity=0.7, batch=4)
+    argv = shrinking(base, tmp_path / "out", model_name_or_path=base / model_type, target_sparsity=0.7, batch=4)
     check(run_ranks(runs.shrink_in_training, 2, argv)[0])
 
 
