@@ -362,6 +362,7 @@ def shrink_in_training(argv):
     tensors = export.pruned_tensors(session.model, session.backbone.layout, session.plan, session.present)
     exported = {name: tuple(tensor.whole().shape) for name, tensor in tensors}
     session.tracker.close()
+    layers = session.backbone.layout.layers
     return {
         "seen": seen,
         "whole": whole,
@@ -371,7 +372,7 @@ def shrink_in_training(argv):
         "plan": session.plan.to_dict(),
         "lines": _lines(session),
         "live_bytes": session.live_bytes,
-        "numel": max(getattr(p, "ds_numel", p.numel()) for n, p in session.model.named_parameters() if ".layer" in n),
+        "numel": max(getattr(p, "ds_numel", p.numel()) for p in session.model.get_submodule(layers).parameters()),
     }
 
 
