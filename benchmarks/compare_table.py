@@ -110,7 +110,8 @@ def table(results: Results, methods: Sequence[str]) -> str:
     for method, parts in drawn.items():
         if len(parts) == len(results) > 1:
             rows.append(_average(method, [(runs[method], runs[BASE]) for runs in results.values()], parts))
-    known = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in rows)]
+    others = [row for row in rows if row[1] != BASE] or rows  # the base is 1.00 of itself in every column
+    known = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in others)]
     marks = ["---" if COLUMNS[i] in ("task", "method", "95 % interval") else "---:" for i in known]
     lines = [[COLUMNS[i] for i in known], marks, *([row[i] for i in known] for row in rows)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

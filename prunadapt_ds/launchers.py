@@ -196,16 +196,18 @@ def rendezvous(place: Place) -> Any:
     if place.rank == 0:
         _await_all(place, store, deadline)
         store.set("launch/complete", "yes")
-    elif not _arrives(store, "launch/complete", deadline + 1):
+    elif not _arrives(store, ["launch/complete"], deadline + 1):
         raise LaunchError(_no_answer(place, "met rank 0, but not all ranks came"))
     return store
 
 
-def refuse_shared_gpu(place: Place, store: Any, gpu: str) -> None:
-    """Say so before NCCL does, in its own way. `gpu`: what tells this rank's from every other. Raises LaunchError on all ranks."""
+def refuse_shared_gpu(place: Place, store: Any, gpu: str, patience: float = 60) -> None:
+    """Say so before NCCL does, in its own way. `gpu`: what tells this rank's from every other. Raises LaunchError on all ranks,
+    also where one has not named its own after `patience` seconds."""
     keys = [f"launch/gpu/{rank}" for rank in range(place.world_size)]
     store.set(keys[place.rank], gpu)
-    store.wait(keys)
+    if not _arrives(store, keys, time.monotonic() + patience):
+        raise LaunchError(Problem("WORLD_SIZE", place.world_size, "not every rank has found its GPU; did one end?"))
     first: dict[bytes, int] = {}
     for rank, found in enumerate(store.multi_get(keys)):
         if first.setdefault(found, rank) != rank:
@@ -263,7 +265,7 @@ def _visit(place: Place, deadline: float) -> Any:
 
 
 def _await_all(place: Place, store: Any, deadline: float) -> None:
-    late = [r for r in range(place.world_size) if not _arrives(store, f"launch/{r}", deadline)]
+    late = [r for r in range(place.world_size) if not _arrives(store, [f"launch/{r}"], deadline)]
     if late:
         shown = ", ".join(map(str, late[:8])) + (", ..." if len(late) > 8 else "")
         where = f"{place.master_addr}:{place.master_port}"
@@ -271,8 +273,8 @@ def _await_all(place: Place, store: Any, deadline: float) -> None:
         raise LaunchError(Problem("WORLD_SIZE", place.world_size, remedy))
 
 
-def _arrives(store: Any, key: str, deadline: float) -> bool:
-    while not store.check([key]):  # store.wait would log stacks when its time is up
+def _arrives(store: Any, keys: list[str], deadline: float) -> bool:
+    while not store.check(keys):  # store.wait would log stacks when its time is up
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)

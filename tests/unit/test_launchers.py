@@ -102,6 +102,13 @@ def test_ranks_that_share_a_gpu_are_told_which():
     assert len(set(shared)) == 1 and "ranks 1 and 3 have the same GPU" in shared[0], "every rank says the same"
 
 
+def test_a_rank_that_never_names_its_gpu_is_not_waited_for():
+    from torch.distributed import HashStore
+
+    with pytest.raises(LaunchError, match="not every rank has found its GPU"):
+        refuse_shared_gpu(Place("deepspeed", 0, 2), HashStore(), "a", patience=0.2)
+
+
 def test_node_lists():
     lists = {"gpu[03-07,12],cpu1": "gpu03", "a,b": "a", "n[1,3]": "n1", "r[2-3]-ib": "r2-ib", "": ""}
     assert {text: first_host(text) for text in lists} == lists
