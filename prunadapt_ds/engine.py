@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from prunadapt_ds import memory, zero3
 from prunadapt_ds.gates import GATE_NAME, gates_of
-from prunadapt_ds.models.structure import full_numel
+from prunadapt_ds.models.structure import full_numel, full_shape
 
 # Of one module's shards: from there on it is worth the time to give them back to the system at once.
 FREED_BYTES = 2**22
@@ -41,6 +42,23 @@ def gathered(parameters: Iterable[nn.Parameter], *, write_from: int | None = Non
 
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=write_from):
         yield
+
+
+def row_blocks(parameter: nn.Parameter, numel: int) -> Iterator[Tensor]:
+    """All rows of a parameter in order, on every rank: blocks [k, ...] of about `numel` elements, which may be views of it.
+
+    Collective. One of which each rank has a part is never whole anywhere; others, and those that are gathered, need not be sent.
+    """
+    shape = full_shape(parameter)
+    row = prod(shape[1:])
+    step = max(1, numel // row)
+    in_parts = zero3.own_run(parameter) is not None
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        if in_parts:
+            yield zero3.fetch(parameter, start * row, stop * row).view(-1, *shape[1:])
+        else:
+            yield parameter.detach()[start:stop]
 
 
 def gate_values(model: nn.Module) -> torch.Tensor:

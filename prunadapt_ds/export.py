@@ -1,20 +1,19 @@
 """Write the trained model as a smaller Hugging Face folder, and prove that it computes the same.
 
-One module is gathered at a time; rank 0 merges LoRA and folds gates in fp32, a few rows of what stays at a time, right into files.
+A large matrix is never whole anywhere: a few of its rows at a time go to rank 0, which merges LoRA and folds gates in fp32, right
+into files.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from prunadapt_ds.adapters import ADAPTER, is_lora
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.distributed import on_rank_0, rank
-from prunadapt_ds.engine import gathered
+from prunadapt_ds.engine import gathered, row_blocks
 from prunadapt_ds.errors import ParityError
 from prunadapt_ds.files import usual_mode, whole_folder
 from prunadapt_ds.formats import MODELING_FILE
@@ -36,9 +35,11 @@ from prunadapt_ds.gates import Gate, gate_before
 from prunadapt_ds.models import modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
+from prunadapt_ds.models.structure import full_numel, full_shape
 from prunadapt_ds.watchdog import milestone
+from prunadapt_ds.weight_files import WeightFiles
+from prunadapt_ds.zero3 import own_run
 
-MAX_FILE_BYTES = 2**30  # of weights in one exported file
 ROWS_NUMEL = 2**22  # of a tensor's rows that are computed at a time: 16 MiB
 TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
 
@@ -78,56 +79,63 @@ def cuts_of(layout: Layout, plan: PruningPlan, present: PruningPlan) -> dict[str
 
 @dataclass(frozen=True)
 class Exported:
-    """An fp32 tensor of the export, which never has to be whole in memory. `rows`: computes some of its rows, anew."""
+    """A tensor of the export in fp32, which never has to be whole in memory.
+
+    `kept`: int64, ascending, the rows of `stored` that stay; None: all. `values`: from some of these rows, [k, ...], and their
+    positions in the export, what is exported of them.
+    """
 
     shape: tuple[int, ...]
-    rows: Callable[[slice], Tensor]
+    stored: nn.Parameter
+    kept: Tensor | None
+    values: Callable[[Tensor, slice], Tensor]
 
-    @property
-    def nbytes(self) -> int:
-        return 4 * math.prod(self.shape)
+    def write(self, out: Tensor | None) -> None:
+        """Fill `out`, a few rows at a time. Collective; None on ranks that only send what they hold."""
+        start = written = 0
+        for block in row_blocks(self.stored, ROWS_NUMEL):
+            stop = start + len(block)
+            if out is not None:
+                if self.kept is not None:
+                    first, last = torch.searchsorted(self.kept, torch.tensor([start, stop])).tolist()
+                    block = block[(self.kept[first:last] - start).to(block.device)]
+                rows = slice(written, written + len(block))
+                out[rows].copy_(self.values(block, rows))
+                written += len(block)
+            start = stop
 
-    def whole(self) -> Tensor:
-        return self.rows(slice(0, self.shape[0]))
 
-    def write(self, out: Tensor) -> None:
-        """Fill `out`, row by row."""
-        step = max(1, ROWS_NUMEL // math.prod(self.shape[1:]))
-        for start in range(0, self.shape[0], step):
-            part = slice(start, start + step)
-            out[part].copy_(self.rows(part))
+def kept_rows(module: Any, gate: Gate | None, cut: Cut, stored: Tensor, rows: slice) -> Tensor:
+    """Some rows, in fp32, of the weight that a projection keeps, with LoRA merged in and the gate folded.
 
-
-def kept_rows(module: Any, gate: Gate | None, cut: Cut, part: slice) -> Tensor:
-    """Some rows, in fp32, of the weight that a projection keeps, with LoRA merged in and the gate folded; parameters gathered."""
-    stored = getattr(module, "base_layer", module).weight.detach()
+    stored: the base weight's rows that these come from; other parameters are whole.
+    """
     index = cut.index.to(stored.device)
-    weight = stored[index[part]] if cut.axis == 0 else stored[part].index_select(1, index)
-    weight = weight.float()
+    weight = (stored if cut.axis == 0 else stored.index_select(1, index)).to(torch.float32, copy=True)
     if is_lora(module):
         left, right = module.lora_B[ADAPTER].weight.detach(), module.lora_A[ADAPTER].weight.detach()
         if module.fan_in_fan_out:
             left, right = right.T, left.T
-        left, right = (left[index[part]], right) if cut.axis == 0 else (left[part], right[:, index])
+        left, right = (left[index[rows]], right) if cut.axis == 0 else (left[rows], right[:, index])
         weight.addmm_(left.float(), right.float(), alpha=module.scaling[ADAPTER])
-    return weight if gate is None else weight.mul_(folded_scale(gate, cut, part))
+    return weight if gate is None else weight.mul_(folded_scale(gate, cut, rows))
 
 
-def folded_scale(gate: Gate, cut: Cut, part: slice) -> Tensor:
+def folded_scale(gate: Gate, cut: Cut, rows: slice) -> Tensor:
     """g * m of the units of those rows, or of the kept columns, of the output projection behind the gate."""
     scale = ((1 + gate.delta.detach().float()) * gate.mask.float()).repeat_interleave(gate.width)
     scale = scale[cut.index.to(scale.device)]
-    return scale if cut.axis == 1 else scale[part, None]
+    return scale if cut.axis == 1 else scale[rows, None]
 
 
 def pruned_tensors(
     model: nn.Module, layout: Layout, plan: PruningPlan, present: PruningPlan | None = None
 ) -> Iterator[tuple[str, Exported]]:
-    """Name, under the stock model's names, of everything the exported checkpoint holds, and its tensor, to be asked for its
-    rows before the next name is. Ranks that do not write need not ask.
+    """Name, under the stock model's names, of everything the exported checkpoint holds, and its tensor, to be written before
+    the next is asked for.
 
-    `present`: what the model physically holds (None: dense). Collective: every rank must consume the whole iterator.
-    One module is gathered at a time. A tensor that several modules share comes once, under its first name.
+    `present`: what the model physically holds (None: dense). Collective: every rank must write every tensor. Small parameters
+    are gathered, one module's at a time. A tensor that several modules share comes once, under its first name.
     """
     cuts = cuts_of(layout, plan, present or PruningPlan.dense(plan.structure))
     inside = tuple(f"{layout.layers}.{layer}." for layer in plan.skipped)  # nothing of these is exported
@@ -141,31 +149,40 @@ def pruned_tensors(
         if cut is None:
             own = [(key, p) for key, p in module.named_parameters(recurse=False) if id(p) not in seen]
             seen |= {id(p) for _, p in own}
-            with gathered([p for _, p in own]):
+            with gathered(p for _, p in own if not _comes_in_parts(p)):
                 for key, parameter in own:
-                    yield f"{name}.{key}".lstrip("."), _as_it_is(parameter)
+                    yield f"{name}.{key}".lstrip("."), Exported(full_shape(parameter), parameter, None, _as_it_is)
             continue
         inside = (*inside, name + ".")
         gate = gate_before(model, name) if cut.side == "in" else None
-        with gathered([*module.parameters(), *(gate.parameters() if gate else [])]):
+        parameters = [*module.parameters(), *(gate.parameters() if gate else [])]
+        base = getattr(module, "base_layer", module).weight
+        with gathered(p for p in parameters if p is not base or not _comes_in_parts(p)):
             yield from _projection_tensors(name, module, gate, cut)
 
 
-def _as_it_is(tensor: Tensor) -> Exported:
-    return Exported(tuple(tensor.shape), lambda part: tensor.detach()[part].to(torch.float32, copy=True))
+def _comes_in_parts(parameter: nn.Parameter) -> bool:
+    """Whether a tensor is so large that its rows are taken from where they lie."""
+    return full_numel(parameter) > ROWS_NUMEL and own_run(parameter) is not None
+
+
+def _as_it_is(stored: Tensor, rows: slice) -> Tensor:
+    return stored
 
 
 def _projection_tensors(name: str, module: Any, gate: Gate | None, cut: Cut) -> Iterator[tuple[str, Exported]]:
     base = getattr(module, "base_layer", module)
     if not cut.vanishes:
-        shape = list(base.weight.shape)
-        shape[cut.axis] = len(cut.index)
-        yield f"{name}.weight", Exported(tuple(shape), partial(kept_rows, module, gate, cut))
+        sizes = list(full_shape(base.weight))
+        sizes[cut.axis] = len(cut.index)
+        kept = cut.index if cut.axis == 0 else None
+        yield f"{name}.weight", Exported(tuple(sizes), base.weight, kept, partial(kept_rows, module, gate, cut))
     bias = getattr(base, "bias", None)
     if bias is None or (cut.vanishes and cut.side == "out"):
         return
-    kept = bias.detach() if cut.side == "in" else bias.detach().index_select(0, cut.index.to(bias.device))
-    yield f"{name}.bias", _as_it_is(kept)
+    kept = None if cut.side == "in" else cut.index
+    shape = full_shape(bias) if kept is None else (len(kept),)
+    yield f"{name}.bias", Exported(shape, bias, kept, _as_it_is)
 
 
 def export(
@@ -184,8 +201,7 @@ def export(
     needs_remote_code = not bool(plan.mask().all())
     weights = WeightFiles(folder.with_name(f".{folder.name}.weights.tmp"))
     for name, tensor in pruned_tensors(model, layout, plan, present):
-        if rank() == 0:
-            weights.add(name, tensor)
+        tensor.write(weights.room_for(name, tensor.shape) if rank() == 0 else None)
     config = exported_config(model, layout, plan, needs_remote_code)
     generation = None
     if auto_class_for(type(model).__name__) == "AutoModelForCausalLM":
@@ -194,79 +210,6 @@ def export(
     parts = [part for part in (config, generation, tokenizer) if part is not None]
     on_rank_0(f"writing the export {folder}", lambda: write_folder(folder, weights, parts, needs_remote_code))
     return needs_remote_code
-
-
-class WeightFiles:
-    """The weights of an export on their way to its folder, which rest in the page cache and not in this process's memory.
-
-    Each lies in a file of its own, numbers only, until there are `MAX_FILE_BYTES` of them, which become one file.
-    Everything lies in `scratch` until `finish`. A write that fails is said there as well: until then other ranks count on
-    this one.
-    """
-
-    def __init__(self, scratch: Path):
-        self.scratch = scratch
-        self.waiting: dict[str, Tensor] = {}  # mapped from their files
-        self.written: list[dict[str, int]] = []  # by file: bytes of each tensor
-        self.failure: Exception | None = None
-
-    def add(self, name: str, tensor: Exported) -> None:
-        if self.failure is not None:
-            return
-        if self.waiting and sum(other.nbytes for other in self.waiting.values()) + tensor.nbytes > MAX_FILE_BYTES:
-            self._write()
-        with self._noting_failure():
-            self.scratch.mkdir(parents=True, exist_ok=True)
-            self.waiting[name] = new_mapped(self.scratch / f"waiting-{len(self.waiting)}", tensor.shape)
-            tensor.write(self.waiting[name])
-
-    def _write(self) -> None:
-        from safetensors.torch import save_file
-
-        with self._noting_failure():
-            save_file(self.waiting, self.scratch / str(len(self.written)), {"format": "pt"})
-            for part in self.scratch.glob("waiting-*"):
-                part.unlink()
-        self.written.append({name: tensor.nbytes for name, tensor in self.waiting.items()})
-        self.waiting = {}
-
-    @contextmanager
-    def _noting_failure(self) -> Iterator[None]:
-        from safetensors import SafetensorError
-
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            self.failure = error
-
-    def finish(self, folder: Path) -> None:
-        """Move the files to `folder` under Hugging Face's names, with an index where there are several. Raises OSError."""
-        if self.failure is None:
-            self._write()
-        if self.failure is not None:
-            raise self.failure
-        count = len(self.written)
-        where: dict[str, str] = {}
-        for i, sizes in enumerate(self.written):
-            file = "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
-            (self.scratch / str(i)).replace(folder / file)
-            where |= dict.fromkeys(sizes, file)
-        if count > 1:
-            total = sum(sum(sizes.values()) for sizes in self.written)
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def discard(self) -> None:
-        shutil.rmtree(self.scratch, ignore_errors=True)
-
-
-def new_mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """A new file as an fp32 tensor. Its room is taken first: on a full disk, writing to it would end the process by a signal."""
-    size = math.prod(shape)
-    reserve = getattr(os, "posix_fallocate", lambda file, start, length: os.truncate(file, length))  # not everywhere
-    with path.open("wb") as file:
-        reserve(file.fileno(), 0, 4 * size)
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
 
 
 def write_folder(folder: Path, weights: WeightFiles, parts: list[Any], needs_remote_code: bool) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prunadapt_ds.distributed import rank, together
 from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.zero3 import own_run
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,9 @@ def _fill_own(target: Any, source: Stored) -> bool:
     if not hasattr(target, "ds_id"):  # a buffer
         target.copy_(source.flat().view(source.shape))
         return True
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    shard = target.ds_tensor
-    is_plain = target.ds_status is ZeroParamStatus.NOT_AVAILABLE and shard.final_location is None
-    if not is_plain or target.ds_secondary_tensor is not None or hasattr(shard, "ds_quant_scale"):
+    own = own_run(target)
+    if own is None:
         return False
-    start = target.ds_zero_partition_rank * shard.ds_numel
-    run = source.flat()[start : start + shard.ds_numel]  # the last ranks' are shorter, or empty: padding is behind them
-    shard[: len(run)].copy_(run)
+    start, run = own
+    run.copy_(source.flat()[start : start + len(run)])
     return True

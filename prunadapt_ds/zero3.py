@@ -10,8 +10,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from prunadapt_ds.distributed import device
 from prunadapt_ds.models.structure import full_numel
 
 PIECE_ELEMENTS = 2**24
@@ -136,3 +138,35 @@ def _forget_releases() -> None:
 
     asked = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
     inspect.getclosurevars(asked).nonlocals["func"].cache_clear()
+
+
+def own_run(parameter: Any) -> tuple[int, Tensor] | None:
+    """This rank's part of a parameter: where it begins among the flattened elements, and it, [n], without padding behind it.
+
+    None where no part lies plainly in this rank's memory: the parameter is whole, on a disk, quantised, or kept twice. The
+    same on every rank.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    if not hasattr(parameter, "ds_id"):
+        return None
+    shard = parameter.ds_tensor
+    is_apart = parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE and shard.final_location is None
+    if not is_apart or parameter.ds_secondary_tensor is not None or hasattr(shard, "ds_quant_scale"):
+        return None
+    start = parameter.ds_zero_partition_rank * shard.ds_numel
+    return start, shard[: max(0, parameter.ds_numel - start)]  # the last ranks' are shorter, or empty
+
+
+def fetch(parameter: Any, first: int, last: int) -> Tensor:
+    """Some of the flattened elements of a parameter of which every rank has its own run, on every rank. Collective."""
+    fetched = torch.empty(last - first, dtype=parameter.ds_tensor.dtype, device=device())
+    length, group = parameter.ds_tensor.ds_numel, parameter.ds_process_group
+    for owner in range(first // length, (last - 1) // length + 1):
+        start = owner * length
+        begin, end = max(first, start), min(last, start + length)
+        piece = fetched[begin - first : end - first]
+        if owner == parameter.ds_zero_partition_rank:
+            piece.copy_(parameter.ds_tensor[begin - start : end - start])
+        dist.broadcast(piece, src=dist.get_global_rank(group, owner), group=group)
+    return fetched

@@ -360,7 +360,10 @@ def shrink_in_training(argv):
         train.shrink_model, engines.rewriting = really_shrink, plain
     _, masked = train.evaluate(session)
     tensors = export.pruned_tensors(session.model, session.backbone.layout, session.plan, session.present)
-    exported = {name: tuple(tensor.whole().shape) for name, tensor in tensors}
+    exported = {}
+    for name, tensor in tensors:
+        tensor.write(torch.empty(tensor.shape))
+        exported[name] = tensor.shape
     session.tracker.close()
     layers = session.backbone.layout.layers
     return {
@@ -463,6 +466,46 @@ def loaded_under_zero3(folders, is_language=False, precision="float32", only_str
         pairs.append((streamed, plain))
     assert zero3 is not None
     return pairs
+
+
+def exported_under_zero3(families, work):
+    """Models of `work` under ZeRO-3 with LoRA and gates, exported without some of their units to `work/<family>-<way>`: small
+    matrices gathered, as by default, and rows taken from where they lie, in blocks of two sizes. By family and way, the most
+    elements that were gathered of one parameter."""
+    from prunadapt_ds import adapters, backbone, engine, export, gates
+    from prunadapt_ds.budget import PruningPlan
+
+    zero3 = engine.shard_while_loading({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
+    plain, gathered = export.gathered, []
+
+    def watched(parameters):
+        parameters = list(parameters)
+        gathered.extend(p.ds_numel for p in parameters if engine.is_sharded(p))
+        return plain(parameters)
+
+    found = []
+    for family in families:
+        torch.manual_seed(3)
+        loaded = backbone.load(f"{work}/{family}", num_labels=3, dtype=torch.float32)
+        model, layout, structure = loaded.model, loaded.layout, loaded.structure
+        adapters.add_lora(model, layout, adapters.target_modules(layout), r=2, lora_alpha=4)
+        gates.attach(model, layout, structure)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "delta" in name:
+                torch.nn.init.normal_(parameter, 0, 0.1)
+        mask = torch.rand(structure.num_units) > 0.4
+        mask[[s.start for s in structure.sublayers]] = True
+        plan = PruningPlan.from_mask(structure, mask)
+        gates.apply_mask(model, plan.mask())
+        export.gathered, usual, most = watched, export.ROWS_NUMEL, []
+        for way, export.ROWS_NUMEL in enumerate((usual, 1000, 100)):
+            gathered.clear()
+            export.export(model, layout, plan, loaded.tokenizer, Path(work) / f"{family}-{way}")
+            most.append(max(gathered, default=0))
+        export.gathered, export.ROWS_NUMEL = plain, usual
+        found.append(most)
+    assert zero3 is not None
+    return found
 
 
 def sent_in_a_step(argv):

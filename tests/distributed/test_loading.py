@@ -1,4 +1,5 @@
-"""Loading under ZeRO-3: every rank reads its own part, and the model is the one that `from_pretrained` would have made."""
+"""Loading and exporting under ZeRO-3: every rank reads its own part, and the model is the one that `from_pretrained` would have
+made; what is written is the same, whatever lies where."""
 
 import pytest
 import torch
@@ -67,3 +68,31 @@ def test_every_family(tmp_path, world_size):
     decoders = [n for n, family in FAMILIES.items() if family.is_decoder]
     tied = [str(tiny_language_folder(tmp_path / f"{n}-lm", n, tie_word_embeddings=True)) for n in decoders]
     same_as_plain(run_ranks(runs.loaded_under_zero3, world_size, tied, True))
+
+
+def parts_equal_whole(families, tmp_path, world_size):
+    """Exports are the same in whatever blocks their rows came, and nothing larger than a block was gathered for them.
+
+    Products of LoRA's matrices are rounded as the number of rows has it.
+    """
+    for name in families:
+        tiny_folder(tmp_path / name, name, seed=4)
+    ranks = run_ranks(runs.exported_under_zero3, world_size, families, str(tmp_path))
+    assert all(rank == ranks[0] for rank in ranks)
+    for family, (whole, *most) in zip(families, ranks[0], strict=True):
+        assert whole > 1000 >= most[0] and most[1] <= 100
+        plain, *parted = (load_file(tmp_path / f"{family}-{way}" / "model.safetensors") for way in range(3))
+        for tensors in parted:
+            torch.testing.assert_close(tensors, plain, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.ci
+def test_an_export_is_the_same_from_parts(tmp_path):
+    """Three ranks, none of which has whole rows: a plain family, transposed weights, fused ones."""
+    parts_equal_whole([*COMMON, "phi3"], tmp_path, 3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_family_is_exported_from_parts(tmp_path, world_size):
+    parts_equal_whole(list(FAMILIES), tmp_path, world_size)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from prunadapt_ds import export
+from prunadapt_ds import export, weight_files
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.errors import PrunadaptError
 from tests.tiny import layout_and_structure, tiny_model, tiny_tokenizer
@@ -24,7 +24,7 @@ def dense(tmp_path):
 
 def test_several_files_hold_what_one_would(dense, tmp_path, monkeypatch):
     export.export(*dense, tmp_path / "one")
-    monkeypatch.setattr(export, "MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(weight_files, "MAX_FILE_BYTES", 20_000)
     export.export(*dense, tmp_path / "several")
     files = sorted((tmp_path / "several").glob("*.safetensors"))
     held = [sum(t.nbytes for t in load_file(f).values()) for f in files]
@@ -42,7 +42,7 @@ def test_several_files_hold_what_one_would(dense, tmp_path, monkeypatch):
 
 def test_no_file_is_begun_that_the_disk_has_no_room_for(tmp_path):
     with pytest.raises(OSError):
-        export.new_mapped(tmp_path / "file", (2**44, 2**10))
+        weight_files.new_mapped(tmp_path / "file", (2**44, 2**10))
 
 
 def test_a_write_that_fails_is_said_when_all_is_done(dense, tmp_path, monkeypatch):
@@ -56,10 +56,10 @@ def test_a_write_that_fails_is_said_when_all_is_done(dense, tmp_path, monkeypatc
 
     tensors = export.pruned_tensors
     monkeypatch.setattr(export, "pruned_tensors", consumed)
-    monkeypatch.setattr(export, "MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(weight_files, "MAX_FILE_BYTES", 20_000)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".compact.weights.tmp").write_text("in the way")  # no folder can be made there
-    monkeypatch.setattr(export.shutil, "rmtree", lambda *args, **options: None)
+    monkeypatch.setattr(weight_files.shutil, "rmtree", lambda *args, **options: None)
     with pytest.raises(PrunadaptError, match="writing the export"):
         export.export(*dense, tmp_path / "out" / "compact")
     assert len(taken) == len(list(dense[0].parameters())) and not (tmp_path / "out" / "compact").exists()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prunadapt_ds import adapters, export, gates
+from prunadapt_ds import adapters, export, gates, weight_files
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, narrow
@@ -118,7 +118,7 @@ def test_folded_and_narrowed_equals_masked(model_type, how, tmp_path, monkeypatc
     narrow(stock, Layout.from_dict(layout.to_dict()), kept)
     tensors = {}
     for name, tensor in export.pruned_tensors(model, layout, plan):
-        tensor.write(tensors.setdefault(name, export.new_mapped(tmp_path / name, tensor.shape)))
+        tensor.write(tensors.setdefault(name, weight_files.new_mapped(tmp_path / name, tensor.shape)))
     stock.load_state_dict(tensors, strict=True)
     torch.testing.assert_close(stock(**inputs()).logits, masked, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,21 @@
+"""The list of planted defects fits the code: each line stands once, each test is there. `make mutants` plants them."""
+
+import re
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.mutants.run import MUTANTS
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_can_be_planted(mutant):
+    assert (ROOT / "prunadapt_ds" / mutant.file).read_text().count(mutant.find) == 1
+    file, _, name = mutant.test.partition("::")
+    assert re.search(rf"^def {re.escape(name.partition('[')[0])}\(", (ROOT / file).read_text(), re.M)
+
+
+def test_no_two_have_one_name():
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
