@@ -20,6 +20,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(layers=2, hidden=64, neurons=176, heads=4, kv_heads=2, files=2),
+    "small": Shape(layers=12, hidden=768, neurons=2048, heads=12, kv_heads=4),
     "1b": Shape(layers=16, hidden=2048, neurons=8192, heads=32, kv_heads=8),
     "7b": Shape(layers=32, hidden=4096, neurons=11008, heads=32, kv_heads=32),
 }

@@ -121,14 +121,14 @@ def test_steps_of_large_models_beside_peft_s(tmp_path):
     assert half.startswith("| 1b | ours, 50% gone | 0.250 | 0.50 | 1,600 | 100% |")
 
 
-def test_tokens_of_each_model_beside_the_first_one_s():
+def test_tokens_of_each_model_beside_the_first_one_s():  # two million parameters, one of which in projections
     rows = [
-        {"model": name, "batch": batch, "prompt_s": seconds, "token_s": seconds / 10, "parameters": 2e6}
+        {"model": name, "batch": batch, "prompt_s": seconds, "token_s": seconds / 10, "parameters": 2e6, "macs": 1e6}
         for batch in (1, 32)
         for name, seconds in (("dense", 0.01 * batch), ("compact", 0.005 * batch))
     ]
-    assert generation.table(rows).splitlines()[3] == "| compact | 2 | 1 | 5.00 | 0.50 | 0.50 | 0.50 |"
-    assert generation.table(rows).splitlines()[4] == "| dense | 2 | 32 | 320.00 | 1.00 | 32.00 | 1.00 |"
+    assert generation.table(rows).splitlines()[3] == "| compact | 2 | 1.00 | 1 | 5.00 | 0.50 | 0.50 | 0.50 |"
+    assert generation.table(rows).splitlines()[4] == "| dense | 2 | 1.00 | 32 | 320.00 | 1.00 | 32.00 | 1.00 |"
 
 
 @pytest.mark.parametrize("method", [*compare.METHODS, *(f"ours@0.6+{name}" for name in compare.VARIANTS)])
