@@ -156,8 +156,8 @@ def pruned_tensors(
         inside = (*inside, name + ".")
         gate = gate_before(model, name) if cut.side == "in" else None
         parameters = [*module.parameters(), *(gate.parameters() if gate else [])]
-        base = getattr(module, "base_layer", module).weight
-        with gathered(p for p in parameters if p is not base or not _comes_in_parts(p)):
+        base = {id(p) for p in getattr(module, "base_layer", module).parameters()}
+        with gathered(p for p in parameters if id(p) not in base or not _comes_in_parts(p)):
             yield from _projection_tensors(name, module, gate, cut)
 
 

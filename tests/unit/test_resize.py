@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prunadapt_ds import adapters, export, gates, weight_files
+from prunadapt_ds import adapters, export, gates
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, narrow
@@ -106,7 +106,7 @@ def test_macs_are_linear_maps_and_attention(model_type):
 
 @pytest.mark.parametrize(("model_type", "how"), CUTS)
 @torch.no_grad()
-def test_folded_and_narrowed_equals_masked(model_type, how, tmp_path, monkeypatch):
+def test_folded_and_narrowed_equals_masked(model_type, how, monkeypatch):
     """The export's tensors, a few rows at a time, fit the model that the export's own file builds, and compute the same."""
     monkeypatch.setattr(export, "ROWS_NUMEL", 200)
     model, layout, structure = adapted(model_type, skips=how == "skipped")
@@ -116,11 +116,27 @@ def test_folded_and_narrowed_equals_masked(model_type, how, tmp_path, monkeypatc
     stock = tiny_model(model_type, num_labels=3, seed=99)
     kept = [[c["heads"], c["neurons"]] for c in plan.counts()]
     narrow(stock, Layout.from_dict(layout.to_dict()), kept)
-    tensors = {}
-    for name, tensor in export.pruned_tensors(model, layout, plan):
-        tensor.write(tensors.setdefault(name, weight_files.new_mapped(tmp_path / name, tensor.shape)))
+    tensors = exported(model, layout, plan)
     stock.load_state_dict(tensors, strict=True)
     torch.testing.assert_close(stock(**inputs()).logits, masked, rtol=1e-5, atol=1e-5)
+
+
+def exported(model, layout, plan, present=None):
+    tensors = {}
+    for name, tensor in export.pruned_tensors(model, layout, plan, present):
+        tensor.write(tensors.setdefault(name, torch.empty(tensor.shape)))
+    return tensors
+
+
+@pytest.mark.parametrize(("model_type", "how"), [cut for cut in CUTS if "no-neurons" in cut or "bert" in cut])
+@torch.no_grad()
+def test_what_was_cut_already_is_exported_alike(model_type, how):
+    """From the dense model and from one that was cut to the plan."""
+    model, layout, structure = adapted(model_type, skips=how == "skipped")
+    plan = plan_of(structure, how)
+    whole = exported(model, layout, plan)
+    resize(model, layout, plan)
+    torch.testing.assert_close(exported(model, layout, plan, plan), whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.drops_layers])
