@@ -75,6 +75,7 @@ def exports(args: argparse.Namespace) -> dict[str, Path]:
         "--ds_config",
         str(ROOT / "ds_configs/zero0.json"),
     ]
+    options += ["--latency_batch_size", "1", "--latency_seq_length", "8"]
     found = {"dense": dense}
     for sparsity in args.sparsities:
         for name, more in (("compact", []), ("uniform", ["--uniform"])):

@@ -72,26 +72,39 @@ def predict(
     return logits
 
 
-def latency(models: list[Any], batch_size: int, seq_length: int, repeats: int, device: Any) -> list[float]:
-    """Median milliseconds of a forward pass of each model, after warm-up, models taking turns."""
+def latency(
+    models: list[Any], batch_size: int, seq_length: int, repeats: int, device: Any, seconds: float = 60
+) -> tuple[list[float], int]:
+    """Median milliseconds of a forward pass of each model, after warm-up, models taking turns; and how often each was timed:
+    `repeats` times, or less often, but three times at least, if that would take more than `seconds`."""
     import torch
 
     vocabulary = models[0].config.vocab_size
     input_ids = torch.randint(0, vocabulary, (batch_size, seq_length), device=device)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    times: list[list[float]] = [[] for _ in models]
+
+    def turn() -> list[float]:
+        taken = []
+        for model in models:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            model(**inputs)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            taken.append(1000 * (time.perf_counter() - start))
+        return taken
+
+    begin = time.perf_counter()
     with torch.inference_mode():
-        for repeat in range(repeats + 3):
-            for model, taken in zip(models, times, strict=True):
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                model(**inputs)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if repeat >= 3:
-                    taken.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(taken) for taken in times]
+        for _ in range(3):
+            turn()
+            if time.perf_counter() - begin > seconds / 4:
+                break
+        turns: list[list[float]] = []
+        while len(turns) < min(3, repeats) or (len(turns) < repeats and time.perf_counter() - begin < seconds):
+            turns.append(turn())
+    return [statistics.median(taken) for taken in zip(*turns, strict=True)], len(turns)
 
 
 def load_adapter(folder: str, base: dict[str, Any], dtype: Any) -> Any:
@@ -139,7 +152,7 @@ def answer(request: dict[str, Any]) -> None:
         dense = auto_class.from_config(config).to(getattr(torch, dtype)).to(device).eval()
         model = load(dtype)
         options = {k: request["latency"][k] for k in ("batch_size", "seq_length", "repeats")}
-        dense_ms, exported_ms = latency([dense, model], **options, device=device)
+        (dense_ms, exported_ms), options["repeats"] = latency([dense, model], **options, device=device)
         result["latency"] = {
             "dense_ms": dense_ms,
             "exported_ms": exported_ms,

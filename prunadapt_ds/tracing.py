@@ -149,7 +149,7 @@ def answer(request: dict[str, Any]) -> None:
     options = {**LATENCY, "seq_length": min(LATENCY["seq_length"], most)}
     cpu = torch.device("cpu")
     # One after the other, not in turns: onnxruntime's idle threads spin, and would take the time of torch's.
-    (compact_ms,) = latency([model], **options, device=cpu)
+    (compact_ms,), _ = latency([model], **options, device=cpu)
     program = trace(model, names, pad)
     folder = Path(request["folder"])
     if request["kind"] == "onnx":
@@ -158,7 +158,7 @@ def answer(request: dict[str, Any]) -> None:
     else:
         module = program.module()
         graph = Graph(lambda inputs: module(**inputs), names, model.config)
-    (exported_ms,) = latency([graph], **options, device=cpu)
+    (exported_ms,), options["repeats"] = latency([graph], **options, device=cpu)
     save_file({"compact": compared(model, batches), "exported": compared(graph, batches)}, request["logits"])
     if request["kind"] != "onnx":  # computed first, and never loaded: that would unpickle its example inputs
         torch.export.save(program, folder / TORCH_FILE)

@@ -3,6 +3,7 @@
 import json
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunadapt_ds import latency
+from prunadapt_ds import latency, reload
 from prunadapt_ds.models.families import FAMILIES
 from tests.tiny import VARIANTS, layout_and_structure, tiny_model
 
@@ -89,3 +90,18 @@ def _runs(block, args, kwargs, device, calls, clock):
     out = block(*args, **kwargs)
     out = out[0] if isinstance(out, tuple) else out
     return out.shape[:2] == (2, 16) and calls == 1 and clock is time.perf_counter
+
+
+@pytest.mark.parametrize(("call_s", "repeats", "warm_up"), [(0.1, 20, 3), (2.0, 12, 3), (9.0, 3, 1)])
+def test_models_that_take_long_are_timed_less_often(monkeypatch, call_s, repeats, warm_up):
+    clock, calls = [0.0], []
+
+    def model(**inputs):
+        calls.append(inputs["input_ids"].shape)
+        clock[0] += call_s
+
+    model.config = SimpleNamespace(vocab_size=9)
+    monkeypatch.setattr(reload.time, "perf_counter", lambda: clock[0])
+    times, found = reload.latency([model, model], 1, 4, 20, torch.device("cpu"), seconds=60)
+    assert (found, len(calls)) == (repeats, 2 * (repeats + warm_up)) and set(calls) == {(1, 4)}
+    assert times == pytest.approx([1000 * call_s] * 2)
