@@ -263,6 +263,11 @@ def _check_zero(zero: dict[str, Any], problems: list[Problem], on_this_machine: 
         elif on_this_machine and device == "nvme" and not Path(str(zero[block].get("nvme_path") or "-")).is_dir():
             remedy = "there is no such folder; name one on a local NVMe disk"
             problems.append(Problem(f"zero_optimization.{block}.nvme_path", zero[block].get("nvme_path"), remedy))
+    is_on_disk = isinstance(zero.get("offload_param"), dict) and zero["offload_param"].get("device") == "nvme"
+    if is_on_disk and zero.get("stage3_max_reuse_distance") != 0:
+        remedy = "must be 0 with parameters on NVMe: each that stays gathered between two uses keeps one of the buffers"
+        found = zero.get("stage3_max_reuse_distance")
+        problems.append(Problem("zero_optimization.stage3_max_reuse_distance", found, remedy))
     for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if on_this_machine and zero.get(name) and not torch.cuda.is_available():
             problems.append(Problem(f"zero_optimization.{name}", True, "quantised communication needs a CUDA device"))

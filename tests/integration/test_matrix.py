@@ -56,6 +56,25 @@ def test_offloading_to_the_cpu(base, tmp_path, shrink):  # noqa: F811
     assert report["status"] == "complete" and report["zero_stage"] == 3
 
 
+def test_offloading_to_a_disk(base, tmp_path):  # noqa: F811
+    """The configuration for NVMe on a folder of this machine, with smaller buffers; DeepSpeed compiles what reads and writes.
+
+    What a rank has of a matrix reaches the disk from a MiB on.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("needs libaio to build on: Debian's libaio-dev")
+    tiny_folder(base / "wide", "llama", hidden_size=512, intermediate_size=2048)
+    values = json.loads((ROOT / "ds_configs" / "zero3_offload_nvme.json").read_text())
+    values["zero_optimization"]["offload_param"] |= {"nvme_path": str(tmp_path), "buffer_size": 2_000_000}
+    (tmp_path / "nvme.json").write_text(json.dumps(values))
+    report = run(base, tmp_path / "out", model_type="wide", ds_config=tmp_path / "nvme.json", shrink="always")
+    assert report["status"] == "complete" and report["memory"]["live_tensor_bytes"]["after_shrink"]
+    swapped = list(tmp_path.glob("zero_stage_3/*/rank1/*.swp"))
+    assert len(swapped) >= 9 and all(file.stat().st_size >= 2**20 for file in swapped)
+
+
 @pytest.mark.parametrize("budget", ["params", "macs"])
 @pytest.mark.parametrize("sparsity", [0.2, 0.8, 0.95])
 def test_every_sparsity(base, tmp_path, sparsity, budget):  # noqa: F811

@@ -169,6 +169,11 @@ def ds(tmp_path, values, *argv, world_size=2):
             "zero_optimization.offload_param.nvme_path",
         ),
         (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/"}}},
+            [],
+            "zero_optimization.stage3_max_reuse_distance",
+        ),
+        (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
             [],
             "zero_optimization.offload_optimizer.device",
