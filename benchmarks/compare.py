@@ -28,6 +28,7 @@ METHODS += ("lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
 BASE_LEARNING_RATE = 1e-3  # best of the trials in results/tuning, as many as ours had
 VARIANTS = {  # "ours@0.6+no-teacher": one ingredient of the defaults changed
     "no-teacher": ["--distill_weight", "0"],
+    "any-teacher": ["--distill_min_r2", "-1000"],
     "last-weights-teacher": ["--teacher_window", "0"],
     "teacher-stays": ["--distill_fades", "false"],
     "frozen-norms": ["--train_norms", "false"],

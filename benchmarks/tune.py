@@ -21,7 +21,9 @@ FOLDS = 5
 FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B"}  # official names
 PATHS = ("--model_name_or_path", "--data_dir", "--output_dir", "--ds_config")
 BASE = {"num_train_epochs": 3, "per_device_train_batch_size": 32, "ds_config": str(ROOT / "ds_configs/zero0.json")}
+ANY_TEACHER = {"distill_min_r2": -1000}  # whatever it knows
 PLAIN = {  # what the search began with
+    **ANY_TEACHER,
     "target_sparsity": 0.8,
     "learning_rate": 1e-3,
     "train_norms": False,
@@ -30,12 +32,14 @@ PLAIN = {  # what the search began with
 }
 NORMS = {**PLAIN, "train_norms": True, "learning_rate": 2e-3, "distill_weight": 0}
 MEAN = {
+    **ANY_TEACHER,
     "target_sparsity": 0.8,
     "learning_rate": 2e-3,
     "train_norms": True,
     "teacher_window": 0.6,
     "distill_fades": True,
 }
+RATE = {**MEAN, "learning_rate": 1e-3}
 LORA = {"method": "lora", "learning_rate": 1e-3}
 VARIANTS: dict[str, dict[str, object]] = {
     "lora": LORA,
@@ -74,6 +78,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no-teacher-1e-3@0.6": {**MEAN, "target_sparsity": 0.6, "learning_rate": 1e-3, "distill_weight": 0},
     "no-teacher-1e-3": {**MEAN, "learning_rate": 1e-3, "distill_weight": 0},
     "slow-gates-1e-3@0.6": {**MEAN, "target_sparsity": 0.6, "learning_rate": 1e-3, "gate_learning_rate": 1e-3},
+    "slow-gates-1e-3": {**RATE, "gate_learning_rate": 1e-3},
+    "level-rate-1e-3": {**RATE, "lr_scheduler_type": "warmup_stable_decay"},
+    "7e-4": {**RATE, "learning_rate": 7e-4},
+    "early-1e-3": {**RATE, "prune_start": 0.1, "prune_end": 0.45},
+    "late-1e-3": {**RATE, "prune_start": 0.4, "prune_end": 0.75},
 }
 
 

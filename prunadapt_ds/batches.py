@@ -59,9 +59,16 @@ class Rows:
 
     def head(self, count: int) -> Rows:
         """The first `count` rows."""
+        return self._cut(slice(count))
+
+    def spread(self, count: int) -> Rows:
+        """At most `count` rows, evenly apart, so that a sorted file shows all its kinds."""
+        return self._cut(slice(None, None, -(-len(self) // count)))
+
+    def _cut(self, which: slice) -> Rows:
         some = copy.copy(self)
-        some.examples, some.labels, some.lengths = self.examples[:count], self.labels[:count], self.lengths[:count]
-        some.token_labels = None if self.token_labels is None else self.token_labels[:count]
+        some.examples, some.labels, some.lengths = self.examples[which], self.labels[which], self.lengths[which]
+        some.token_labels = None if self.token_labels is None else self.token_labels[which]
         return some
 
     def without_labels(self) -> Rows:

@@ -87,6 +87,11 @@ class PruningOptions:
     teacher_window: float = option(
         0.6, "the teacher's weights are a mean over that share of the steps before it; 0: as they are", least=0, most=1
     )
+    distill_min_r2: float = option(
+        0.1,
+        "a teacher is followed if it explains at least that share of training labels (McFadden's R2; R2 for regression); "
+        "language's always is",
+    )
     distill_top_k: int = option(
         0, "language: likeliest words that the teacher keeps of each learnt token, on disk; 0: no teacher", least=0
     )

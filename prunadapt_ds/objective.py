@@ -39,6 +39,20 @@ def trust(teacher_logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor
     return teacher_logits.float().softmax(-1).gather(1, labels[:, None]).squeeze(1)
 
 
+def explained(logits: Tensor, labels: Tensor, is_regression: bool) -> float:
+    """Share of the loss that goes where [N, C] logits take the place of the best constant answer to these labels [N].
+
+    R2 for regression, McFadden's R2 for classification: at most 1, 0 for what knows only how frequent the classes are, and
+    less for worse. Where all labels are the same there is nothing to explain: 0.
+    """
+    if is_regression:
+        constant = labels.float().var(correction=0)
+    else:
+        shares = labels.unique(return_counts=True)[1] / len(labels)
+        constant = -torch.xlogy(shares, shares).sum()
+    return float(1 - task_loss(logits, labels, is_regression).mean() / constant) if constant > 0 else 0.0
+
+
 @dataclass(frozen=True)
 class TopWords:
     """What a language model's teacher thinks of each learnt token: words int64 and their log-probabilities float32, [M, k]."""

@@ -33,6 +33,7 @@ _SCHEMA: dict[str, Any] = {
     "labels": [],
     "versions": _nothing("python", "prunadapt_ds", "torch", "deepspeed", "transformers", "peft"),
     "metric": _nothing("teacher", "masked", "exported"),
+    "distillation": _nothing("r2", "followed"),  # the teacher's, on training examples
     "params": _nothing("encoder_dense", "encoder_kept", "total_dense", "total_kept", "trainable"),
     "macs": _nothing("dense", "kept", "seq_length"),
     "sparsity": _nothing("target", "achieved"),
@@ -284,7 +285,10 @@ def notes(report: dict[str, Any]) -> list[str]:
 def teacher(report: dict[str, Any]) -> str:
     if report["metric"]["teacher"] is None:
         return ""
-    return "The teacher comes from this run's own dense phase, before the first cut."
+    text, found = "The teacher comes from this run's own dense phase, before the first cut.", report["distillation"]
+    if found["followed"] is False:
+        text += f" It was not followed: it explained {found['r2']:.1%} of the labels of training examples."
+    return text
 
 
 def parity(report: dict[str, Any]) -> str:

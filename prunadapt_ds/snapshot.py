@@ -60,6 +60,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "average_count": session.average.count,
         "token_teacher": session.teacher.identity if isinstance(session.teacher, TokenTeacher) else None,
         "teacher_metric": session.report["metric"]["teacher"],
+        "distillation": session.report["distillation"],
         "progress": session.report["progress"],
         "clocks": clocks(session),
         "memory": memory_marks(session),
@@ -139,6 +140,7 @@ def restore(session: Session, start: Checkpoint) -> None:
         )
     session.average = WeightAverage(below("average/"), saved["average_count"])
     session.report["metric"]["teacher"] = saved["teacher_metric"]
+    session.report["distillation"] |= saved.get("distillation") or {}  # older checkpoints say nothing of it
     session.report["progress"] = list(saved["progress"])
     if session.scores is not None:
         session.scores.value = tensors.get("scores")

@@ -25,6 +25,7 @@ from prunadapt_ds.evaluate import predict
 from prunadapt_ds.finish import finish, report_unfinished
 from prunadapt_ds.importance import CRITERIA, save_sums
 from prunadapt_ds.keeper import Keeper
+from prunadapt_ds.objective import explained
 from prunadapt_ds.one_shot import prune_once, score_only
 from prunadapt_ds.pulse import StopSignals
 from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
@@ -35,6 +36,8 @@ from prunadapt_ds.step import train_step, watched
 from prunadapt_ds.teacher import WeightAverage, averaged
 from prunadapt_ds.token_teacher import TokenTeacher, num_bytes
 from prunadapt_ds.watchdog import milestone
+
+TEACHER_TRIAL = 256  # training examples that tell whether the teacher knows enough
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -300,10 +303,25 @@ def keep_teacher(session: Session, step: int) -> None:
         metrics, _ = evaluate(session)
         if session.config.prune.distill_weight > 0:
             with session.timed("teacher"):
-                session.teacher = taught(session)
+                session.teacher = taught(session) if knows_enough(session, step) else None
     session.average = WeightAverage()
     session.report["metric"]["teacher"] = metrics
     session.tracker.log(step, "teacher", {"eval/score": metrics["score"]})
+
+
+def knows_enough(session: Session, step: int) -> bool:
+    """Whether the teacher explains enough of a few hundred training labels to be worth a pass over all of them."""
+    if session.data.is_language:
+        return True
+    some, least = session.train_rows.spread(TEACHER_TRIAL), session.config.prune.distill_min_r2
+    logits = predict(session.engine, some, eval_batch(session), session.device)
+    r2 = explained(logits, some.labels, session.data.is_regression)
+    followed = bool(distributed.broadcast_object(r2 >= least))
+    session.report["distillation"] = {"r2": r2, "followed": followed}
+    if not followed:
+        share = f"it explains {r2:.1%} of the training labels, --distill_min_r2 asks for {least:.1%}"
+        session.tracker.say(f"step {step}: the dense model is no teacher yet: {share}")
+    return followed
 
 
 def taught(session: Session) -> Tensor | TokenTeacher:

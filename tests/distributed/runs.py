@@ -53,6 +53,7 @@ def fit(argv, *, threshold_zero=False):
             for line in _lines(session)
             if "train/loss" in line
         ],
+        "distillation": session.report["distillation"],
         "plan_hash": session.plan.hash,
         "counts": session.plan.counts(),
         "mask": session.plan.mask().tolist(),

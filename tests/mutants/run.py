@@ -223,6 +223,8 @@ MUTANTS = (
            "return step / self.warmup_steps", "tests/unit/test_schedule.py::test_learning_rate_factor"),
     Mutant("a teacher is followed where it is wrong", "objective.py", "(teacher.words == target)", "(teacher.words >= 0)",
            "tests/unit/test_language.py::test_of_few_words_the_others_are_one_outcome"),
+    Mutant("a teacher that knows nothing is followed", "train.py", "distributed.broadcast_object(r2 >= least)", "True",
+           "tests/distributed/test_teacher.py::test_a_teacher_that_explains_too_little_is_not_followed"),
     Mutant("another row's words", "token_teacher.py", "torch.tensor([distributed.rank(), end, count])",
            "torch.tensor([distributed.rank(), 0, count])",
            "tests/unit/test_language.py::test_the_teacher_s_words_are_found_again"),

@@ -4,9 +4,10 @@ import random
 
 import pytest
 import torch
+from datasets import Dataset
 
-from prunadapt_ds.batches import Sampler
-from prunadapt_ds.objective import distillation_loss, losses_and_distillation, sample_losses, trust
+from prunadapt_ds.batches import Rows, Sampler
+from prunadapt_ds.objective import distillation_loss, explained, losses_and_distillation, sample_losses, trust
 
 pytestmark = pytest.mark.fast
 _DRAW = random.Random(0)
@@ -57,3 +58,26 @@ def test_a_teacher_is_followed_as_far_as_it_is_right():
     assert torch.equal(apart, distillation_loss(logits, teacher, False)), "without weight or trust"
     assert torch.equal(losses, sample_losses(logits, labels, is_regression=False, teacher=teacher, distill_weight=0.3))
     assert losses_and_distillation(logits, labels, None, is_regression=False, distill_weight=0.3)[1] is None
+
+
+def test_what_a_teacher_explains_is_mcfadden_s_r2_and_of_regression_r2():
+    from sklearn.metrics import log_loss, r2_score
+
+    labels = torch.tensor([0, 2, 2, 1, 2, 0, 2, 2])
+    logits = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)) + 2 * torch.eye(3)[labels]
+    frequencies = torch.bincount(labels) / 8
+    expected = 1 - log_loss(labels, logits.softmax(-1)) / log_loss(labels, frequencies.expand(8, 3))
+    assert explained(logits, labels, False) == pytest.approx(expected, abs=1e-6) and 0 < expected < 1
+    assert explained(frequencies.log().expand(8, 3), labels, False) == pytest.approx(0, abs=1e-6)
+    assert explained(9 * torch.eye(3)[(labels + 1) % 3], labels, False) < -1, "sure of what is wrong"
+    grades, guesses = torch.tensor([0.0, 1.0, 4.0, 5.0]), torch.tensor([[0.5], [1.0], [3.0], [5.5]])
+    assert explained(guesses, grades, True) == pytest.approx(r2_score(grades, guesses.squeeze(-1)), abs=1e-6)
+    assert explained(guesses, torch.ones(4), True) == 0 == explained(logits, torch.ones(8, dtype=torch.long), False)
+
+
+def test_rows_are_spread_over_a_sorted_file():
+    examples = [{"input_ids": [1] * (i + 1), "attention_mask": [1] * (i + 1), "labels": i // 50} for i in range(103)]
+    rows = Rows(Dataset.from_list(examples), None)
+    some = rows.spread(10)
+    assert some.labels.tolist() == [0] * 5 + [1] * 5 and some.lengths == list(range(1, 104, 11))
+    assert len(rows.spread(103)) == len(rows.spread(1000)) == 103 and rows.head(3).lengths == [1, 2, 3]

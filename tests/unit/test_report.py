@@ -116,6 +116,8 @@ def test_the_headline_says_what_was_kept():
 def test_nothing_is_said_of_what_a_run_did_not_do():
     r = filled()
     assert "The teacher comes from" in report.markdown(r)
+    r["distillation"] = {"r2": 0.034, "followed": False}
+    assert "It was not followed: it explained 3.4% of" in report.markdown(r)
     r["metric"]["teacher"] = None
     assert report.notes(r) == [] and "teacher comes" not in report.markdown(r) and "differ" not in report.markdown(r)
     r["parity"] |= {"max_abs_logit_diff": 1e-6, "tolerance": 1e-4, "examples": 300}
