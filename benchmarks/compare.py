@@ -27,10 +27,10 @@ METHODS = ("peft", "fisher@0.6", "ours@0.6", "fisher@0.8", "ours@0.8", "ours@0.5
 METHODS += ("lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
 BASE_LEARNING_RATE = 1e-3  # best of the trials in results/tuning, as many as ours had
 VARIANTS = {  # "ours@0.6+no-teacher": one ingredient of the defaults changed
-    "no-teacher": ["--distill_weight", "0"],
-    "any-teacher": ["--distill_min_r2", "-1000"],
-    "last-weights-teacher": ["--teacher_window", "0"],
-    "teacher-stays": ["--distill_fades", "false"],
+    "teacher": ["--distill_weight", "0.5"],
+    "any-teacher": ["--distill_weight", "0.5", "--distill_min_r2", "-1000"],
+    "last-weights-teacher": ["--distill_weight", "0.5", "--teacher_window", "0"],
+    "teacher-stays": ["--distill_weight", "0.5", "--distill_fades", "false"],
     "frozen-norms": ["--train_norms", "false"],
     "no-gates": ["--gate_learning_rate", "1e-9"],
     "newest-scores": ["--score_ema", "0"],
@@ -53,7 +53,7 @@ def options_of(method: str) -> list[str]:
     options = ["--target_sparsity", sparsity]
     if name in ONE_CUT:  # plain LoRA, one cut, plain LoRA
         options += ["--criterion", name, "--prune_start", "0.3", "--prune_end", "0.5", "--num_decisions", "1"]
-        options += ["--distill_weight", "0", "--gate_learning_rate", "1e-9", "--shrink", "always"]
+        options += ["--gate_learning_rate", "1e-9", "--shrink", "always"]
         options += ["--train_norms", "false"]
     return options + (VARIANTS[variant] if variant else [])
 

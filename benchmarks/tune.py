@@ -21,7 +21,7 @@ FOLDS = 5
 FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B"}  # official names
 PATHS = ("--model_name_or_path", "--data_dir", "--output_dir", "--ds_config")
 BASE = {"num_train_epochs": 3, "per_device_train_batch_size": 32, "ds_config": str(ROOT / "ds_configs/zero0.json")}
-ANY_TEACHER = {"distill_min_r2": -1000}  # whatever it knows
+ANY_TEACHER = {"distill_weight": 0.5, "distill_min_r2": -1000}  # whatever it knows
 PLAIN = {  # what the search began with
     **ANY_TEACHER,
     "target_sparsity": 0.8,

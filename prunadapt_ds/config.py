@@ -83,7 +83,12 @@ class PruningOptions:
         0.5, "decay of the moving average of scores over decisions; 0: newest only", least=0, below=1
     )
     gate_learning_rate: float = option(1e-2, "peak learning rate of the gates", above=0)
-    distill_weight: float = option(0.5, "weight of the run's own dense model as teacher; 0: off", least=0, most=1)
+    distill_weight: float = option(
+        0.0,
+        "weight of the run's own dense model as teacher, 0.5 for one; 0: off; 0.5 with --distill_top_k",
+        least=0,
+        most=1,
+    )
     teacher_window: float = option(
         0.6, "the teacher's weights are a mean over that share of the steps before it; 0: as they are", least=0, most=1
     )
@@ -326,8 +331,10 @@ def _language_problems(config: Config) -> list[Problem]:
 
 def _resolve(config: Config) -> None:
     """Fill in the defaults that depend on other options."""
-    if config.data.task_type == "causal_lm" and not config.prune.distill_top_k:
-        config.prune.distill_weight = 0.0
+    if (
+        config.prune.distill_top_k and "distill_weight" not in config.given
+    ):  # whoever says how many words wants a teacher
+        config.prune.distill_weight = 0.5
     if config.prune.target_speedup is not None:
         config.prune.target_sparsity, config.prune.budget = 1 - 1 / config.prune.target_speedup, "latency"
     if config.prune.method == "prunadapt" and config.prune.target_sparsity is None:

@@ -134,7 +134,7 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
         decides = pruning is not None and pruning.decides_at(done)
         keeper.step_done(losses, settle=decides)
         milestone(f"step-{done}")
-        if pruning and pruning.averages_at(done, config.prune.teacher_window):
+        if pruning and config.prune.distill_weight and pruning.averages_at(done, config.prune.teacher_window):
             with session.timed("teacher"):
                 session.average.add(session.engine)
         if pruning and decides:

@@ -52,6 +52,7 @@ def arguments(folder, output, *, stage=3, batch=4, zero=None, **options):
         "logging_steps": 1,
         "num_decisions": 2,
         "learning_rate": 3e-3,
+        "distill_weight": 0.5,
         "distill_min_r2": -1000,  # after a few steps no teacher knows anything: these follow it all the same
         **options,
     }
