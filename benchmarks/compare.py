@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--table_only", action="store_true")
     parser.add_argument("--readme", action="store_true", help="put the table into README.md between its marks")
     args = parser.parse_args()
+    args.work_dir = args.work_dir.resolve()  # each run has a working directory of its own
     if args.data_dir:
         args.data_dir = str(Path(args.data_dir).resolve())
     args.results.mkdir(parents=True, exist_ok=True)
