@@ -35,6 +35,7 @@ def language_arguments(tmp_path, model_type, suffix="jsonl", **options):
             "max_steps": 8,
             "target_sparsity": 0.65,
             "shrink": "always",
+            "distill_weight": 0.5 if options.get("distill_top_k") else 0,
             **options,
         },
     )
