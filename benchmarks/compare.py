@@ -26,7 +26,7 @@ from ranks import ROOT, deepspeed
 METHODS = ("peft", "fisher@0.6", "ours@0.6", "fisher@0.8", "ours@0.8", "ours@0.5", "ours@0.9", "ours@0.95")
 METHODS += ("lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
 BASE_LEARNING_RATE = 1e-3  # best of the trials in results/tuning, as many as ours had
-VARIANTS = {  # "ours@0.6+no-teacher": one ingredient of the defaults changed
+VARIANTS = {  # "ours@0.6+teacher": one ingredient of the defaults changed
     "teacher": ["--distill_weight", "0.5"],
     "any-teacher": ["--distill_weight", "0.5", "--distill_min_r2", "-1000"],
     "last-weights-teacher": ["--distill_weight", "0.5", "--teacher_window", "0"],

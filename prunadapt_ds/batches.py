@@ -12,6 +12,7 @@ waits for it.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,16 +60,17 @@ class Rows:
 
     def head(self, count: int) -> Rows:
         """The first `count` rows."""
-        return self._cut(slice(count))
+        return self._pick(range(min(count, len(self))))
 
-    def spread(self, count: int) -> Rows:
-        """At most `count` rows, evenly apart, so that a sorted file shows all its kinds."""
-        return self._cut(slice(None, None, -(-len(self) // count)))
+    def sample(self, count: int) -> Rows:
+        """At most `count` rows, drawn at random (files may be sorted, or their labels alternate), the same on every rank."""
+        return self._pick(sorted(random.Random(0).sample(range(len(self)), min(count, len(self)))))
 
-    def _cut(self, which: slice) -> Rows:
+    def _pick(self, positions: Sequence[int]) -> Rows:
         some = copy.copy(self)
-        some.examples, some.labels, some.lengths = self.examples[which], self.labels[which], self.lengths[which]
-        some.token_labels = None if self.token_labels is None else self.token_labels[which]
+        some.examples, some.lengths = [self.examples[i] for i in positions], [self.lengths[i] for i in positions]
+        some.labels = self.labels[list(positions)]
+        some.token_labels = None if self.token_labels is None else [self.token_labels[i] for i in positions]
         return some
 
     def without_labels(self) -> Rows:

@@ -313,7 +313,7 @@ def knows_enough(session: Session, step: int) -> bool:
     """Whether the teacher explains enough of a few hundred training labels to be worth a pass over all of them."""
     if session.data.is_language:
         return True
-    some, least = session.train_rows.spread(TEACHER_TRIAL), session.config.prune.distill_min_r2
+    some, least = session.train_rows.sample(TEACHER_TRIAL), session.config.prune.distill_min_r2
     logits = predict(session.engine, some, eval_batch(session), session.device)
     r2 = explained(logits, some.labels, session.data.is_regression)
     followed = bool(distributed.broadcast_object(r2 >= least))

@@ -75,9 +75,12 @@ def test_what_a_teacher_explains_is_mcfadden_s_r2_and_of_regression_r2():
     assert explained(guesses, torch.ones(4), True) == 0 == explained(logits, torch.ones(8, dtype=torch.long), False)
 
 
-def test_rows_are_spread_over_a_sorted_file():
-    examples = [{"input_ids": [1] * (i + 1), "attention_mask": [1] * (i + 1), "labels": i // 50} for i in range(103)]
+@pytest.mark.parametrize("label", [lambda i: i // 50, lambda i: i % 2], ids=["sorted", "alternating"])
+def test_a_sample_of_rows_has_all_kinds(label):
+    examples = [{"input_ids": [1] * (i + 1), "attention_mask": [1] * (i + 1), "labels": label(i)} for i in range(100)]
     rows = Rows(Dataset.from_list(examples), None)
-    some = rows.spread(10)
-    assert some.labels.tolist() == [0] * 5 + [1] * 5 and some.lengths == list(range(1, 104, 11))
-    assert len(rows.spread(103)) == len(rows.spread(1000)) == 103 and rows.head(3).lengths == [1, 2, 3]
+    some = rows.sample(20)
+    assert len(some) == 20 == len(set(some.lengths)) and 5 <= some.labels.sum() <= 15
+    assert some.labels.tolist() == [label(length - 1) for length in some.lengths], "labels stay with their rows"
+    assert some.lengths == rows.sample(20).lengths, "on every rank"
+    assert rows.sample(100).lengths == rows.sample(1000).lengths == rows.lengths and rows.head(3).lengths == [1, 2, 3]
