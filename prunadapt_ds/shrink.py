@@ -44,6 +44,11 @@ def shrink(
     return smaller
 
 
+# Noise of a median of timed steps, as parts of it: what a machine's pace drifts by between two sizes, however many steps
+# were timed, and how much a single step differs from the next (padding, neighbours).
+DRIFT, SPREAD = 0.05, 0.2
+
+
 @dataclass
 class StepTimes:
     """Measured seconds of optimizer steps at the sizes a run has had. Size: multiply-accumulates of the blocks."""
@@ -59,20 +64,23 @@ class StepTimes:
         return (medians[0], medians[-1]) if medians else (None, None)
 
     def predict(self, size: int) -> float:
-        """Seconds of a step at another size: a fixed part and one that grows, the line nearest to the medians so far.
+        """Seconds of a step at another size: a fixed part and one that grows, fitted to the median of every size so far.
 
-        Each size counts as often as it was timed. Until two sizes have been, the whole step is taken to grow with the size:
-        the first rebuild is tried where it could pay, the later ones are judged by what it brought.
+        Before anything is known the whole step is taken to grow with the size, give or take half of it. So the first
+        rebuild is tried where it could pay, two sizes near each other, whose times differ by chance, change that little, and
+        sizes far apart decide.
         """
-        if len(self.seconds) == 1:
-            ((only, times),) = self.seconds.items()
-            return median(times) * size / only
-        sizes, counts = list(self.seconds), [len(times) for times in self.seconds.values()]
-        medians = [median(times) for times in self.seconds.values()]
-        mean_size, mean_seconds = (float(np.average(values, weights=counts)) for values in (sizes, medians))
-        away = np.array(sizes) - mean_size
-        per_unit = float(np.average(away * medians, weights=counts) / np.average(away**2, weights=counts))
-        return max(0.0, mean_seconds + max(0.0, per_unit) * (size - mean_size))
+        sizes, medians, counts = (np.array(row, float) for row in zip(*self._measured(), strict=True))
+        weights = 1 / (medians**2 * (DRIFT**2 + SPREAD**2 / counts))
+        mean_size, mean_seconds = np.average(sizes, weights=weights), np.average(medians, weights=weights)
+        expected = medians[0] / sizes[0]
+        prior = 1 / (expected / 2) ** 2
+        away = sizes - mean_size
+        per_unit = (prior * expected + weights @ (away * medians)) / (prior + weights @ away**2)
+        return max(0.0, float(mean_seconds + max(0.0, per_unit) * (size - mean_size)))
+
+    def _measured(self) -> list[tuple[int, float, int]]:
+        return [(size, median(times), len(times)) for size, times in self.seconds.items()]
 
 
 def pays_now(

@@ -80,6 +80,8 @@ MUTANTS = (
            "pass", "tests/unit/test_shrink.py::test_units_that_are_gone_stay_gone"),
     Mutant("rebuilds whatever it costs", "shrink.py", "return rebuild < keep", "return rebuild < float('inf')",
            "tests/unit/test_shrink.py::test_the_rebuilds_are_the_cheapest_of_all_ways"),
+    Mutant("near sizes decide as far ones do", "shrink.py", "prior = 1 / (expected / 2) ** 2", "prior = 1e-3 / expected**2",
+           "tests/unit/test_shrink.py::test_sizes_near_each_other_decide_little"),
     Mutant("steps differ by split", "batches.py", "whole = self.num_samples // self.samples_per_step",
            "whole = self.num_samples // self.samples_per_step - self.world_size",
            "tests/unit/test_batches.py::test_a_step_has_the_same_samples_for_every_split"),

@@ -47,14 +47,31 @@ def test_step_times_are_fitted_to_what_was_measured():
     for seconds in (1.0, 1.1, 9.0):  # a hiccup does not count
         times.add(100, seconds)
     assert times.predict(50) == pytest.approx(0.55)
-    times.add(60, 0.7)
-    assert times.predict(60) == pytest.approx(0.7)
-    assert times.predict(20) == pytest.approx(0.3)
-    times.add(20, 0.5)  # more than expected: the line goes between
-    assert 0.3 < times.predict(20) < 0.5 and times.predict(0) > 0
-    often = StepTimes({100: [1.0] * 50, 60: [0.6] * 50, 40: [0.7]})
-    assert often.predict(20) == pytest.approx(0.2, abs=0.05), "one odd step does not speak for a size"
-    assert StepTimes({100: [1.0], 60: [1.2]}).predict(20) == pytest.approx(1.1), "smaller was not faster"
+    for size in (40, 20):  # a step with a fixed part of 0.6
+        for _ in range(100):
+            times.add(size, 0.6 + 0.005 * size)
+    assert times.predict(40) == pytest.approx(0.8, rel=0.05)
+    assert times.predict(10) == pytest.approx(0.65, rel=0.05)
+
+
+def test_one_odd_step_does_not_speak_for_a_size():
+    unheard, once, often = (
+        StepTimes({100: [1.0] * 50, 60: [0.6] * 50} | odd).predict(20) for odd in ({}, {40: [0.7]}, {40: [0.7] * 50})
+    )
+    assert unheard == pytest.approx(0.2) and 0 < once - unheard < (often - unheard) / 2
+
+
+def test_sizes_near_each_other_decide_little():
+    near, far = StepTimes({100: [1.0] * 50, 85: [1.02] * 50}), StepTimes({100: [1.0] * 50, 40: [1.02] * 50})
+    assert near.predict(40) < 0.9, "what differs by chance between near sizes does not rule the next rebuild out"
+    assert far.predict(20) == pytest.approx(1.0, abs=0.05), "smaller was not faster"
+    assert StepTimes({100: [1.0] * 50, 60: [1.2] * 50}).predict(20) >= 1.0, "nor does smaller ever look slower"
+
+
+@pytest.mark.parametrize("unit", [1, 10**9])
+def test_predictions_do_not_hang_on_the_unit_of_size(unit):
+    times = StepTimes({100 * unit: [2.0] * 9, 60 * unit: [1.5] * 9})
+    assert times.predict(30 * unit) == pytest.approx(StepTimes({100: [2.0] * 9, 60: [1.5] * 9}).predict(30))
 
 
 def structure():
