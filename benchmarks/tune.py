@@ -40,6 +40,7 @@ MEAN = {
     "distill_fades": True,
 }
 RATE = {**MEAN, "learning_rate": 1e-3}
+TODAY = {"target_sparsity": 0.8}  # and the program's defaults
 LORA = {"method": "lora", "learning_rate": 1e-3}
 VARIANTS: dict[str, dict[str, object]] = {
     "lora": LORA,
@@ -83,6 +84,10 @@ VARIANTS: dict[str, dict[str, object]] = {
     "7e-4": {**RATE, "learning_rate": 7e-4},
     "early-1e-3": {**RATE, "prune_start": 0.1, "prune_end": 0.45},
     "late-1e-3": {**RATE, "prune_start": 0.4, "prune_end": 0.75},
+    "taylor-1e-3": {**TODAY, "criterion": "taylor"},
+    "outlier-1e-3": {**TODAY, "criterion": "outlier"},
+    "activation-norm-1e-3": {**TODAY, "criterion": "activation_norm"},
+    "uniform-1e-3": {**TODAY, "uniform": True},
 }
 
 
