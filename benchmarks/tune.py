@@ -84,10 +84,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     "7e-4": {**RATE, "learning_rate": 7e-4},
     "early-1e-3": {**RATE, "prune_start": 0.1, "prune_end": 0.45},
     "late-1e-3": {**RATE, "prune_start": 0.4, "prune_end": 0.75},
-    "taylor-1e-3": {**TODAY, "criterion": "taylor"},
-    "outlier-1e-3": {**TODAY, "criterion": "outlier"},
-    "activation-norm-1e-3": {**TODAY, "criterion": "activation_norm"},
-    "uniform-1e-3": {**TODAY, "uniform": True},
+    "level-rate-today": {**TODAY, "lr_scheduler_type": "warmup_stable_decay"},
+    "taylor-today": {**TODAY, "criterion": "taylor"},
+    "outlier-today": {**TODAY, "criterion": "outlier"},
+    "activation-norm-today": {**TODAY, "criterion": "activation_norm"},
+    "uniform-today": {**TODAY, "uniform": True},
 }
 
 
