@@ -60,7 +60,7 @@ class StepTimes:
 
     def ends(self) -> tuple[float | None, float | None]:
         """Median seconds of a step at the first size and at the last one; None where no step was timed."""
-        medians = [median(times) for times in self.seconds.values()]
+        medians = [seconds for _, seconds, _ in self._measured()]
         return (medians[0], medians[-1]) if medians else (None, None)
 
     def predict(self, size: int) -> float:
@@ -80,6 +80,7 @@ class StepTimes:
         return max(0.0, float(mean_seconds + max(0.0, per_unit) * (size - mean_size)))
 
     def _measured(self) -> list[tuple[int, float, int]]:
+        """(size, median seconds, number of steps) in the order in which the run had the sizes."""
         return [(size, median(times), len(times)) for size, times in self.seconds.items()]
 
 
