@@ -24,6 +24,7 @@ def prepare_environment() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if os.environ.get("DS_ACCELERATOR") == "cpu":  # torch must not see what DeepSpeed is told to leave alone
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large CPU tensors on huge pages: the heap wastes less
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")

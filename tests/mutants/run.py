@@ -282,6 +282,8 @@ MUTANTS = (
            "tests/unit/test_predict.py::test_inputs_are_cut_as_the_run_cut_them"),
     Mutant("a default of 0 is hidden", "options.py", "if o.default is not None and o.default is not False:",
            "if o.default not in (None, False):", "tests/unit/test_console.py::test_help_has_every_default"),
+    Mutant("small pages", "cli.py", '"THP_MEM_ALLOC_ENABLE", "1"', '"THP_MEM_ALLOC_ENABLE", "0"',
+           "tests/unit/test_console.py::test_large_tensors_rest_on_huge_pages"),
 )  # fmt: skip
 
 

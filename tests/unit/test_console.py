@@ -4,12 +4,13 @@ import ast
 import contextlib
 import fnmatch
 import importlib
+import os
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -48,6 +49,21 @@ def test_help_lists_every_command_and_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(f"\n  {name} " in done.stdout for name in NAMES)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+def test_large_tensors_rest_on_huge_pages():
+    code = (
+        "from prunadapt_ds.cli import prepare_environment; prepare_environment()\n"
+        "import torch; tensor = torch.zeros(4 << 20); at, here = tensor.data_ptr() + (4 << 20), False\n"
+        "for line in open('/proc/self/smaps'):\n"
+        "    first, *rest = line.split()\n"
+        "    if '-' in first: low, high = first.split('-'); here = int(low, 16) <= at < int(high, 16)\n"
+        "    elif here and first == 'VmFlags:': print('hg' in rest)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)
