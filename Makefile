@@ -66,7 +66,7 @@ tensorboard: $(INSTALLED)
 # Its theme announces its successor at every build, which says nothing about these pages.
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(INSTALLED)
-	$(RUN) mkdocs build --quiet
+	$(RUN) mkdocs build
 	@echo "site/index.html is there; to read it: make docs-serve"
 
 docs-serve: export NO_MKDOCS_2_WARNING := 1
@@ -74,7 +74,7 @@ docs-serve: $(INSTALLED)
 	$(RUN) mkdocs serve --quiet --dev-addr 127.0.0.1:8000
 
 clean:
-	rm -rf outputs site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
+	rm -rf site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
 
 tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

@@ -30,6 +30,7 @@ ELSEWHERE = {  # page of the site: the file it shows
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
 }
+LEAVING = re.compile(r"\[([^\]]*)\]\((?:benchmarks|tests|prunadapt_ds)/[^)]*\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -42,11 +43,14 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links that leave docs/ lead to the page that shows the same file."""
-    for page, path in ELSEWHERE.items():
-        markdown = markdown.replace(f"](../{path}", f"]({page}")
-    return markdown
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links that leave docs/ lead to the page that shows the same file; those of a file from outside lead to the site's pages,
+    or are text where the site has none."""
+    for shown, path in ELSEWHERE.items():
+        markdown = markdown.replace(f"](../{path}", f"]({shown}")
+    if page.file.src_uri not in ELSEWHERE:
+        return markdown
+    return LEAVING.sub(r"\1", markdown.replace("](docs/", "]("))
 
 
 def on_page_content(page_html: str, **_: Any) -> str:

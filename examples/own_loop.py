@@ -1,6 +1,6 @@
 """Pruning inside a training loop of your own: gates, scores, a global decision and export.
 
-deepspeed examples/own_loop.py            (two CPU ranks: deepspeed --num_accelerators 2 examples/own_loop.py)
+deepspeed examples/own_loop.py [MODEL [OUTPUT]]      (two CPU ranks: deepspeed --num_accelerators 2 examples/own_loop.py)
 """
 
 import sys
@@ -18,8 +18,9 @@ from prunadapt_ds.batches import Rows, Sampler  # noqa: E402
 from prunadapt_ds.budget import decide  # noqa: E402
 from prunadapt_ds.objective import task_loss  # noqa: E402
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "sample"
-OUTPUT = Path(sys.argv[2] if len(sys.argv) > 2 and not sys.argv[2].startswith("-") else "outputs/own_loop")
+ARGUMENTS = [word for word in sys.argv[1:] if not word.startswith("-")]  # the launcher puts --local_rank before them
+MODEL = ARGUMENTS[0] if ARGUMENTS else "sample"
+OUTPUT = Path(ARGUMENTS[1] if len(ARGUMENTS) > 1 else "outputs/own_loop")
 DS_CONFIG = {
     "train_micro_batch_size_per_gpu": 8,
     "gradient_accumulation_steps": 1,

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,20 +44,59 @@ class Batch:
         return Batch(moved, self.labels.to(device), self.index, self.weights.to(device))
 
 
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of whole numbers of unequal length, in one array: 4 bytes a number, where lists take ten times that.
+
+    values: int32 [sum of all lengths].  starts, lengths: int64 [N].
+    """
+
+    values: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    @staticmethod
+    def of(column: Any) -> Ragged:
+        """column: an Arrow array of lists."""
+        lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        values = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
+        return Ragged(values, np.cumsum(lengths) - lengths, lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> list[int]:
+        start = self.starts[row]
+        return self.values[start : start + self.lengths[row]].tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self[row] for row in range(len(self)))
+
+    def pick(self, rows: Sequence[int]) -> Ragged:
+        """Those rows, of the same array."""
+        return Ragged(self.values, self.starts[rows], self.lengths[rows])
+
+
 class Rows:
-    """Tokenised examples by position: `rows[[3, 7]]` collates them with dynamic padding."""
+    """Tokenised examples by position, collated with dynamic padding."""
 
     def __init__(self, dataset: Any, tokenizer: Any):
         self.tokenizer = tokenizer
-        self.columns = [c for c in ("input_ids", "attention_mask", "token_type_ids") if c in dataset.column_names]
-        self.examples: list[dict[str, Any]] = dataset.to_list()
-        labels = [row["labels"] for row in self.examples]
-        self.token_labels: list[list[int]] | None = labels if labels and isinstance(labels[0], list) else None
-        self.labels = torch.zeros(len(labels)) if self.token_labels else torch.tensor(labels)
-        self.lengths = [len(row["input_ids"]) for row in self.examples]
+        table = dataset.with_format("arrow")[:]
+        names = [c for c in ("input_ids", "attention_mask", "token_type_ids") if c in dataset.column_names]
+        self.tokens = {name: Ragged.of(table[name].combine_chunks()) for name in names}
+        self.lengths: list[int] = self.tokens["input_ids"].lengths.tolist()
+        labels = table["labels"]
+        is_of_tokens = hasattr(labels.type, "value_type")
+        self.token_labels = Ragged.of(labels.combine_chunks()) if is_of_tokens else None
+        self.labels = torch.zeros(len(labels)) if is_of_tokens else torch.tensor(labels.to_pylist())
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.labels)
+
+    def row(self, position: int) -> dict[str, list[int]]:
+        """One row's numbers, by model input."""
+        return {name: column[position] for name, column in self.tokens.items()}
 
     def head(self, count: int) -> Rows:
         """The first `count` rows."""
@@ -68,9 +108,11 @@ class Rows:
 
     def _pick(self, positions: Sequence[int]) -> Rows:
         some = copy.copy(self)
-        some.examples, some.lengths = [self.examples[i] for i in positions], [self.lengths[i] for i in positions]
-        some.labels = self.labels[list(positions)]
-        some.token_labels = None if self.token_labels is None else [self.token_labels[i] for i in positions]
+        positions = list(positions)
+        some.tokens = {name: column.pick(positions) for name, column in self.tokens.items()}
+        some.lengths = [self.lengths[i] for i in positions]
+        some.labels = self.labels[positions]
+        some.token_labels = None if self.token_labels is None else self.token_labels.pick(positions)
         return some
 
     def without_labels(self) -> Rows:
@@ -88,7 +130,7 @@ class Rows:
 
     def inputs(self, positions: Sequence[int]) -> dict[str, Tensor]:
         """Model inputs of these rows, padded to the longest of them and on to a multiple of 8."""
-        rows = [{c: self.examples[i][c] for c in self.columns} for i in positions]
+        rows = [self.row(i) for i in positions]
         padded = self.tokenizer.pad(
             rows, padding="longest", pad_to_multiple_of=PAD_TO_MULTIPLE_OF, return_tensors="pt", verbose=False
         )
@@ -121,6 +163,11 @@ class Sampler:
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_samples // self.samples_per_step)
+
+    def samples_before(self, step: int) -> int:
+        """How many samples the optimizer steps before `step` have seen."""
+        epochs, position = divmod(step, self.steps_per_epoch)
+        return epochs * self.num_samples + position * self.samples_per_step
 
     def step_samples(self, step: int) -> list[int]:
         """All samples of optimizer step `step`, on all ranks."""

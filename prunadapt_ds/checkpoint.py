@@ -44,6 +44,11 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
 
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run that wrote it."""
+        return self.folder.parent.parent
+
     def tensors(self) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 

@@ -52,7 +52,9 @@ class DataOptions:
     max_seq_length: int = option(
         128, "tokens; longer inputs are truncated (a folder that is scored: as in the run that wrote it)", least=4
     )
-    max_train_samples: int | None = option(None, "train on that many examples only, chosen by the seed", least=1)
+    max_train_samples: int | None = option(
+        None, "train on that many examples only, chosen by the seed (of language the first)", least=1
+    )
     max_eval_samples: int | None = option(None, "evaluate on the first that many examples of each set", least=1)
 
 
@@ -206,8 +208,8 @@ class Config:
 
     @property
     def uses_sample(self) -> bool:
-        """Whether model or task are the built-in ones because nothing else was named."""
-        return not self.given & {"model_name_or_path", "task_name", "train_file"}
+        """Whether the task is the built-in one because nothing else was named."""
+        return not self.given & {"task_name", "train_file"}
 
     def to_dict(self) -> dict[str, Any]:
         """All options by section."""

@@ -24,7 +24,7 @@ from prunadapt_ds.errors import LaunchError, PrunadaptError, RanksDisagree, User
 
 T = TypeVar("T")
 
-TIMEOUT = datetime.timedelta(minutes=int(os.environ.get("PRUNADAPT_TIMEOUT_MINUTES", "60")))
+TIMEOUT_MINUTES = 60  # of a collective
 
 
 def init() -> None:
@@ -36,6 +36,7 @@ def init() -> None:
 
     if dist.is_initialized():
         return
+    launchers.check_settings(os.environ)
     place = launchers.find(os.environ)
     os.environ.update(place.variables())
     store = launchers.rendezvous(place)
@@ -47,8 +48,12 @@ def init() -> None:
     else:
         use_local_threads()
     dist.init_process_group(
-        backend, store=store, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT, device_id=gpu
+        backend, store=store, rank=place.rank, world_size=place.world_size, timeout=_timeout(), device_id=gpu
     )
+
+
+def _timeout() -> datetime.timedelta:
+    return datetime.timedelta(minutes=launchers.number(os.environ, (launchers.TIMEOUT_VARIABLE,), TIMEOUT_MINUTES))
 
 
 def start_deepspeed() -> None:
@@ -61,7 +66,7 @@ def start_deepspeed() -> None:
     if not torch.cuda.is_available():
         free_compiler_lock(compiler_lock())
     backend = get_accelerator().communication_backend_name()
-    deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, timeout=_timeout(), verbose=False)
     # The first engine would copy the group, and while it is copied a rank that dies is waited for half an hour. The group
     # itself does, and on an accelerator there is one communicator less.
     groups._WORLD_GROUP = dist.group.WORLD

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def examine(config: Config) -> Rank:
     """This rank, and what is wrong that it can see by itself."""
-    found = [*compiler_problems(), *folder_problems(Path(config.output.output_dir))]
+    found = [*compiler_problems(), *gpu_problems(), *folder_problems(Path(config.output.output_dir))]
     try:
         resolve_ds_config(config, distributed.world_size())
     except UserError as error:
@@ -107,6 +107,24 @@ def compiler_problems() -> list[str]:
     if shutil.which("ninja") is None:
         found.append("ninja is not on the PATH: pip install ninja, and start python from its environment")
     return found
+
+
+def gpu_problems() -> list[str]:
+    """GPUs that the host has and torch does not see: a run would go to the CPU without a word."""
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []  # none is what was asked for; DS_ACCELERATOR=cpu asks for it too
+    try:
+        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    count = sum(line.startswith("GPU ") for line in said.splitlines())
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPUs only"
+    remedy = "install a build of torch that fits the driver, or say DS_ACCELERATOR=cpu"
+    return (
+        [f"the host has {count} GPU(s) that torch {torch.__version__}, {built}, does not see: {remedy}"]
+        if count
+        else []
+    )
 
 
 def folder_problems(folder: Path) -> list[str]:

@@ -138,6 +138,12 @@ def resolve_ds_config(
     if not problems:
         _check_zero(zero, problems, on_this_machine)
         _resolve_batch(config, values, world_size, resolved, problems)
+        for name, stated, flag in (
+            ("gradient_clipping", values.get("gradient_clipping"), "max_grad_norm"),
+            ("optimizer.params.lr", adam.get("lr"), "learning_rate"),
+            ("optimizer.params.weight_decay", adam.get("weight_decay"), "weight_decay"),
+        ):
+            problems += _contradiction(config, flag, name, stated)
         _resolve_auto(values, "gradient_clipping", config.train.max_grad_norm, resolved, default=True)
         _resolve_auto(values["bf16"], "enabled", probe, resolved, prefix="bf16.")
         for name, size in (
@@ -273,6 +279,14 @@ def _check_zero(zero: dict[str, Any], problems: list[Problem], on_this_machine: 
             problems.append(Problem(f"zero_optimization.{name}", True, "quantised communication needs a CUDA device"))
 
 
+def _contradiction(config: Config, flag: str, name: str, stated: Any) -> list[Problem]:
+    """The problem of a field that states something else than the user's own option; no problem where either is silent."""
+    wanted = getattr(config.train, flag)
+    if flag not in config.given or stated in (None, AUTO, wanted):
+        return []
+    return [Problem(name, stated, f'contradicts --{flag} {wanted}; write "auto" in the file')]
+
+
 def _resolve_batch(
     config: Config, values: dict[str, Any], world_size: int, resolved: dict[str, Any], problems: list[Problem]
 ) -> None:
@@ -289,8 +303,8 @@ def _resolve_batch(
         elif not isinstance(stated, int) or isinstance(stated, bool) or stated < 1:
             problems.append(Problem(name, stated, 'must be a whole number of at least 1, or "auto"'))
             return
-        elif flag in config.given and stated != wanted:
-            problems.append(Problem(name, stated, f'contradicts --{flag} {wanted}; write "auto" in the file'))
+        else:
+            problems += _contradiction(config, flag, name, stated)
         sizes[name] = values[name]
     product = sizes["train_micro_batch_size_per_gpu"] * sizes["gradient_accumulation_steps"] * world_size
     stated = values.get("train_batch_size", AUTO)

@@ -280,11 +280,10 @@ class Reload:
         rows = next(iter(self.datasets.values()))
         return {
             "folder": str(self.folder.resolve()),
-            "rows": {
-                name: [{c: row[c] for c in rows.columns} for row in rows.examples]
-                for name, rows in self.datasets.items()
+            "rows": {name: [rows.row(i) for i in range(len(rows))] for name, rows in self.datasets.items()},
+            "labels": {
+                n: list(rows.token_labels) for n, rows in self.datasets.items() if rows.token_labels is not None
             },
-            "labels": {n: rows.token_labels for n, rows in self.datasets.items() if rows.token_labels is not None},
             "auto_class": self.adapter_of["auto_class"] if self.adapter_of else auto_class_of(self.folder),
             "needs_remote_code": self.needs_remote_code,
             "pad_token_id": rows.tokenizer.pad_token_id,

@@ -44,11 +44,12 @@ def finish(
 ) -> None:
     """Score, export, reload in a fresh process, compare, report. `stop_if_asked` is called where a run may be left.
 
-    `facts`: of the report, known better than this session can, as that the run is not complete.
+    `facts`: of the report, where another process has trained: what that was, and that the run is not complete.
     """
     watchdog.rest()
     milestone("finish/begin")
-    session.note_peak()
+    if facts is None:
+        session.note_peak()
     masked_metrics, masked = evaluate(session)
     watchdog.rest()
     session.tracker.log(session.total_steps, "finish", {"eval/score": masked_metrics["score"]})
@@ -72,12 +73,10 @@ def finish(
             session.backbone, base, session.lora_targets, session.config.lora, folder.parent / "adapter"
         )
     describe(session)
-    session.report |= {"status": "complete", **(facts or {})}  # the cards say so
+    session.report["status"] = "complete"  # the cards say so
+    for name, fact in (facts or {}).items():
+        session.report[name] = {**session.report[name], **fact} if isinstance(fact, dict) else fact
     session.report["metric"]["masked"] = masked_metrics
-    session.report["exports"] = {
-        kind: {"path": str(Path("exports") / kind), "needs_remote_code": needs_remote_code and kind == "compact"}
-        for kind in formats_of(session)
-    }
     milestone("export/end")
     stop_if_asked()
     watchdog.rest()
@@ -177,6 +176,10 @@ def prove(
             f"the export's logits differ by {difference:.2e} from the trained model's; allowed is {tolerance:.2e}"
         )
     result["metric"]["exported"] = measures(session, exported.logits)
+    result["exports"] = {
+        kind: {"path": str(Path("exports") / kind), "needs_remote_code": needs_remote_code and kind == "compact"}
+        for kind in formats_of(session)
+    }
     model = config.model.model_name_or_path
     base = card.stated(model)
     for kind in formats_of(session):
@@ -184,9 +187,10 @@ def prove(
 
 
 def parity(reference: dict[str, Tensor], exported: export.Reloaded) -> dict[str, float]:
-    return export.compare_logits(
-        {name: (logits, exported.logits[name][: len(logits)]) for name, logits in reference.items()}
-    )
+    """Of the rows that both have answered: one of the two may have been asked for the first ones only."""
+    pairs = {name: (logits, exported.logits[name]) for name, logits in reference.items()}
+    shared = {name: min(len(logits) for logits in pair) for name, pair in pairs.items()}
+    return export.compare_logits({name: (a[: shared[name]], b[: shared[name]]) for name, (a, b) in pairs.items()})
 
 
 def write_format(session: Session, kind: str, compact: Path) -> export.Reload:
@@ -279,7 +283,7 @@ def describe(session: Session) -> None:
         "shrink_s": seconds.get("shrink"),
         "checkpoint_s": seconds.get("checkpoint"),
         "steps": steps,
-        "samples_per_s": steps * session.sampler.samples_per_step / train_s if train_s else None,
+        "samples_per_s": session.sampler.samples_before(steps) / train_s if train_s else None,
         "dense_step_s": dense_step,
         "last_step_s": last_step,
         "dense_step_cpu_s": dense_cpu if on_cpu else None,
@@ -295,7 +299,7 @@ def describe(session: Session) -> None:
 def text_of(session: Session, name: str, index: int) -> str:
     """What a validation example reads, its first words."""
     if session.data.is_language:  # its rows are stretches of the text, not lines of the file
-        tokens = session.validation_rows[name].examples[index]["input_ids"]
+        tokens = session.validation_rows[name].row(index)["input_ids"]
         return session.backbone.tokenizer.decode(tokens, skip_special_tokens=True)[:200]
     row = session.data.validation[name][index]
     return " / ".join(str(row[key])[:200] for key in ("sentence1", "sentence2", "text") if row.get(key))

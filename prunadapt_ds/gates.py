@@ -5,7 +5,7 @@ Legend: B samples, T tokens, U units of a sub-layer, W width of a unit.
     y[b,t,u,:] = x[b,t,u,:] * g[u] * m[u]          g = 1 + delta (trained), m in {0, 1} (decided)
 
 The backward pass of the same product yields, besides the gradients, the exact gradient of every sample's own loss with
-respect to every mask entry (section 3 of the design; Michel et al., arXiv 1905.10650, for heads):
+respect to every mask entry (for heads: Michel et al., arXiv 1905.10650):
 
     d[b,u] = sum_{t,w} x[b,t,u,w] * g[u] * dL/dy[b,t,u,w]
 

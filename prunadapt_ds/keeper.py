@@ -11,6 +11,7 @@ from collections import deque
 import torch
 
 from prunadapt_ds import distributed, resume, watchdog
+from prunadapt_ds.checkpoint import Checkpoint
 from prunadapt_ds.errors import Interrupted, PrunadaptError
 from prunadapt_ds.pulse import Pulse, StopSignals
 from prunadapt_ds.session import Session
@@ -23,13 +24,14 @@ SHARE_OF_TIME = 0.01  # of a run that saving may take at the default interval
 class Keeper:
     """Belongs to one session. Every public method is collective."""
 
-    def __init__(self, session: Session, signals: StopSignals):
+    def __init__(self, session: Session, signals: StopSignals, start: Checkpoint | None = None):
         self.session, self.signals = session, signals
         self.pulse = Pulse(4, session.device)
         self.recent: deque[tuple[int, StepLosses]] = deque(maxlen=2)
         self.stops = self.due = False
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self.saved_step: int | None = session.step or None
+        self.newest = start.folder if start else None
 
     def step_done(self, losses: StepLosses, *, settle: bool) -> None:
         """After an optimizer step. What it brought is heard of one step later, or with `settle` at once.
@@ -62,7 +64,7 @@ class Keeper:
         if self.saved_step == session.step:
             return
         start = time.monotonic()
-        resume.save(session)
+        self.newest = resume.save(session)
         self.saved_step, self.due = session.step, False
         self.saved_at, self.save_seconds = time.monotonic(), time.monotonic() - start
 
@@ -104,16 +106,14 @@ class Keeper:
         )
 
     def _where(self) -> str:
-        if self.saved_step is None:
-            return "there is no checkpoint yet"
-        root = resume.root_of(self.session.config)
-        return f"the last checkpoint is {root / f'step-{self.saved_step}'}"
+        return f"the last checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
 
     def _leave_if_asked(self) -> None:
         if not self.stops:
             return
         name = next((name for name in distributed.all_gather_objects(self.signals.name) if name), "a signal")
+        again = "" if self.session.config.output.resume in ("auto", "never") else " with --resume auto"
         raise Interrupted(
             f"stopped by {name} after step {self.session.step} of {self.session.total_steps}; {self._where()}; "
-            "the same command goes on from there"
+            f"the same command{again} goes on from there"
         )

@@ -23,6 +23,8 @@ from prunadapt_ds.cli import STARTED
 from prunadapt_ds.errors import LaunchError, Problem
 
 RENDEZVOUS_VARIABLE = "PRUNADAPT_RENDEZVOUS_SECONDS"
+TIMEOUT_VARIABLE = "PRUNADAPT_TIMEOUT_MINUTES"
+SETTINGS = (RENDEZVOUS_VARIABLE, TIMEOUT_VARIABLE, "PRUNADAPT_STUCK_SECONDS")  # a whole number each; docs/operations.md
 RENDEZVOUS_SECONDS = 25  # from the start of the program: a failed launch is known of within half a minute
 LEAST_RENDEZVOUS_SECONDS = 8  # from when this rank is ready
 LAUNCHER_VARIABLE = "PRUNADAPT_LAUNCHER"
@@ -72,6 +74,14 @@ def find(environ: Mapping[str, str]) -> Place:
 def number(environ: Mapping[str, str], names: tuple[str, ...], default: int = 0) -> int:
     """The first of the variables that is set and a whole number: for use before, or without, a checked `Place`."""
     return next((int(environ[name]) for name in names if environ.get(name, "").isdecimal()), default)
+
+
+def check_settings(environ: Mapping[str, str]) -> None:
+    """Raises LaunchError for every one that is set to something else than a whole number of at least 1."""
+    found = [(name, environ[name]) for name in SETTINGS if name in environ]
+    wrong = [(name, value) for name, value in found if not value.isdecimal() or not int(value)]
+    if wrong:
+        raise LaunchError([Problem(name, value, "must be a whole number of at least 1") for name, value in wrong])
 
 
 class _Reader:

@@ -55,15 +55,22 @@ def return_freed() -> None:
 
 
 class SavedActivations:
-    """Counts the tensors autograd keeps for the backward pass: distinct storages that belong to no parameter.
+    """Counts the tensors autograd keeps for a backward pass: distinct storages that belong to no parameter.
+
+    `bytes` is the most of any stretch that was watched, a forward and a backward pass each: the addresses of one are used
+    again in the next.
 
     Tensors of the meta device count like real ones. Of a recomputed block its inputs are
     seen, and not what it saves while it is computed again.
     """
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self._most = self._now = 0
         self._seen: set[int] = set()
+
+    @property
+    def bytes(self) -> int:
+        return max(self._most, self._now)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         is_parameter = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
@@ -71,13 +78,15 @@ class SavedActivations:
         identity = storage.data_ptr() or storage._cdata
         if not is_parameter and identity not in self._seen:
             self._seen.add(identity)
-            self.bytes += storage.nbytes()
+            self._now += storage.nbytes()
         return tensor
 
     @contextmanager
-    def watch(self) -> Iterator[SavedActivations]:
+    def watch(self) -> Iterator[None]:
+        self._most, self._now = self.bytes, 0
+        self._seen.clear()
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
-            yield self
+            yield
 
 
 def parameter_bytes(model: nn.Module) -> int:

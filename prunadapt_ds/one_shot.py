@@ -12,8 +12,8 @@ from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Batch, Rows, Sampler
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.importance import WindowSums, save_sums
-from prunadapt_ds.resize import resize
 from prunadapt_ds.session import Session, attach_gates, build_engine
+from prunadapt_ds.shrink import cut
 from prunadapt_ds.step import train_step
 
 
@@ -82,7 +82,8 @@ def prune_once(session: Session) -> None:
     show(session, window)
     with session.timed("shrink"):
         gates.detach(loaded.model)
-        resize(loaded.model, loaded.layout, session.plan, editing=engines.rewriting)
+        session.note_peak()
+        cut(loaded.model, loaded.layout, session.plan)
         session.present = session.plan
     session.recorder = None
     session.rank_per_layer = selection.rank_per_layer

@@ -73,6 +73,9 @@ def run(argv: list[str]) -> str:
     for name, choices in (("dtype", ("bf16", "fp32")), ("task_type", TASK_TYPES)):
         if getattr(values, name) not in choices:
             problems.append(Problem(name, getattr(values, name), f"must be one of {', '.join(choices)}"))
+    is_language = values.task_type == "causal_lm"
+    if is_language:  # a run needs files; a plan reads none
+        rest = ["--train_file", "any.txt", "--validation_file", "any.txt", *rest, "--task_type", "causal_lm"]
     try:
         config = parse(rest)
     except UserError as error:
@@ -86,8 +89,6 @@ def run(argv: list[str]) -> str:
         problems.append(Problem("adapter_name_or_path", config.lora.adapter_name_or_path, remedy))
     if problems:
         raise UserError(problems)
-    if values.task_type == "causal_lm":
-        config.data.task_type, config.prune.distill_weight = values.task_type, 0.0
     named = "ds_config" in config.given
     files = [Path(config.train.ds_config)] if named else sorted(resources.folder("ds_configs").glob("*.json"))
     if not files:
@@ -95,7 +96,7 @@ def run(argv: list[str]) -> str:
     model_config = read_config(
         config.model.model_name_or_path,
         own["num_labels"],
-        is_language=values.task_type == "causal_lm",
+        is_language=is_language,
         trust_remote_code=config.model.trust_remote_code,
     )
     fields = {f.name for f in dataclasses.fields(Machine)}

@@ -126,8 +126,8 @@ def plan(
         },
         "export_bytes": last.exported * {"float32": 4}.get(config.output.export_dtype, 2),
         "checkpoint_bytes": {"dense": first.trainable * per_master, "last": last.trainable * per_master},
-        "teacher_bytes": {  # in host memory, on every rank
-            "logits": 4 * train_examples * num_labels if is_averaged else 0,
+        "teacher_bytes": {  # in host memory, on every rank; a language teacher's answers lie on disk
+            "logits": 0 if config.data.task_type == "causal_lm" or not is_averaged else 4 * train_examples * num_labels,
             "mean_weights": MASTERS * first.trainable if is_averaged else 0,
         },
         "configs": configs,

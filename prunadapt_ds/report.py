@@ -198,7 +198,7 @@ def headline(report: Mapping[str, Any]) -> list[Row]:
         ("parameters", report["params"]["encoder_kept"], report["params"]["encoder_dense"], f"{dense}, blocks only"),
         ("MACs", report["macs"]["kept"], report["macs"]["dense"], dense),
         ("latency", latency["exported_ms"], latency["dense_ms"], f"{dense}, batch {latency['batch_size']}"),
-        ("training step", time["last_step_s"], time["dense_step_s"], "the last of the dense phase's"),
+        ("training step", time["last_step_s"], time["dense_step_s"], "of the dense model's"),
         ("memory", live["after_shrink"], live["dense"], "live bytes, of the dense phase's"),
     ]
     cards: list[Row] = _score_card(report)

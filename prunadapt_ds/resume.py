@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -114,9 +115,10 @@ def _refuse_run(run_dir: Path) -> Callable[[str], UserError]:
 
 def changes(now: Mapping[str, Any], before: Mapping[str, Any], where: str) -> list[Problem]:
     """A problem for every option that is not what it was."""
-    remedy = "the run in {} began with {!r}; give that, name another --output_dir, or start over with --resume never"
+    remedy = "the run in {} began with {!r}{}; give that, name another --output_dir, or start over with --resume never"
+    product = {"train_batch_size": " (ranks x --per_device_train_batch_size x --gradient_accumulation_steps)"}
     return [
-        Problem(name, value, remedy.format(where, before[name]))
+        Problem(name, value, remedy.format(where, before[name], product.get(name, "")))
         for name, value in now.items()
         if name in before and before[name] != value
     ]
@@ -135,6 +137,7 @@ def _find(config: Config, asked: dict[str, Any]) -> Start:
     if config.output.resume == "never" or config.prune.score_only:
         return Start(asked)
     if config.output.resume != "auto":
+        _refuse_another_run(Path(config.output.output_dir), asked)
         found, damaged = _given(Path(config.output.resume))
         start = Start(asked, found, notes=damaged)
     else:
@@ -148,6 +151,14 @@ def _find(config: Config, asked: dict[str, Any]) -> Start:
     if problems := changes(asked, start.checkpoint.state["options"], str(start.checkpoint.folder)):
         raise UserError(problems)
     return start
+
+
+def _refuse_another_run(output_dir: Path, asked: Mapping[str, Any]) -> None:
+    """A run that goes on from elsewhere must not take the folder of one that is not itself."""
+    with contextlib.suppress(*checkpoint.NOT_THERE, ValueError, RecursionError):
+        before = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+        if isinstance(before, dict) and (problems := changes(asked, before, str(output_dir))):
+            raise UserError(problems)
 
 
 def _newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -283,9 +294,12 @@ def save(session: Session) -> Path:
     return root / f"{checkpoint.PREFIX}{session.step}"
 
 
-def rebuild(session: Session, start: Checkpoint) -> None:
-    """Make a new session's model what it was at a checkpoint: its shape, and what training had learnt. Collective."""
+def rebuild(session: Session, start: Checkpoint, *, to_train: bool = True) -> None:
+    """Make a new session's model what it was at a checkpoint: its shape, and what training had learnt. Collective.
+
+    to_train: whether it goes on, and needs its teacher.
+    """
     add_trainables(session, cut_to=snapshot.plans(session, start.state))
-    snapshot.restore(session, start)
+    snapshot.restore(session, start, to_train=to_train)
     session.rebuilt = distributed.broadcast_object(noted_rebuilds(session.config)) | session.rebuilt
     write_latency(session)

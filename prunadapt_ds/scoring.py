@@ -61,6 +61,11 @@ def run(config: Config) -> dict[str, float]:
         remedy = f"has no meaning when a folder is scored; taken are {', '.join(sorted(OPTIONS))}"
         raise UserError([Problem(name, "given", remedy) for name in foreign])
     distributed.init()
+    if config.uses_sample and distributed.rank() == 0:
+        print(
+            "no task was named, so these are scores on the built-in sample; see --task_name, --train_file",
+            file=sys.stderr,
+        )
     is_language = config.data.task_type == "causal_lm"
     data = distributed.together(lambda: load_language(config.data) if is_language else load_task(config.data, 0))
     model, tokenizer = distributed.together(

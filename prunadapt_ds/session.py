@@ -23,9 +23,8 @@ from prunadapt_ds.evaluate import predict
 from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
 from prunadapt_ds.models.structure import layers_of
 from prunadapt_ds.report import LIVE_PARTS
-from prunadapt_ds.resize import resize
 from prunadapt_ds.schedule import default_learning_rate
-from prunadapt_ds.shrink import StepTimes
+from prunadapt_ds.shrink import StepTimes, cut
 from prunadapt_ds.teacher import WeightAverage
 from prunadapt_ds.token_teacher import TokenTeacher
 from prunadapt_ds.tracking import Tracker
@@ -185,7 +184,7 @@ def add_trainables(session: Session, cut_to: PruningPlan | None = None) -> None:
     if method == "prunadapt":
         attach_gates(session, config.prune.criterion)
     if cut_to is not None:
-        resize(loaded.model, loaded.layout, cut_to, editing=engines.rewriting)
+        cut(loaded.model, loaded.layout, cut_to)
         session.present = cut_to
         if session.recorder is not None:
             session.recorder.narrow(cut_to.mask())
@@ -203,7 +202,9 @@ def attach_gates(session: Session, criterion: str) -> None:
     loaded, config = session.backbone, session.config
     session.recorder = Recorder(
         loaded.structure.num_units,
-        activations=bool(FORWARD.keys() & set(CRITERIA[criterion].reads)) or config.prune.save_scores,
+        activations=config.prune.save_scores
+        or config.prune.score_only
+        or bool(FORWARD.keys() & set(CRITERIA[criterion].reads)),
         device=session.device,
         seed=config.train.seed,
     )

@@ -272,6 +272,7 @@ def tracker_of(
             folder,
             total_steps,
             enabled=True,
+            records=not config.prune.score_only,
             step=saved["step"] if saved else 0,
             metrics_bytes=saved["metrics_bytes"] if saved else 0,
             board_dir=Path(ds.board_dir) if ds.board_dir else None,
@@ -287,8 +288,8 @@ def announce(session: Session) -> None:
     config, ds, say = session.config, session.ds, session.tracker.say
     if config.uses_sample:
         say(
-            "Built-in sample: for real work name --model_name_or_path and --task_name "
-            "(with --data_dir for local GLUE files), or --train_file and --validation_file."
+            "No task was named, so this is the built-in sample, a generated one: for real work name --model_name_or_path and "
+            "--task_name (with --data_dir for local GLUE files), or --train_file and --validation_file."
         )
     resolved = ", ".join(f"{name}={value}" for name, value in ds.resolved.items()) or "nothing"
     say(f"{ds.path}: ZeRO stage {ds.stage}, {ds.dtype}, {distributed.world_size()} ranks; auto: {resolved}")

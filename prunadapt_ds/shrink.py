@@ -18,7 +18,7 @@ from prunadapt_ds import engine as engines
 from prunadapt_ds import memory, state
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.models.modeling_prunadapt import Layout
-from prunadapt_ds.resize import resize
+from prunadapt_ds.resize import Slices, resize
 
 
 def shrink(
@@ -35,13 +35,18 @@ def shrink(
     del engine
     gc.collect()
     memory.return_freed()
-    before = list(model.parameters())
-    slices = resize(model, layout, plan, present, engines.rewriting)
-    engines.release(before, model)  # whole sub-layers too
-    del before
+    slices = cut(model, layout, plan, present)
     smaller = build()
     state.restore(smaller, learnt.sliced(slices, set(state.trainable(model))))
     return smaller
+
+
+def cut(model: Any, layout: Layout, plan: PruningPlan, present: PruningPlan | None = None) -> Slices:
+    """Resize a sharded model that no engine holds, and free the shards of whatever it lost. Collective."""
+    before = list(model.parameters())
+    slices = resize(model, layout, plan, present, engines.rewriting)
+    engines.release(before, model)  # whole sub-layers too
+    return slices
 
 
 # Noise of a median of timed steps, as parts of it: what a machine's pace drifts by between two sizes, however many steps

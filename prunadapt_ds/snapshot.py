@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prunadapt_ds import distributed, gates, state, token_teacher
+from prunadapt_ds import engine as engines
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.checkpoint import Checkpoint
 from prunadapt_ds.errors import PrunadaptError
@@ -51,6 +52,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "identity": session.identity,
         "latency": session.latency,
         "world_size": distributed.world_size(),
+        "place": place(session),
         "optimizer_steps": learnt.steps,
         "plan": session.plan.kept,
         "present": session.present.kept,
@@ -94,6 +96,15 @@ def clocks(session: Session) -> dict[str, Any]:
     }
 
 
+def place(session: Session) -> dict[str, Any]:
+    """Of the report: where the run is trained, which whoever exports it later cannot see. Collective."""
+    return {
+        "zero_stage": session.ds.stage,
+        "device": distributed.device_name(session.device),
+        "memory": {"frozen_shard_bytes": int(distributed.dist_max(engines.frozen_shard_bytes(session.model)))},
+    }
+
+
 def memory_marks(session: Session) -> dict[str, Any]:
     return {
         "live": session.live_bytes,
@@ -119,8 +130,9 @@ def plans(session: Session, saved: Mapping[str, Any]) -> PruningPlan | None:
     return None if present.hash == PruningPlan.dense(structure).hash else present
 
 
-def restore(session: Session, start: Checkpoint) -> None:
-    """Put back what training had learnt into a session whose model has the right shape. Collective."""
+def restore(session: Session, start: Checkpoint, *, to_train: bool = True) -> None:
+    """Put back what training had learnt into a session whose model has the right shape; without `to_train` the teacher, which
+    may be large, stays where it is. Collective."""
     saved = start.state
     read: dict[str, Tensor] = {}
     distributed.on_rank_0(f"reading {start.folder}", lambda: read.update(start.tensors()))
@@ -134,10 +146,12 @@ def restore(session: Session, start: Checkpoint) -> None:
     gates.apply_mask(session.model, session.plan.mask()[session.present.mask()])
     session.step = saved["step"]
     session.teacher = tensors.get("teacher")
-    if saved["token_teacher"]:
-        session.teacher = distributed.together(
-            lambda: token_teacher.open_again(session.output_dir / token_teacher.FOLDER, saved["token_teacher"])
+    if saved["token_teacher"] and to_train:
+        folder = session.output_dir / token_teacher.FOLDER
+        distributed.on_rank_0(
+            f"copying the teacher to {folder}", lambda: token_teacher.bring(start.run_dir / folder.name, folder)
         )
+        session.teacher = distributed.together(lambda: token_teacher.open_again(folder, saved["token_teacher"]))
     session.average = WeightAverage(below("average/"), saved["average_count"])
     session.report["metric"]["teacher"] = saved["teacher_metric"]
     session.report["distillation"] |= saved.get("distillation") or {}  # older checkpoints say nothing of it
@@ -188,6 +202,7 @@ def restore_marks(session: Session, saved: Mapping[str, Any]) -> None:
     session.build_seconds, session.rebuild_seconds = times["build"], times["rebuild"]
     session.live_bytes, session.peak_bytes = dict(marks["live"]), dict(marks["peak"])
     session.live_parts, session.sent_bytes = dict(marks.get("parts", {})), dict(marks.get("sent", {}))
+    session.peak_bytes["after_shrink" if session.is_shrunk else "dense_phase"] = int(marks["now"])
     session.peak.reset()
     session.peak.before = int(marks["now"])
     if marks["micro_batch"] == session.sampler.micro_batch_size:

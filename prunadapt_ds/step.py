@@ -19,8 +19,15 @@ from prunadapt_ds.token_teacher import TokenTeacher
 StepLosses = list[tuple[list[int], Tensor]]  # by micro-batch: the samples, and the loss of each
 
 
-def train_step(session: Session, step: int, *, record: bool, distill_weight: float = 0.0) -> StepLosses:
-    """One optimizer step over all micro-batches; returns the samples of each and their losses.
+def train_step(
+    session: Session,
+    step: int,
+    *,
+    record: bool,
+    distill_weight: float = 0.0,
+    saved: memory.SavedActivations | None = None,
+) -> StepLosses:
+    """One optimizer step over all micro-batches; returns the samples of each and their losses. `saved` counts them one by one.
 
     The step's means on this rank's share join `session.losses`: float [3], the loss, the distance from the teacher, and 1 if
     there was one. They stay on the device: nobody waits for them before they are logged.
@@ -30,7 +37,8 @@ def train_step(session: Session, step: int, *, record: bool, distill_weight: flo
     seen: StepLosses = []
     for positions, weight in session.sampler.micro_batches(step):
         batch = session.train_rows.batch(positions, weight).to(session.device)
-        losses, distillation = forward_backward(session, batch, recorder, distill_weight)
+        with saved.watch() if saved else contextlib.nullcontext():
+            losses, distillation = forward_backward(session, batch, recorder, distill_weight)
         parts = (losses, distillation) if distillation is not None else (losses,)
         for place, values in enumerate(parts):
             means[place] += (values * batch.weights).sum() / session.sampler.accumulation_steps
@@ -75,19 +83,20 @@ def teacher_answers(session: Session, batch: Batch) -> Tensor | TopWords:
 
 
 @contextlib.contextmanager
-def watched(session: Session, step: int) -> Iterator[None]:
-    """Time a step; on the first with an engine, and on those with longer samples than before, count what autograd saves."""
+def watched(session: Session, step: int) -> Iterator[memory.SavedActivations | None]:
+    """Time a step; on the first with an engine, and on those with longer samples than before, have what autograd saves
+    counted instead, by what is handed out."""
     length = max(session.train_rows.lengths[i] for i in session.sampler.step_samples(step))
     if length <= session.watched_length:
         start, cpu_start = time.perf_counter(), time.process_time()
-        yield
+        yield None
         size = session.present.cost("macs")
         session.step_times.add(size, time.perf_counter() - start)
         session.step_cpu_times.add(size, time.process_time() - cpu_start)
         return
     saved = memory.SavedActivations()
-    with saved.watch():
-        yield
-    session.activation_bytes = saved.bytes // session.sampler.accumulation_steps
+    yield saved
+    is_first = session.watched_length == 0  # with this engine
+    session.activation_bytes = saved.bytes if is_first else max(saved.bytes, session.activation_bytes)
     session.note_live()
     session.watched_length = length

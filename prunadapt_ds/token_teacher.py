@@ -11,6 +11,7 @@ Legend: B samples, T tokens, V vocabulary, M learnt tokens of a batch, k words.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,13 @@ class TokenTeacher:
 
 def shard(rank: int) -> str:
     return f"rank-{rank}.safetensors"
+
+
+def bring(source: Path, folder: Path) -> None:
+    """Copy the teacher of a run that goes on in another folder than it was begun in. Raises OSError."""
+    if (source / INDEX).is_file() and not (folder / INDEX).exists():
+        with files.whole_folder(folder) as new:
+            shutil.copytree(source, new, dirs_exist_ok=True)
 
 
 def write(engine: Any, rows: Rows, k: int, batch_size: int, device: torch.device, folder: Path) -> TokenTeacher:

@@ -24,7 +24,8 @@ class Tracker:
     them under.
 
     A run that goes on at `step` keeps the first `metrics_bytes` of metrics.jsonl, which were written up to there. Raises
-    OSError where that file cannot be opened; without TensorBoard the run goes on.
+    OSError where that file cannot be opened; without TensorBoard the run goes on. Without `records` nothing is kept but what
+    the console shows.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Tracker:
         total_steps: int,
         *,
         enabled: bool,
+        records: bool = True,
         step: int = 0,
         metrics_bytes: int = 0,
         board_dir: Path | None = None,
@@ -46,15 +48,16 @@ class Tracker:
         output_dir.mkdir(parents=True, exist_ok=True)
         _quiet_writer_threads()
         self.total_steps = total_steps
-        self._file = (output_dir / "metrics.jsonl").open("ab", buffering=0)
-        self._file.truncate(min(metrics_bytes, self._file.tell()))
+        self._file = (output_dir / "metrics.jsonl" if records else Path(os.devnull)).open("ab", buffering=0)
+        if records:
+            self._file.truncate(min(metrics_bytes, self._file.tell()))
         shown = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not shown, file=sys.stderr)
         # Of `train > log` the log has the lines, the terminal the bar.
         self._lines = not (shown and sys.stdout.isatty())
         self._postfix: dict[str, str] = {}
         self._began = step, time.monotonic()
-        self._writer = self._new_writer(board_dir or output_dir / "runs", step)
+        self._writer = self._new_writer(board_dir or output_dir / "runs", step) if records else None
         self.show(board.begin)
 
     def _new_writer(self, folder: Path, step: int) -> Any:

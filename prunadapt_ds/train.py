@@ -62,7 +62,7 @@ def run(config: Config) -> dict[str, Any]:
         if config.prune.score_only:
             score_only(session)
             return session.report
-        keeper = Keeper(session, signals)
+        keeper = Keeper(session, signals, start.checkpoint)
         try:
             fit(session, keeper)
             finish(session, keeper.stop_if_asked)
@@ -121,15 +121,15 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
     config, keeper = session.config, keeper or Keeper(session, StopSignals())
     pruning = pruning_schedule(session)
     rates = learning_rate_schedule(session, pruning)
-    interval = _Interval(session.step * session.sampler.samples_per_step)
+    interval = _Interval(session.sampler.samples_before(session.step))
     say_what_will_happen(session, pruning)
     for step in range(session.step, session.total_steps):
         phase = pruning.phase(step) if pruning else "dense"
         learning_rates = engines.set_learning_rates(session.engine, rates.factor(step))
         record = pruning is not None and pruning.records_after(step)
-        with session.timed(f"{phase}_phase"), watched(session, step):
+        with session.timed(f"{phase}_phase"), watched(session, step) as saved:
             teaching = distill_weight(session, pruning, step)
-            losses = train_step(session, step, record=record, distill_weight=teaching)
+            losses = train_step(session, step, record=record, distill_weight=teaching, saved=saved)
         session.step = done = step + 1
         decides = pruning is not None and pruning.decides_at(done)
         keeper.step_done(losses, settle=decides)
@@ -167,7 +167,7 @@ def log_interval(
     learning_rates: dict[str, float],
 ) -> None:
     """What an interval looked like: to the tracker, and as a row of the report."""
-    step, rate = session.step, interval.rate(session.step * session.sampler.samples_per_step)
+    step, rate = session.step, interval.rate(session.sampler.samples_before(session.step))
     achieved, live, seconds = (
         session.plan.sparsity(session.config.prune.budget),
         session.live(),

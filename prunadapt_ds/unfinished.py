@@ -49,7 +49,8 @@ def is_exported(run_dir: Path, start: Checkpoint) -> bool:
     def look() -> bool:
         try:
             report = report_of(run_dir)
-            return "compact" in report["exports"] and report["time"]["steps"] == start.step
+            is_there = "compact" in report["exports"] and (run_dir / "plan.json").is_file()
+            return is_there and report["time"]["steps"] == start.step
         except (KeyError, TypeError):
             return False
 
@@ -69,10 +70,11 @@ def export(run_dir: Path, start: Checkpoint, dtype: str | None, *, trust_remote_
             lambda: resolve_ds_config(config, distributed.world_size(), lambda: saved["options"]["bf16"])
         )
         session = setup(config, saved, ds=ds, tracked=False)
-        resume.rebuild(session, start)
+        resume.rebuild(session, start, to_train=False)
         before = report_of(run_dir)
-        facts = {"status": "interrupted", "world_size": saved["world_size"]}
+        facts = {"status": "interrupted", "world_size": saved["world_size"], **saved.get("place", {})}
         facts |= {name: before.get(name) for name in ("launcher", "nodes", "command")}
+        facts["memory"] = facts.get("memory", {}) | {"peak_rank_bytes": session.peak_bytes}
         finish(session, facts=facts)
         if distributed.rank() == 0:
             score = session.report["metric"]["exported"]["score"]

@@ -68,11 +68,11 @@ is_taken() {
     (($? == 1)) # any other failure says that this file system cannot tell
 }
 
-# train OUTPUT_DIR [OPTION...]: one run on all nodes of the job. Sets `code`; leaves log.txt and exit_code in OUTPUT_DIR.
+# train OUTPUT_DIR [OPTION...]: one run on all nodes of the job. Sets `code` and `output`; leaves log.txt and exit_code in OUTPUT_DIR.
 train() {
-    local output="$1"
+    output="$1"
     shift
-    mkdir -p -- "$output" || fail "OUTPUT_ROOT: $output cannot be made"
+    mkdir -p -- "$output" || fail "$output cannot be made: set OUTPUT_DIR (of glue_all.sh OUTPUT_ROOT) to a folder that can"
     if is_taken "$output"; then
         code=2 # what the program says to it; the log and the exit code there are the other run's
         echo "error: $output: another run is writing there; wait for it, or end it" >&2
@@ -94,11 +94,11 @@ train() {
 
 # Exit code 75 means: stopped when asked to, start me again; a checkpoint is written if there were steps to save.
 requeue_and_exit() {
-    local job="$SLURM_JOB_ID" restarts="${SLURM_RESTART_COUNT:-0}"
-    [[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+    local job="$SLURM_JOB_ID" restarts="${SLURM_RESTART_COUNT:-0}" again="submit it again with OUTPUT_DIR=$output"
+    [[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" again="submit it again"
     # Cancelling sends TERM too, and SLURM would requeue a job that it is just ending.
     if [[ "$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null)" =~ JobState=(CANCELLED|COMPLETING) ]]; then
-        echo "job $job was cancelled; submit it again to go on from its checkpoint" >&2
+        echo "job $job was cancelled; $again to go on from its checkpoint" >&2
     elif ((restarts >= ${MAX_REQUEUES:-100})); then
         echo "job $job was requeued $restarts times, which is MAX_REQUEUES; it stays stopped" >&2
     elif scontrol requeue "$job"; then
@@ -107,7 +107,7 @@ requeue_and_exit() {
         sleep 60 &
         wait $!
     else
-        echo "job $job could not be requeued; submit it again to go on from its checkpoint" >&2
+        echo "job $job could not be requeued; $again to go on from its checkpoint" >&2
     fi
     exit 75
 }

@@ -7,6 +7,7 @@
 #SBATCH --output=slurm-%x-%j.out
 set -uo pipefail
 cd -- "${PROJECT_DIR:-${SLURM_SUBMIT_DIR:-$PWD}}" || exit 2
+[[ -f slurm/common.sh ]] || { echo "error: start this in the project's folder, or set PROJECT_DIR to it" >&2; exit 2; }
 source slurm/common.sh
 
 site_setup

@@ -51,7 +51,8 @@ if [[ "$SLURM_ARRAY_TASK_ID" == "$SLURM_ARRAY_TASK_MIN" && ! -e "$marker" ]]; th
         --output="$root/gather-%j.out" slurm/gather.sh)"; then
         printf '%s\n' "$gather" >"$marker" # after a requeue it is there already; where it could not be submitted, once more
     else
-        echo "no job to gather; afterwards run: bash slurm/gather.sh" >&2
+        printf 'no job to gather; afterwards run: TASKS=%q SEEDS=%q OUTPUT_ROOT=%q bash slurm/gather.sh\n' \
+            "${tasks[*]}" "${seeds[*]}" "$root" >&2
     fi
 fi
 

@@ -35,6 +35,12 @@ def load_language(config: Any) -> TaskData:
     if not problems and splits["train_file"].keys() != splits["validation_file"].keys():
         remedy = f"has columns {', '.join(splits['validation_file'])}, train_file {', '.join(splits['train_file'])}"
         problems.append(Problem("validation_file", config.validation_file, remedy))
+    for name in ("max_train_samples", "max_eval_samples"):
+        of = "train_file" if name == "max_train_samples" else "validation_file"
+        if getattr(config, name) is not None and Path(getattr(config, of)).suffix.lower() == ".txt":
+            problems.append(
+                Problem(name, getattr(config, name), f"{of} is one text; leave it out, or shorten the file")
+            )
     if problems:
         raise UserError(problems)
 

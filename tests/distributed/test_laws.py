@@ -103,7 +103,12 @@ def test_the_whole_head_trains(folder, tmp_path):
 @pytest.fixture(scope="module")
 def scores_of_one_rank(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("scores") / "out"
-    return run_ranks(runs.score, 1, arguments(folder, output, batch=8, save_scores=True))[0]
+    output.mkdir()
+    (output / "metrics.jsonl").write_text("of a run\n")
+    found = run_ranks(runs.score, 1, arguments(folder, output, batch=8))[0]
+    assert (output / "metrics.jsonl").read_text() == "of a run\n" and not (output / "runs").exists()
+    assert all(min(sums) > 0 for name, sums in found.items() if name != "sample_ids"), "those of every criterion"
+    return found
 
 
 @pytest.mark.parametrize(
@@ -120,7 +125,7 @@ def scores_of_one_rank(folder, tmp_path_factory):
     ids=["2x4", "1x4x2", "2x3x2", "checkpointing", "stage0", "idle-rank-stage1", "stage2"],
 )
 def test_scores_do_not_depend_on_the_split(folder, tmp_path, scores_of_one_rank, world_size, options):
-    found = run_ranks(runs.score, world_size, arguments(folder, tmp_path / "out", save_scores=True, **options))[0]
+    found = run_ranks(runs.score, world_size, arguments(folder, tmp_path / "out", **options))[0]
     assert found["count"] == scores_of_one_rank["count"] == [37.0]
     assert sorted(found["sample_ids"]) == list(range(37))
     for name in ("grad_sq", "grad_abs", "activation_abs"):

@@ -116,6 +116,12 @@ def test_a_killed_run_is_exported_from_its_newest_intact_checkpoint(remains):
     )
     reports.validate(report)
     assert report["status"] == "interrupted" and (report["time"]["steps"], report["world_size"]) == (2, 2)
+    place, peak = saved.state["place"], saved.state["memory"]["now"]
+    assert {name: report[name] for name in ("zero_stage", "device")} == {"zero_stage": 3, "device": place["device"]}
+    assert report["memory"]["frozen_shard_bytes"] == place["memory"]["frozen_shard_bytes"], (
+        "of two ranks, not of this one"
+    )
+    assert report["memory"]["peak_rank_bytes"] == {"dense_phase": peak, "after_shrink": None}
     assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
     assert set(report["exports"]) == {"compact"} == {p.name for p in (remains / "exports").iterdir()}
     plan = json.loads((remains / "plan.json").read_text())
@@ -128,6 +134,16 @@ def test_a_killed_run_is_exported_from_its_newest_intact_checkpoint(remains):
     assert after == before
     later = checkpoint.Checkpoint(saved.folder, 4, saved.state)
     assert unfinished.is_exported(remains, saved) and not unfinished.is_exported(remains, later)
+
+
+def test_stopped_before_the_proof_nothing_is_called_exported(base, tmp_path):
+    output = tmp_path / "out"
+    (ended,) = run(argv(base, output, max_steps=4, num_decisions=1), world_size=1, fault="SIGUSR1@export/end@0")
+    assert ended.code == 75 and json.loads((output / "report.json").read_text())["exports"] == {}, ended.text[-2000:]
+    (ended,) = run(["--run_dir", str(output), "--export_formats", "padded"], world_size=1)
+    report = json.loads((output / "report.json").read_text())
+    assert ended.code == 0 and report["status"] == "interrupted", ended.text[-2000:]
+    assert set(report["exports"]) == {"compact", "padded"} and report["metric"]["exported"]
 
 
 def damage(folder):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from prunadapt_ds import report as reports
+from prunadapt_ds.finish import PARITY_EXAMPLES
 from prunadapt_ds.models.families import FAMILIES
 from tests.conftest import ROOT
 from tests.distributed import runs
@@ -26,6 +27,7 @@ TRAINABLE = list(FAMILIES)
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     tiny_data(folder / "data", n_train=64, n_dev=300)
+    tiny_data(folder / "many", n_train=64, n_dev=PARITY_EXAMPLES + 9)
     tiny_data(folder / "numbers", n_train=40, n_dev=40, regression=True)
     for model_type in TRAINABLE:
         tiny_folder(folder / model_type, model_type)
@@ -87,18 +89,22 @@ def test_other_methods(base, tmp_path, method):
     assert report["exports"]["compact"]["needs_remote_code"] == (method == "tmp")
     exported = tmp_path / "out" / "exports" / "compact"
     assert encoder_parameters_in(exported) == report["params"]["encoder_kept"]
+    peaks = report["memory"]["peak_rank_bytes"]
+    assert peaks["dense_phase"] and bool(peaks["after_shrink"]) == (method == "tmp")
     if method == "full":
         assert report["params"]["trainable"] == report["params"]["total_dense"]
 
 
 def test_a_uniform_run_loads_with_stock_classes(base, tmp_path):
-    report = run(base, tmp_path / "out", model_type="llama", uniform=True, export_formats="padded", target_sparsity=0.6)
+    """With more rows than other folders than compact answer."""
+    options = {"uniform": True, "export_formats": "padded", "target_sparsity": 0.6, "data": "many"}
+    report = run(base, tmp_path / "out", model_type="llama", **options)
     assert report["exports"] == {
         kind: {"path": f"exports/{kind}", "needs_remote_code": kind == "compact"}
         for kind in ("compact", "padded", "uniform")
     }
     reports.validate(report)
-    assert report["parity"]["examples"] == 300
+    assert report["parity"]["examples"] in (PARITY_EXAMPLES, PARITY_EXAMPLES + 9)
     assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
     (counts,) = {(r["heads"], r["neurons"]) for r in report["structure"]}
     config = json.loads((tmp_path / "out" / "exports" / "uniform" / "config.json").read_text())

@@ -40,7 +40,13 @@ words, name = sys.argv[1:], os.path.basename(sys.argv[0])
 behind = [b for a, b in zip([name, *words], words) if a in ("prunadapt", "prunadapt_ds")]
 said = [*behind[:1], *[os.path.basename(w)[:-3] for w in words if w.startswith("launcher/")]]
 if said[:1] == ["train"]:
-    words += {short} + ([] if "--output_dir" in words else ["--resume", "never"])
+    folder = words[words.index("--output_dir") + 1] if "--output_dir" in words else "outputs"
+    with open("trained", "a+") as seen:  # what lies there is older than the page; what a line of the page left is not
+        seen.seek(0)
+        if folder + "\n" not in seen.readlines() and "--resume" not in words:
+            words += ["--resume", "never"]
+        seen.write(folder + "\n")
+    words += {short}
 if said[:1] in (["train"], ["evaluate"]) and "--task_name" in words and "--data_dir" not in words:
     words += ["--data_dir", "glue_data"]
 program = {programs!r} + "/" + name
@@ -81,7 +87,13 @@ def start(tmp_path_factory):
     ]
     argv += ["--model_name_or_path", str(folder / "bert-base-uncased"), "--output_dir", str(folder / "outputs")]
     assert run_ranks(runs.whole_run, 1, argv) == [0]
-    copies = ["mrpc/0.5", "rte/0.5", *(f"glue/{task}/seed{seed}" for task in ("mrpc", "rte") for seed in range(3))]
+    copies = [
+        "bert_mrpc",
+        "own",
+        "mrpc/0.5",
+        "rte/0.5",
+        *(f"glue/{task}/seed{seed}" for task in ("mrpc", "rte") for seed in range(3)),
+    ]
     for name in copies:
         shutil.copytree(folder / "outputs", folder / "copies" / name)
     for copy in (folder / "copies").iterdir():

@@ -273,6 +273,18 @@ DS_CASES = {
         {"train_micro_batch_size_per_gpu": 4},
         ("train_micro_batch_size_per_gpu", "contradicts --per_device_train_batch_size 8"),
     ),
+    "clipping against the option": (
+        {"gradient_clipping": 0.3},
+        ("gradient_clipping", 'contradicts --max_grad_norm 0.5; write "auto" in the file'),
+    ),
+    "rate against the option": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": "auto"}}},
+        ("optimizer.params.lr", "contradicts --learning_rate 0.001"),
+    ),
+    "decay against the option": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": 0.001, "weight_decay": 0.5}}},
+        ("optimizer.params.weight_decay", "contradicts --weight_decay 0.1"),
+    ),
     "batch that does not divide": ({"train_batch_size": 7}, ("train_batch_size", "8 x 1 x 1 = 8")),
     "batch is a text": ({"train_batch_size": "many"}, ("train_batch_size", "must be a whole number")),
     "accumulation of 0": ({"gradient_accumulation_steps": 0}, ("gradient_accumulation_steps", "at least 1")),
@@ -289,7 +301,8 @@ def test_ds_configs(base, place, case):
     values, expected = DS_CASES[case]
     text = values if isinstance(values, (str, bytes)) else json.dumps({**DS_CONFIG, **values})
     (place / "ds.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused(place, right(base, ds_config="ds.json", per_device_train_batch_size=8), expected)
+    options = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5}
+    refused(place, right(base, ds_config="ds.json", **options), expected)
 
 
 def test_a_ds_config_that_is_not_there(base, place):

@@ -37,6 +37,27 @@ def test_every_sample_comes_once_an_epoch_and_epochs_differ():
     assert first != second
 
 
+@pytest.mark.parametrize("size", [16, 203, 500])
+def test_samples_are_counted_as_they_come(size):
+    sampler, seen = Sampler(203, size, 1, 0, 1, 3, LENGTHS), 0
+    for step in range(30):
+        assert sampler.samples_before(step) == seen
+        seen += len(sampler.step_samples(step))
+
+
+def test_rows_are_those_of_the_dataset_in_one_array():
+    examples = [{"input_ids": [i] * n, "attention_mask": [1] * n, "labels": i} for i, n in enumerate((3, 0, 5, 1, 2))]
+    language = [{**row, "labels": [-100, *row["input_ids"]]} for row in examples]
+    chosen = [4, 1, 2]
+    for given in (examples, language):
+        rows = Rows(Dataset.from_list(given).select(chosen), None)
+        assert [rows.row(i)["input_ids"] for i in range(3)] == [given[i]["input_ids"] for i in chosen]
+        assert rows.lengths == [2, 0, 5] and rows._pick([2, 0]).row(0) == rows.row(2)
+        labels = rows.labels.tolist() if rows.token_labels is None else list(rows.token_labels)
+        assert labels == [given[i]["labels"] for i in chosen]
+        assert len(rows.head(2)) == 2 and rows.tokens["input_ids"].values.dtype == "int32"
+
+
 def test_samples_of_like_length_share_a_step():
     def padded(lengths):
         return sum(max(LENGTHS[i] for i in step) * len(step) for step in steps(lengths=lengths))

@@ -407,6 +407,19 @@ def test_changes_that_do_are_named_with_both_values(ds_config, name):
     (problem,) = resume.changes(now, before, "out")
     assert problem.field == name and problem.value == now[name] and repr(before[name]) in problem.remedy
     assert "--resume never" in problem.remedy
+    assert ("ranks x --per_device_train_batch_size x" in problem.remedy) is (name == "train_batch_size")
+
+
+def test_going_on_from_elsewhere_takes_no_other_runs_folder(tmp_path, ds_config):
+    mine, other = asked(ds_config()), asked(ds_config(), "--seed", "1")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(json.dumps(other))
+    argv = ["--output_dir", str(tmp_path / "out"), "--resume", str(tmp_path)]
+    with pytest.raises(UserError, match=r"seed=0: the run in .*out began with 1"):
+        resume._find(parse(argv), mine)
+    (tmp_path / "out" / "run.json").write_text(json.dumps(mine))
+    with pytest.raises(UserError, match="no intact checkpoint"):
+        resume._find(parse(argv), mine)
 
 
 def test_every_option_is_compared_or_free_for_a_reason(ds_config):

@@ -30,6 +30,7 @@ def test_tables_agree():
 def test_defaults():
     config = parse([])
     assert config.uses_sample and config.data.task_name == "sample"
+    assert parse(["--model_name_or_path", "x"]).uses_sample and not parse(["--task_name", "rte"]).uses_sample
     assert config.prune.target_sparsity == 0.5 and config.train.learning_rate is None
     assert json.dumps(config.to_dict())
 

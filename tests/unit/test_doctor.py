@@ -58,3 +58,22 @@ def test_what_a_rank_sees_by_itself(tmp_path, monkeypatch):
     assert doctor.folder_problems(tmp_path / "new" / "out") == [
         f"--output_dir {tmp_path / 'new' / 'out'}: {tmp_path} cannot be written to by this user"
     ]
+
+
+@pytest.mark.parametrize(
+    "visible, sees, said",
+    [(None, False, True), ("0,1", False, True), ("", False, False), ("-1", False, False), (None, True, False)],
+)
+def test_gpus_that_torch_does_not_see_are_told(tmp_path, monkeypatch, visible, sees, said):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: Large (UUID: GPU-1)'\necho 'GPU 1: Large (UUID: GPU-2)'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: sees)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = doctor.gpu_problems()
+    assert bool(found) is said and all("2 GPU(s)" in text and "DS_ACCELERATOR=cpu" in text for text in found)
+    program.unlink()
+    assert not doctor.gpu_problems()

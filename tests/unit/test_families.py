@@ -44,7 +44,7 @@ def test_logits_of_a_decoder_do_not_depend_on_the_padding(no_pad_token, model_ty
     rows = Rows(tokenize(data, tokenizer, TASKS["sst2"], 32), tokenizer)
     together = model(**rows.inputs(range(4))).logits
     for i in range(4):
-        alone = {k: torch.tensor([rows.examples[i][k]]) for k in rows.columns}
+        alone = {k: torch.tensor([numbers]) for k, numbers in rows.row(i).items()}
         torch.testing.assert_close(model(**alone).logits[0], together[i], rtol=1e-4, atol=1e-5)
     assert len({tuple(row.tolist()) for row in together}) > 2
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,7 @@ def run(monkeypatch):
 
     class Run:
         def __init__(self):
-            output = SimpleNamespace(checkpoint_steps=None, output_dir="out")
+            output = SimpleNamespace(checkpoint_steps=None, output_dir="out", resume="auto")
             self.now, self.save_takes, self.saved = 1000.0, 0.25, []
             self.session = SimpleNamespace(
                 step=0,
@@ -40,6 +41,7 @@ def run(monkeypatch):
         def save(self, session):
             self.now += self.save_takes
             self.saved.append(session.step)
+            return Path("out", "checkpoints", f"step-{session.step}")
 
         def step(self, losses=(0.5, 0.7), settle=False):
             self.session.step += 1
@@ -77,6 +79,15 @@ def test_a_stop_is_a_checkpoint_at_the_next_step(run):
     with pytest.raises(Interrupted, match=r"stopped by SIGUSR1 after step 7 of 1000.*step-7; the same command"):
         run.step()
     assert run.saved == [7]
+
+
+def test_a_run_that_was_told_where_to_begin_goes_on_from_its_own_checkpoints(run):
+    """The same command would go back to where it was told to begin."""
+    run.session.config.output.resume = "elsewhere/checkpoints/step-3"
+    run.keeper = Keeper(run.session, StopSignals(), SimpleNamespace(folder=Path("elsewhere", "checkpoints", "step-3")))
+    run.keeper.signals.name = "SIGUSR1"
+    with pytest.raises(Interrupted, match=r"elsewhere/checkpoints/step-3; the same command with --resume auto goes on"):
+        run.keeper.stop_if_asked()
 
 
 def test_after_the_last_step_a_stop_needs_no_step(run):

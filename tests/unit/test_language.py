@@ -27,6 +27,28 @@ def data_options(folder, suffix="jsonl"):
     return parse(["--task_type", "causal_lm", *files]).data
 
 
+def test_a_text_cannot_be_cut_by_examples(tmp_path):
+    options = data_options(tiny_instructions(tmp_path), "txt")
+    options.max_train_samples = options.max_eval_samples = 3
+    with pytest.raises(UserError) as refused:
+        load_language(options)
+    assert [p.field for p in refused.value.problems] == ["max_train_samples", "max_eval_samples"]
+
+
+def test_a_teacher_comes_along(tmp_path):
+    source, folder = tmp_path / "old" / "teacher", tmp_path / "new" / "teacher"
+    token_teacher.bring(source, folder)
+    assert not folder.exists(), "there is none"
+    source.mkdir(parents=True)
+    for name in ("rank-0.safetensors", token_teacher.INDEX):
+        (source / name).write_text(name)
+    token_teacher.bring(source, folder)
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {p.name: p.name for p in source.iterdir()}
+    (folder / token_teacher.INDEX).write_text("its own")
+    token_teacher.bring(source, folder)
+    assert (folder / token_teacher.INDEX).read_text() == "its own"
+
+
 @pytest.fixture
 def rows(tmp_path):
     tokenizer = tiny_tokenizer(tmp_path, of_decoder=True)
@@ -36,10 +58,10 @@ def rows(tmp_path):
 
 
 def test_only_responses_are_learnt(rows):
-    for row in rows.examples:
-        learnt = [label for label in row["labels"] if label >= 0]
-        assert row["input_ids"][-len(learnt) :] == learnt and learnt[-1] == rows.tokenizer.eos_token_id
-        assert row["labels"][: -len(learnt)] == [-100] * (len(row["labels"]) - len(learnt))
+    for row, labels in zip(rows.tokens["input_ids"], rows.token_labels, strict=True):
+        learnt = [label for label in labels if label >= 0]
+        assert row[-len(learnt) :] == learnt and learnt[-1] == rows.tokenizer.eos_token_id
+        assert labels[: -len(learnt)] == [-100] * (len(labels) - len(learnt))
         words = rows.tokenizer.decode(learnt[:-1]).split()
         assert set(words) <= {
             "sun",

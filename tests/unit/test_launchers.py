@@ -6,7 +6,9 @@ import pytest
 
 from prunadapt_ds.errors import LaunchError
 from prunadapt_ds.launchers import (
+    SETTINGS,
     Place,
+    check_settings,
     find,
     first_host,
     number,
@@ -14,6 +16,7 @@ from prunadapt_ds.launchers import (
     rendezvous_deadline,
     step_port,
 )
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.fast
 
@@ -116,3 +119,17 @@ def test_node_lists():
 
 def test_numbers_before_a_place_is_checked():
     assert number({"RANK": "x", "PMI_RANK": "2"}, ("RANK", "PMI_RANK")) == 2 and number({}, ("RANK",)) == 0
+
+
+def test_settings_are_checked_together():
+    check_settings({})
+    check_settings(dict.fromkeys(SETTINGS, "25"))
+    for wrong in ("2m", "-1", "0", "1.5", ""):
+        with pytest.raises(LaunchError) as caught:
+            check_settings(dict.fromkeys(SETTINGS, wrong))
+        assert [(p.field, p.value) for p in caught.value.problems] == [(name, wrong) for name in SETTINGS]
+
+
+def test_settings_are_documented():
+    text = (ROOT / "docs" / "operations.md").read_text()
+    assert all(f"| `{name}` |" in text for name in SETTINGS)

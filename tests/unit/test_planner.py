@@ -192,6 +192,17 @@ def test_the_program_on_a_config_file(tmp_path, capsys, monkeypatch):
     assert found["run"]["max_seq_length"] == 64 and len(found["configs"][0]["phases"]) == 9
 
 
+def test_a_teacher_of_language_is_counted_and_rests_on_disk(tmp_path, capsys):
+    file = tmp_path / "shape.json"
+    tiny_config("llama").to_json_file(file)
+    words = ("--model_name_or_path", str(file), "--task_type", "causal_lm", "--json")
+    without = json.loads(run(capsys, *words)[1])["teacher_bytes"]
+    code, out, _ = run(capsys, *words, "--distill_top_k", "16")
+    taught = json.loads(out)["teacher_bytes"]
+    assert code == 0 and without == {"logits": 0, "mean_weights": 0}
+    assert taught["logits"] == 0 and taught["mean_weights"] == 4 * json.loads(out)["model"]["trainable"]
+
+
 def test_mistakes_are_said_together(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     code, out, said = run(capsys, "--world_size", "0", "--flops", "fast", "--r", "0", "--dtype", "int8")
