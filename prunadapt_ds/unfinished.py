@@ -74,7 +74,6 @@ def export(run_dir: Path, start: Checkpoint, dtype: str | None, *, trust_remote_
         before = report_of(run_dir)
         facts = {"status": "interrupted", "world_size": saved["world_size"], **saved.get("place", {})}
         facts |= {name: before.get(name) for name in ("launcher", "nodes", "command")}
-        facts["memory"] = facts.get("memory", {}) | {"peak_rank_bytes": session.peak_bytes}
         finish(session, facts=facts)
         if distributed.rank() == 0:
             score = session.report["metric"]["exported"]["score"]

@@ -138,7 +138,7 @@ def check_launchers(base, out, report):
     shutil.rmtree(out / "exports" / "padded")
     (ended,) = Ranks(["--run_dir", str(out), "--export_formats", "padded"], 1).wait()
     assert ended.code == 0, ended.text[-2000:]
-    data = ["--train_file", base / "data" / "train.csv", "--validation_file", base / "data" / "validation.csv"]
+    data = ["--train_file", base / "many" / "train.csv", "--validation_file", base / "many" / "validation.csv"]
     for kind in ("compact", "padded", "uniform"):
         argv = ["--model_name_or_path", out / "exports" / kind, *data, "--max_seq_length", 32]
         assert run_ranks(runs.scored, 2, [str(a) for a in argv]) == [report["metric"]["exported"]] * 2
