@@ -32,7 +32,7 @@ from transformers import (  # noqa: E402
 from prunadapt_ds import adapters, backbone, distributed, memory  # noqa: E402
 from prunadapt_ds.batches import PAD_TO_MULTIPLE_OF  # noqa: E402
 from prunadapt_ds.config import parse  # noqa: E402
-from prunadapt_ds.data import compute_metrics, load_task, tokenize  # noqa: E402
+from prunadapt_ds.data import compute_metrics, load_metric, load_task, tokenize  # noqa: E402
 from prunadapt_ds.ds_config import fast_bf16  # noqa: E402
 from prunadapt_ds.models.layouts import family_of, layout_of  # noqa: E402
 
@@ -135,6 +135,7 @@ def main(argv):
         problem_type="regression" if data.is_regression else "single_label_classification",
     )
     torch.manual_seed(config.train.seed)
+    load_metric(data.task.name)  # as there, before memory is counted
     peak = memory.PeakMemory(distributed.device())
     dtype = torch.bfloat16 if bf16 else torch.float32
     attention = "sdpa" if cuda or not bf16 else "eager"

@@ -19,10 +19,9 @@ from prunadapt_ds import backbone, distributed, files
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import Config, DataOptions, parse
 from prunadapt_ds.data import (
-    compute_metrics,
-    compute_perplexity,
     load_language,
     load_task,
+    measures_of,
     tokenize,
     tokenize_language,
 )
@@ -78,9 +77,9 @@ def run(config: Config) -> dict[str, float]:
         )
     )
     model.to(distributed.device()).eval()
-    measures: dict[str, float] = {}
     is_given = "max_seq_length" in config.given
     longest = config.data.max_seq_length if is_given else scored_length(config.model.model_name_or_path)
+    logits, labels = {}, {}
     for name, split in data.validation.items():
         tokens = (
             tokenize_language(split, tokenizer, longest)
@@ -88,16 +87,10 @@ def run(config: Config) -> dict[str, float]:
             else tokenize(split, tokenizer, data.task, longest)
         )
         rows = Rows(tokens, tokenizer)
-        logits = predict(model, rows, config.train.per_device_eval_batch_size, distributed.device())
-        if is_language:
-            found = compute_perplexity(logits.numpy())
-        else:
-            found = compute_metrics(
-                data, in_order(logits, model.config.id2label, data.label_names).numpy(), rows.labels.numpy()
-            )
-        prefix = f"{name}/" if len(data.validation) > 1 else ""
-        measures |= {prefix + key: value for key, value in found.items() if key != "score"}
-    measures["score"] = sum(measures.values()) / len(measures)
+        found = predict(model, rows, config.train.per_device_eval_batch_size, distributed.device())
+        logits[name] = (found if is_language else in_order(found, model.config.id2label, data.label_names)).numpy()
+        labels[name] = rows.labels.numpy()
+    measures = distributed.on_rank_0("measuring", lambda: measures_of(data, logits, labels))
     if distributed.rank() == 0:
         print(json.dumps(measures))
     if "output_dir" in config.given:

@@ -17,7 +17,7 @@ from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.config import Config
-from prunadapt_ds.data import TaskData, compute_metrics, compute_perplexity
+from prunadapt_ds.data import TaskData, measures_of
 from prunadapt_ds.ds_config import DsConfig
 from prunadapt_ds.evaluate import predict
 from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
@@ -251,19 +251,10 @@ def evaluate(session: Session) -> tuple[dict[str, float], dict[str, Tensor]]:
             name: predict(session.engine, rows, eval_batch(session), session.device)
             for name, rows in session.validation_rows.items()
         }
-        with watchdog.resting():  # measures may load their libraries first
-            return measures(session, logits), logits
+        return distributed.on_rank_0("measuring", lambda: measures(session, logits)), logits
 
 
 def measures(session: Session, logits: dict[str, Tensor]) -> dict[str, float]:
-    """All measures of all validation sets, prefixed by the set's name where there are several, and their mean "score"."""
-    several = len(session.validation_rows) > 1
-    merged: dict[str, float] = {}
-    for name in session.validation_rows:
-        values = logits[name]
-        if session.data.is_language:
-            found = compute_perplexity(values.numpy())
-        else:
-            found = compute_metrics(session.data, values.numpy(), session.validation_rows[name].labels.numpy())
-        merged |= {f"{name}/{k}" if several else k: v for k, v in found.items() if k != "score"}
-    return {**merged, "score": sum(merged.values()) / len(merged)}
+    """The task's, of logits by validation set. Of one rank: the others need not load its libraries."""
+    rows = session.validation_rows
+    return measures_of(session.data, {n: logits[n].numpy() for n in rows}, {n: rows[n].labels.numpy() for n in rows})

@@ -6,6 +6,7 @@ All ranks get through setup together or not at all.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +22,7 @@ from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan, check_target
 from prunadapt_ds.config import Config
-from prunadapt_ds.data import TaskData, load_language, load_task, tokenize, tokenize_language
+from prunadapt_ds.data import TaskData, load_language, load_metric, load_task, tokenize, tokenize_language
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.importance import ScoreAverage
@@ -52,6 +53,7 @@ def setup(
     distributed.start_deepspeed()
     torch.manual_seed(config.train.seed)
     zero3 = engines.shard_while_loading(ds.values)
+    load_libraries(data)
     peak = memory.PeakMemory(device)
     loaded = distributed.together(lambda: load_model(config, ds, data))
     identity |= distributed.on_rank_0("reading the model's files", lambda: model_identity(config, given))
@@ -114,6 +116,14 @@ def read_data(config: Config) -> TaskData:
     if config.data.task_type == "causal_lm":
         return distributed.together(lambda: load_language(config.data))
     return distributed.together(lambda: load_task(config.data, config.train.seed))
+
+
+def load_libraries(data: TaskData) -> None:
+    """What measures and pictures need on rank 0, now: its memory is not counted as the model's, and neither waits for it."""
+    if distributed.rank() == 0:
+        importlib.import_module("matplotlib.figure")
+        if not data.is_language:
+            load_metric(data.task.name)
 
 
 def load_model(config: Config, ds: DsConfig, data: TaskData) -> backbone.Backbone:

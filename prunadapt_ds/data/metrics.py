@@ -9,7 +9,7 @@ import functools
 import os
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,17 @@ def compute_metrics(data: TaskData, logits: np.ndarray, labels: np.ndarray) -> d
     measured = load_metric(data.task.name).compute(predictions=predictions, references=labels)
     measures = {name: float(measured[name]) for name in data.task.metrics}
     return {**measures, "score": float(np.mean(list(measures.values())))}
+
+
+def measures_of(data: TaskData, logits: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """All measures of all development sets, prefixed by the set's name where there are several, and their mean "score".
+
+    By set: `logits` as of `compute_metrics`, of language as of `compute_perplexity`, which needs no `labels`."""
+    merged: dict[str, float] = {}
+    for name, values in logits.items():
+        found = compute_perplexity(values) if data.is_language else compute_metrics(data, values, labels[name])
+        merged |= {f"{name}/{k}" if len(logits) > 1 else k: v for k, v in found.items() if k != "score"}
+    return {**merged, "score": sum(merged.values()) / len(merged)}
 
 
 def compute_perplexity(sums: np.ndarray) -> dict[str, float]:
