@@ -284,6 +284,16 @@ MUTANTS = (
            "if o.default not in (None, False):", "tests/unit/test_console.py::test_help_has_every_default"),
     Mutant("small pages", "cli.py", '"THP_MEM_ALLOC_ENABLE", "1"', '"THP_MEM_ALLOC_ENABLE", "0"',
            "tests/unit/test_console.py::test_large_tensors_rest_on_huge_pages"),
+    Mutant("first rows compared with all", "finish.py", "{name: min(len(logits) for logits in pair)", "{name: len(pair[0])",
+           "tests/integration/test_runs.py::test_a_uniform_run_loads_with_stock_classes"),
+    Mutant("addresses of an earlier pass are known", "memory.py", "self._seen.clear()", "pass",
+           "tests/unit/test_memory.py::test_the_most_that_any_pass_saves"),
+    Mutant("another run's folder is taken", "resume.py", "_refuse_another_run(Path(config.output.output_dir), asked)", "pass",
+           f"{CHECKPOINT}::test_going_on_from_elsewhere_takes_no_other_runs_folder"),
+    Mutant("the file beats the command line", "ds_config.py", '("optimizer.params.lr", adam.get("lr"), "learning_rate"),',
+           "", f"{BAD_INPUT}::test_ds_configs[rate against the option]"),
+    Mutant("scores alone empty the metrics", "setup.py", "records=not config.prune.score_only", "records=True",
+           f"{LAWS}::test_scores_do_not_depend_on_the_split[2x4]"),
 )  # fmt: skip
 
 
