@@ -43,9 +43,9 @@ if said[:1] == ["train"]:
     folder = words[words.index("--output_dir") + 1] if "--output_dir" in words else "outputs"
     with open("trained", "a+") as seen:  # what lies there is older than the page; what a line of the page left is not
         seen.seek(0)
-        if folder + "\n" not in seen.readlines() and "--resume" not in words:
+        if folder not in seen.read().split() and "--resume" not in words:
             words += ["--resume", "never"]
-        seen.write(folder + "\n")
+        print(folder, file=seen)
     words += {short}
 if said[:1] in (["train"], ["evaluate"]) and "--task_name" in words and "--data_dir" not in words:
     words += ["--data_dir", "glue_data"]
