@@ -46,7 +46,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of whole numbers of unequal length, in one array: 4 bytes a number, where lists take ten times that.
+    """Rows of whole numbers of unequal length, in one array: 4 bytes a number, where a list has an object for most.
 
     values: int32 [sum of all lengths].  starts, lengths: int64 [N].
     """

@@ -112,7 +112,7 @@ class Keeper:
         if not self.stops:
             return
         name = next((name for name in distributed.all_gather_objects(self.signals.name) if name), "a signal")
-        again = "" if self.session.config.output.resume in ("auto", "never") else " with --resume auto"
+        again = "" if self.session.config.output.resume == "auto" else " with --resume auto"
         raise Interrupted(
             f"stopped by {name} after step {self.session.step} of {self.session.total_steps}; {self._where()}; "
             f"the same command{again} goes on from there"

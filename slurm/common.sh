@@ -94,7 +94,8 @@ train() {
 
 # Exit code 75 means: stopped when asked to, start me again; a checkpoint is written if there were steps to save.
 requeue_and_exit() {
-    local job="$SLURM_JOB_ID" restarts="${SLURM_RESTART_COUNT:-0}" again="submit it again with OUTPUT_DIR=$output"
+    local job="$SLURM_JOB_ID" restarts="${SLURM_RESTART_COUNT:-0}" again
+    again="submit it again with OUTPUT_DIR=$(printf %q "$output")"
     [[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" again="submit it again"
     # Cancelling sends TERM too, and SLURM would requeue a job that it is just ending.
     if [[ "$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null)" =~ JobState=(CANCELLED|COMPLETING) ]]; then

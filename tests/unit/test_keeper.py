@@ -81,9 +81,10 @@ def test_a_stop_is_a_checkpoint_at_the_next_step(run):
     assert run.saved == [7]
 
 
-def test_a_run_that_was_told_where_to_begin_goes_on_from_its_own_checkpoints(run):
-    """The same command would go back to where it was told to begin."""
-    run.session.config.output.resume = "elsewhere/checkpoints/step-3"
+@pytest.mark.parametrize("resume", ["elsewhere/checkpoints/step-3", "never"])
+def test_a_run_that_was_told_where_to_begin_goes_on_from_its_own_checkpoints(run, resume):
+    """The same command would go back to where it was told to begin, or begin anew."""
+    run.session.config.output.resume = resume
     run.keeper = Keeper(run.session, StopSignals(), SimpleNamespace(folder=Path("elsewhere", "checkpoints", "step-3")))
     run.keeper.signals.name = "SIGUSR1"
     with pytest.raises(Interrupted, match=r"elsewhere/checkpoints/step-3; the same command with --resume auto goes on"):
