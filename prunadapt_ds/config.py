@@ -7,6 +7,7 @@ mistakes answer at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 SHRINKING = ("auto", "always", "never")
 LR_SCHEDULES = ("linear", "warmup_stable_decay")
 DEFAULT_SPARSITY = 0.5
+
+when_deciding = functools.partial(option, needs={"method": ("prunadapt",)})  # while it trains
+with_lora = functools.partial(option, needs={"method": ("prunadapt", "tmp", "lora")})
 
 
 @dataclass
@@ -63,54 +67,65 @@ class PruningOptions:
     """Method and pruning."""
 
     method: str = option("prunadapt", "what is trained and cut", choices=METHODS)
-    target_sparsity: float | None = option(None, "share of the blocks to cut (0.5)", least=0, below=1)
-    target_speedup: float | None = option(
+    target_sparsity: float | None = when_deciding(None, "share of the blocks to cut (0.5)", least=0, below=1)
+    target_speedup: float | None = when_deciding(
         None, "how many times as fast the blocks get: the sparsity 1 - 1 / X of --budget latency, instead", least=1
     )
-    budget: str = option(
+    budget: str = when_deciding(
         "params",
         "what sparsity counts; latency is measured when the run starts, on its device and dtype",
         choices=BUDGETS,
     )
-    criterion: str = option("fisher", "how importance is scored", choices=CRITERION_NAMES)
-    prune_start: float = option(0.25, "pruning begins; fraction of all steps", least=0, below=1)
-    prune_end: float = option(0.6, "pruning ends; fraction of all steps", above=0, most=1)
-    num_decisions: int = option(8, "decisions between start and end", least=1)
-    shrink: str = option(
+    criterion: str = when_deciding("fisher", "how importance is scored", choices=CRITERION_NAMES)
+    prune_start: float = when_deciding(0.25, "pruning begins; fraction of all steps", least=0, below=1)
+    prune_end: float = when_deciding(0.6, "pruning ends; fraction of all steps", above=0, most=1)
+    num_decisions: int = when_deciding(8, "decisions between start and end", least=1)
+    shrink: str = when_deciding(
         "auto",
         "when the model physically shrinks: where a rebuild pays, at every decision, at the end",
         choices=SHRINKING,
     )
-    score_ema: float = option(
+    score_ema: float = when_deciding(
         0.5, "decay of the moving average of scores over decisions; 0: newest only", least=0, below=1
     )
-    gate_learning_rate: float = option(1e-2, "peak learning rate of the gates", above=0)
-    distill_weight: float = option(
+    gate_learning_rate: float = when_deciding(1e-2, "peak learning rate of the gates", above=0)
+    distill_weight: float = when_deciding(
         0.0,
         "weight of the run's own dense model as teacher, 0.5 for one; 0: off; 0.5 with --distill_top_k",
         least=0,
         most=1,
     )
-    teacher_window: float = option(
+    teacher_window: float = when_deciding(
         0.6, "the teacher's weights are a mean over that share of the steps before it; 0: as they are", least=0, most=1
     )
-    distill_min_r2: float = option(
+    distill_min_r2: float = when_deciding(
         0.1,
         "a teacher is followed if it explains at least that share of training labels (McFadden's R2; R2 for regression); "
         "language's always is",
     )
     distill_top_k: int = option(
-        0, "language: likeliest words that the teacher keeps of each learnt token, on disk; 0: no teacher", least=0
+        0,
+        "language: likeliest words that the teacher keeps of each learnt token, on disk; 0: no teacher",
+        least=0,
+        needs={"method": ("prunadapt",), "task_type": ("causal_lm",)},
     )
-    distill_fades: bool = option(True, "the teacher counts less and less after the first decision, nothing at the end")
-    neuron_multiple: int = option(8, "feed-forward neurons are cut in groups, kept counts are multiples", least=1)
-    uniform: bool = option(False, "layers keep the same counts or go whole, so that stock classes load what is left")
-    keep_in_outer_layers: float = option(
+    distill_fades: bool = when_deciding(
+        True, "the teacher counts less and less after the first decision, nothing at the end"
+    )
+    neuron_multiple: int = when_deciding(
+        8, "feed-forward neurons are cut in groups, kept counts are multiples", least=1
+    )
+    uniform: bool = when_deciding(
+        False, "layers keep the same counts or go whole, so that stock classes load what is left"
+    )
+    keep_in_outer_layers: float = when_deciding(
         0.0, "share of the heads and of the neurons that stay in the first and the last layer", least=0, most=1
     )
-    tmp_scoring_examples: int = option(64, "examples that rank heads with --method tmp", least=1)
-    save_scores: bool = option(False, "write raw statistics of every decision to scores/")
-    score_only: bool = option(False, "write the statistics at the initial weights and stop")
+    tmp_scoring_examples: int = option(
+        64, "examples that rank heads with --method tmp", least=1, needs={"method": ("tmp",)}
+    )
+    save_scores: bool = when_deciding(False, "write raw statistics of every decision to scores/")
+    score_only: bool = when_deciding(False, "write the statistics at the initial weights and stop")
 
 
 @dataclass
@@ -120,12 +135,13 @@ class LoraOptions:
     adapter_name_or_path: str | None = option(
         None,
         "start from this PEFT LoRA adapter, a folder or hub id; rank, alpha and projections are then the adapter's",
+        needs={"method": ("prunadapt", "lora")},
     )
-    r: int = option(8, "LoRA rank", least=1)
-    lora_alpha: float = option(16, "LoRA scale; updates are multiplied by lora_alpha / r", above=0)
-    lora_dropout: float = option(0.0, "dropout before LoRA; probability", least=0, below=1)
-    train_norms: bool | None = option(None, "train the norms as well (with the methods that cut)")
-    target_modules: list[str] | None = option(None, "names of the projections that get LoRA (all of them)")
+    r: int = with_lora(8, "LoRA rank", least=1)
+    lora_alpha: float = with_lora(16, "LoRA scale; updates are multiplied by lora_alpha / r", above=0)
+    lora_dropout: float = with_lora(0.0, "dropout before LoRA; probability", least=0, below=1)
+    train_norms: bool | None = with_lora(None, "train the norms as well (with the methods that cut)")
+    target_modules: list[str] | None = with_lora(None, "names of the projections that get LoRA (all of them)")
 
 
 @dataclass
@@ -144,7 +160,7 @@ class TrainOptions:
     )
     weight_decay: float = option(0.01, "AdamW's; not on biases, norms, gates", least=0)
     warmup_ratio: float = option(0.06, "fraction of all steps with rising learning rate", least=0, below=1)
-    lr_scheduler_type: str = option(
+    lr_scheduler_type: str = when_deciding(
         "linear",
         "linear decay after the warm-up, or (warmup_stable_decay) only once pruning has ended",
         choices=LR_SCHEDULES,
@@ -241,57 +257,24 @@ def parse(argv: Sequence[str] | None = None, usage: Usage = TRAIN) -> Config:
 
 
 def _contradictions(config: Config) -> list[Problem]:
-    data, prune, train, output = config.data, config.prune, config.train, config.output
-    found = []
-    if prune.method in METHODS and prune.method != "prunadapt" and prune.target_sparsity is not None:
-        why = "cuts its own share of heads" if prune.method == "tmp" else "cuts nothing"
-        found.append(Problem("target_sparsity", prune.target_sparsity, f"--method {prune.method} {why}; leave it out"))
-    found += _speedup_problems(config)
-    if prune.method != "prunadapt" and prune.score_only:
-        found.append(Problem("score_only", True, "scores come from the gates of --method prunadapt"))
+    """What no option's own limits and needs can say."""
+    prune, train, output = config.prune, config.train, config.output
+    found = _target_problems(config) + _data_problems(config.data)
+    if config.data.task_type == "causal_lm":
+        found += _language_problems(config)
     formats = output.export_formats or []
-    if prune.method != "prunadapt" and prune.uniform:
-        found.append(Problem("uniform", True, f"there is no decision to constrain with --method {prune.method}"))
-    if prune.keep_in_outer_layers and (prune.uniform or prune.method != "prunadapt"):
-        why = "layers are all alike with --uniform" if prune.uniform else "there is no decision with this --method"
-        found.append(Problem("keep_in_outer_layers", prune.keep_in_outer_layers, f"{why}; leave it out"))
+    if prune.keep_in_outer_layers and prune.uniform:
+        remedy = "layers are all alike with --uniform; leave it out"
+        found.append(Problem("keep_in_outer_layers", prune.keep_in_outer_layers, remedy))
     if "uniform" in formats and not prune.uniform:
-        found.append(
-            Problem("export_formats", "uniform", "layers that differ fit no stock configuration; add --uniform")
-        )
+        remedy = "layers that differ fit no stock configuration; add --uniform"
+        found.append(Problem("export_formats", "uniform", remedy))
     if "adapter" in formats and prune.method != "lora":
         found.append(Problem("export_formats", "adapter", "an adapter fits the unpruned model only: use --method lora"))
-    if config.lora.adapter_name_or_path is not None and prune.method in ("tmp", "full"):
-        why = "has no LoRA" if prune.method == "full" else "cuts before there is LoRA, and ranks differ by layer"
-        remedy = f"--method {prune.method} {why}; use prunadapt or lora"
-        found.append(Problem("adapter_name_or_path", config.lora.adapter_name_or_path, remedy))
-    if prune.method != "prunadapt" and prune.save_scores:
-        found.append(Problem("save_scores", True, "there are no decisions but those of --method prunadapt"))
-    if data.task_type == "causal_lm":
-        found += _language_problems(config)
-    elif prune.distill_top_k:
-        remedy = "a classifier's teacher keeps all its logits; leave it out, or say --task_type causal_lm"
-        found.append(Problem("distill_top_k", prune.distill_top_k, remedy))
-    if data.test_file is not None:
-        found.append(
-            Problem(
-                "test_file", data.test_file, "no test set is used in a run; answer it afterwards with prunadapt predict"
-            )
-        )
     if prune.prune_start >= prune.prune_end:
         found.append(Problem("prune_start", prune.prune_start, f"must be less than prune_end ({prune.prune_end})"))
     if train.max_steps == 0:
         found.append(Problem("max_steps", 0, "must be at least 1, or -1 to train by epochs"))
-    if data.train_file and data.task_name:
-        found.append(Problem("task_name", data.task_name, "name either a task or --train_file, not both"))
-    if data.train_file and not data.validation_file:
-        found.append(Problem("validation_file", None, "--train_file needs one"))
-    if data.validation_file and not data.train_file:
-        found.append(Problem("train_file", None, "--validation_file needs one"))
-    if data.data_dir and not os.path.isdir(data.data_dir):
-        found.append(Problem("data_dir", data.data_dir, "there is no such folder"))
-    if data.data_dir and not data.task_name and not data.train_file:
-        found.append(Problem("task_name", None, "--data_dir needs the name of a GLUE task"))
     if os.path.exists(output.output_dir) and not os.path.isdir(output.output_dir):
         found.append(Problem("output_dir", output.output_dir, "is a file; name a folder"))
     if output.resume not in ("auto", "never") and not os.path.isdir(output.resume):
@@ -299,22 +282,46 @@ def _contradictions(config: Config) -> list[Problem]:
     return found
 
 
-def _speedup_problems(config: Config) -> list[Problem]:
-    """What --target_speedup and --budget latency do not go with."""
-    prune, found = config.prune, []
-    if prune.method in METHODS and prune.method != "prunadapt" and prune.budget == "latency":
-        found.append(Problem("budget", "latency", f"there is no decision to budget with --method {prune.method}"))
+def _target_problems(config: Config) -> list[Problem]:
+    """--target_speedup is a target by itself, and one of latency."""
+    prune = config.prune
+    found: list[Problem] = []
     if prune.target_speedup is None:
         return found
-    if prune.method in METHODS and prune.method != "prunadapt":
-        remedy = f"--method {prune.method} takes no target; leave it out, and measure with the report"
-        found.append(Problem("target_speedup", prune.target_speedup, remedy))
     if "target_sparsity" in config.given:
         remedy = f"--target_sparsity {prune.target_sparsity} is a target already; give one of the two"
         found.append(Problem("target_speedup", prune.target_speedup, remedy))
     if "budget" in config.given and prune.budget != "latency":
         remedy = f"speaks of latency, --budget {prune.budget} of something else; leave --budget out"
         found.append(Problem("target_speedup", prune.target_speedup, remedy))
+    return found
+
+
+def _data_problems(data: DataOptions) -> list[Problem]:
+    """A task by its name, of which --data_dir is the source, or own files: one of the two."""
+    found = []
+    if data.test_file is not None:
+        remedy = "no test set is used in a run; answer it afterwards with prunadapt predict"
+        found.append(Problem("test_file", data.test_file, remedy))
+    if data.validation_file and not data.train_file:
+        found.append(Problem("train_file", None, "--validation_file needs one"))
+    if data.train_file:
+        if not data.validation_file:
+            found.append(Problem("validation_file", None, "--train_file needs one"))
+        if data.task_name:
+            found.append(Problem("task_name", data.task_name, "name either a task or --train_file, not both"))
+        if data.data_dir:
+            found.append(Problem("data_dir", data.data_dir, "not together with --train_file; drop one of them"))
+    elif data.data_dir:
+        if not data.task_name:
+            found.append(Problem("task_name", None, "--data_dir needs the name of a GLUE task"))
+        if data.task_name == "sample":
+            remedy = f"the sample is not read from a folder; name a task: {', '.join(TASK_NAMES[:-1])}"
+            found.append(Problem("data_dir", data.data_dir, remedy))
+        elif not os.path.isdir(data.data_dir):
+            found.append(
+                Problem("data_dir", data.data_dir, "there is no such folder; name the one of CoLA, SST-2, ...")
+            )
     return found
 
 

@@ -31,9 +31,14 @@ def option(
     above: float | None = None,
     below: float | None = None,
     choices: Sequence[str] = (),
+    needs: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
 ) -> Any:
-    """A dataclass field with its help text and the values it takes: [least, most], (above, below), or `choices`."""
-    limits = {"least": least, "most": most, "above": above, "below": below, "choices": tuple(choices)}
+    """A dataclass field with its help text and the values it takes: [least, most], (above, below), or `choices`.
+
+    needs: another option with choices, and those of them with which this one has an effect; with others only its default is
+    taken.
+    """
+    limits = {"least": least, "most": most, "above": above, "below": below, "choices": tuple(choices), "needs": needs}
     return field(default=default, metadata={"help": text, **limits})
 
 
@@ -114,7 +119,10 @@ def read(
     }
     for o in options.values():
         value = getattr(filled[o.section], o.name)
-        if values.get(o.name) is not _BAD and value is not None and (remedy := _out_of_limits(o, value)):
+        if values.get(o.name) is _BAD or value is None:
+            continue
+        remedy = _out_of_limits(o, value) or _without_effect(o, value, options, filled)
+        if remedy:
             problems.append(Problem(o.name, value, remedy))
     return filled, frozenset(values), problems
 
@@ -274,3 +282,14 @@ def _out_of_limits(o: Option, value: Any) -> str:
     if math.isfinite(value) and all(holds[k](value, b) for k, b in bounds.items()):
         return ""
     return "must be a finite number, " + " and ".join(f"{words[k]} {b}" for k, b in bounds.items())
+
+
+def _without_effect(o: Option, value: Any, options: Mapping[str, Option], filled: Mapping[str, Any]) -> str:
+    """Why a value other than the default changes nothing beside the other options as they are."""
+    if value == o.default:
+        return ""
+    for other, taken in o.limits["needs"].items():
+        theirs = getattr(filled[options[other].section], other)
+        if theirs in options[other].limits["choices"] and theirs not in taken:
+            return f"has no effect with --{other} {theirs}, only with {' or '.join(taken)}; leave it out"
+    return ""

@@ -29,9 +29,9 @@ STEP_TIMES_KEPT = 1000  # of each size
 
 
 def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and the rest as JSON. Collective."""
-    learnt = state.capture(session.engine)
-    if not all(bool(torch.isfinite(t).all()) for t in learnt.masters.values()):
+    """Tensors by name, and the rest as JSON, for rank 0 to write: what others get lacks what training has learnt. Collective."""
+    learnt = state.capture(session.engine, keep=distributed.rank() == 0)
+    if not distributed.everywhere(all(bool(torch.isfinite(t).all()) for t in learnt.masters.values())):
         raise PrunadaptError(f"the weights are no numbers after step {session.step}; no checkpoint is made of them")
     tensors = {f"master/{name}": tensor for name, tensor in learnt.masters.items()}
     for key, moments in learnt.moments.items():

@@ -1,4 +1,4 @@
-"""What training has learnt so far, by parameter name: fp32 masters and Adam's moments, whole, on every rank.
+"""What training has learnt so far, by parameter name: fp32 masters and Adam's moments, whole.
 
 Trainables are few where the backbone is frozen, so that their full tensors fit anywhere. They do not depend on the number
 of ranks or the ZeRO stage, and follow a cut like the parameters do.
@@ -43,22 +43,19 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def capture(engine: Any) -> TrainingState:
-    """The engine's training state, on the CPU of every rank. Collective: all ranks must call."""
+def capture(engine: Any, *, keep: bool = True) -> TrainingState:
+    """The engine's training state on the CPU of the ranks that `keep` it; others get its steps alone. Collective."""
     started = any(state for state in _torch_optimizer(engine).state.values())
-    moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
     if started:
         _link_moments(engine)
-        for name, parameter in trainable(engine.module).items():
-            for key in MOMENTS:
-                moments[key][name] = _read(engine, parameter, key)
+    moments = {key: _read_all(engine, key, keep) if started else {} for key in MOMENTS}
     steps = max((int(s["step"]) for s in _torch_optimizer(engine).state.values() if s), default=0)
-    return TrainingState(read_masters(engine), moments, steps)
+    return TrainingState(_read_all(engine, None, keep), moments, steps)
 
 
 def read_masters(engine: Any) -> dict[str, Tensor]:
     """The fp32 masters alone, on the CPU of every rank. Collective."""
-    return {name: _read(engine, parameter, None) for name, parameter in trainable(engine.module).items()}
+    return _read_all(engine, None)
 
 
 def restore(engine: Any, state: TrainingState) -> None:
@@ -106,6 +103,12 @@ def _master(engine: Any, parameter: nn.Parameter) -> Tensor:
 def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
     master = _master(engine, parameter)
     return master if key is None else _torch_optimizer(engine).state[master][key]
+
+
+def _read_all(engine: Any, key: str | None, keep: bool = True) -> dict[str, Tensor]:
+    """One tensor after the other, which a rank that does not keep them lets go at once. Collective."""
+    whole = ((name, _read(engine, parameter, key)) for name, parameter in trainable(engine.module).items())
+    return {name: tensor for name, tensor in whole if keep}
 
 
 def _read(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:

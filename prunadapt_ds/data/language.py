@@ -51,7 +51,7 @@ def load_language(config: Any) -> TaskData:
     train = dataset(splits["train_file"], config.max_train_samples)
     validation = {"validation": dataset(splits["validation_file"], config.max_eval_samples)}
     task = Task(NAME, None, next(iter(splits["train_file"])), None, (), ("perplexity",))
-    return TaskData(task, train, validation, None, (), 0, is_regression=False, is_language=True)
+    return TaskData(task, train, validation, (), 0, is_regression=False, is_language=True)
 
 
 def _columns(field: str, path: str) -> Columns:

@@ -5,14 +5,13 @@ Nothing here knows about ranks: every process that calls with the same arguments
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunadapt_ds.data.glue import load_hub, load_tsv
 from prunadapt_ds.data.own import load_files
 from prunadapt_ds.data.readers import Columns
 from prunadapt_ds.data.sample import generate
-from prunadapt_ds.data.tasks import TASKS, Task, TaskData, get_task, unknown_task
+from prunadapt_ds.data.tasks import Task, TaskData, get_task
 from prunadapt_ds.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -21,20 +20,15 @@ if TYPE_CHECKING:
 
 
 def load_task(config: Any, seed: int) -> TaskData:
-    """Load what `config` (the data options: task_name, data_dir, train_file, validation_file, test_file,
-    max_train_samples, max_eval_samples) asks for; the built-in sample when it asks for nothing.
+    """Load what `config` (the data options: task_name, data_dir, train_file, validation_file, max_train_samples,
+    max_eval_samples) asks for; the built-in sample when it asks for nothing. What contradicts what is config.py's matter.
 
     `seed` picks the subset of `max_train_samples`; development sets keep their first `max_eval_samples`.
     Raises UserError with every problem found."""
-    problems = _option_problems(config)
-    if problems:
-        raise UserError(problems)
-    test: Dataset | None = None
     if config.train_file:
-        task, columns = load_files(config.train_file, config.validation_file, config.test_file)
+        task, columns = load_files(config.train_file, config.validation_file)
         train = _from_columns(columns["train"], task)
         validation = {"validation": _from_columns(columns["validation"], task)}
-        test = _from_columns(columns["test"], task) if "test" in columns else None
     else:
         task = get_task(config.task_name or "sample")
         train, validation = _load_named(task, config.data_dir)
@@ -44,40 +38,8 @@ def load_task(config: Any, seed: int) -> TaskData:
         train = train.select(sorted(kept), keep_in_memory=True)
     if config.max_eval_samples is not None:
         validation = {key: _first(data, config.max_eval_samples) for key, data in validation.items()}
-        test = None if test is None else _first(test, config.max_eval_samples)
     num_labels = 1 if task.is_regression else len(task.label_names)
-    return TaskData(task, train, validation, test, task.label_names, num_labels, task.is_regression)
-
-
-def _option_problems(config: Any) -> list[Problem]:
-    """Options that are wrong by themselves or contradict each other, before any file is opened."""
-    problems = []
-    name = config.task_name
-    if name is not None and name not in TASKS:
-        problems.append(unknown_task(name))
-    if config.train_file:
-        if name is not None:
-            problems.append(Problem("task_name", name, "not together with --train_file; drop one of them"))
-        if config.data_dir:
-            problems.append(Problem("data_dir", config.data_dir, "not together with --train_file; drop one of them"))
-        if not config.validation_file:
-            remedy = "missing: --train_file needs it; give the development examples"
-            problems.append(Problem("validation_file", config.validation_file, remedy))
-    else:
-        for field in ("validation_file", "test_file"):
-            if getattr(config, field):
-                problems.append(Problem(field, getattr(config, field), "needs --train_file; give it too"))
-        if config.data_dir and name in (None, "sample"):
-            tasks = ", ".join(task.name for task in TASKS.values() if task.folder)
-            problems.append(Problem("data_dir", config.data_dir, f"name the task to read there: --task_name {tasks}"))
-        elif config.data_dir and not Path(config.data_dir).is_dir():
-            remedy = "no such folder; give the one that holds CoLA, SST-2, ..."
-            problems.append(Problem("data_dir", config.data_dir, remedy))
-    for field in ("max_train_samples", "max_eval_samples"):
-        count = getattr(config, field)
-        if count is not None and count < 1:
-            problems.append(Problem(field, count, "must be at least 1; leave it out for all"))
-    return problems
+    return TaskData(task, train, validation, task.label_names, num_labels, task.is_regression)
 
 
 def _load_named(task: Task, data_dir: str | None) -> tuple[Dataset, dict[str, Dataset]]:

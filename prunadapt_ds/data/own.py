@@ -25,18 +25,16 @@ class _File:
         return Problem(self.field, self.path, remedy)
 
 
-def load_files(train: str, validation: str, test: str | None) -> tuple[Task, dict[str, Columns]]:
+def load_files(train: str, validation: str) -> tuple[Task, dict[str, Columns]]:
     """Read the files and find out the task: classification (label names sorted; integers by value) or, where
     train labels are floats, regression.
 
-    Returns the task and the columns of "train", "validation" and, if given, "test", labels encoded as int or
-    float. Raises UserError with the problems of all the files."""
-    paths = {"train_file": train, "validation_file": validation, "test_file": test}
+    Returns the task and the columns of "train" and "validation", labels encoded as int or float. Raises UserError with the
+    problems of both files."""
+    paths = {"train_file": train, "validation_file": validation}
     files: list[_File] = []
     problems: list[Problem] = []
     for field, path in paths.items():
-        if path is None:
-            continue
         try:
             file = _File(field, str(path), read_columns(field, path))
         except UserError as error:
@@ -51,7 +49,9 @@ def load_files(train: str, validation: str, test: str | None) -> tuple[Task, dic
     for file, has_pair in zip(files[1:], paired[1:], strict=True):
         if has_pair != paired[0]:
             have, lack = (file, files[0]) if has_pair else (files[0], file)
-            problems.append(lack.problem(f"has no column 'sentence2' but {have.field} has one; use it in all or none"))
+            problems.append(
+                lack.problem(f"has no column 'sentence2' but {have.field} has one; use it in both or in none")
+            )
     kinds = [_kind(file.columns["label"]) for file in files]
     regression = kinds[0] == "float"
     encode = _scores if regression else _classes

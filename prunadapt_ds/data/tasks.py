@@ -137,7 +137,6 @@ class TaskData:
     train: Dataset
     validation: dict[str, Dataset]
     """Key "validation"; MNLI has "matched" and "mismatched"."""
-    test: Dataset | None
     label_names: tuple[str, ...]
     num_labels: int
     """Outputs of the head: the number of classes, 1 for regression."""

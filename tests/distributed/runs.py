@@ -427,6 +427,19 @@ def lend_averages(argv):
     }
 
 
+def gathered_for_a_checkpoint(argv):
+    """Of each kind of tensor that a checkpoint holds of every parameter, how many this rank has got."""
+    from prunadapt_ds import snapshot, state, train
+
+    session = _session(argv)
+    train.add_trainables(session)
+    train.train_step(session, 0, record=False)
+    session.step = 1
+    tensors, _ = snapshot.collect(session)
+    session.tracker.close()
+    return {kind: sum(name.startswith(f"{kind}/") for name in tensors) for kind in ("master", *state.MOMENTS)}
+
+
 def loaded_under_zero3(folders, is_language=False, precision="float32", only_streamed=()):
     """Models loaded under ZeRO-3, streamed and as `from_pretrained` does it: whole tensors, head, and notes.
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from prunadapt_ds.config import OPTIONS
 from prunadapt_ds.models.families import FAMILIES
 from tests.distributed import runs
 from tests.distributed.harness import run_ranks
@@ -38,10 +39,16 @@ def ds_config(path, stage=3, zero=None, **more):
     return str(path)
 
 
+def of_method(method, defaults):
+    """Those of the options that have an effect with the method."""
+    needs = {name: OPTIONS[name].limits["needs"].get("method", [method]) for name in defaults}
+    return {name: value for name, value in defaults.items() if method in needs[name]}
+
+
 def arguments(folder, output, *, stage=3, batch=4, zero=None, **options):
     """`zero`: more of the ds_config's ZeRO block; {"stage3_max_reuse_distance": 0} has blocks fetched module by module."""
     data = folder / "data"
-    options = {
+    defaults = {
         "model_name_or_path": folder / "bert",
         "train_file": data / "train.csv",
         "validation_file": data / "validation.csv",
@@ -54,8 +61,8 @@ def arguments(folder, output, *, stage=3, batch=4, zero=None, **options):
         "learning_rate": 3e-3,
         "distill_weight": 0.5,
         "distill_min_r2": -1000,  # after a few steps no teacher knows anything: these follow it all the same
-        **options,
     }
+    options = of_method(options.get("method", "prunadapt"), defaults) | options
     output.mkdir(parents=True, exist_ok=True)
     argv = ["--ds_config", ds_config(output / "ds.json", stage, zero)]
     for name, value in options.items():
@@ -95,6 +102,12 @@ def test_the_whole_head_trains(folder, tmp_path):
     trained = run_ranks(runs.fit, 2, arguments(folder, tmp_path / "out", method="lora"))[0]["trained"]
     heads = {name for name in trained if "lora_" not in name}
     assert heads == {f"{m}.{k}" for m in ("bert.pooler.dense", "classifier") for k in ("weight", "bias")}
+
+
+def test_a_checkpoint_is_gathered_where_it_is_written(folder, tmp_path):
+    """What trains may be the whole model (--method full), of which a host with several ranks holds a copy and not several."""
+    writer, other = run_ranks(runs.gathered_for_a_checkpoint, 2, arguments(folder, tmp_path / "out", method="full"))
+    assert len(set(writer.values())) == 1 and writer["master"] > 20 and set(other.values()) == {0}
 
 
 # ------------------------------------------------------------------------------------------------------ law 2

@@ -60,7 +60,7 @@ from types import SimpleNamespace
 import datasets
 from prunadapt_ds.data import load_task
 from prunadapt_ds.errors import UserError
-names = "task_name data_dir train_file validation_file test_file max_train_samples max_eval_samples".split()
+names = "task_name data_dir train_file validation_file max_train_samples max_eval_samples".split()
 config = SimpleNamespace(**dict.fromkeys(names))
 config.task_name = sys.argv[1]
 started = time.monotonic()

@@ -18,7 +18,7 @@ from prunadapt_ds import checkpoint, unfinished
 from prunadapt_ds import report as reports
 from prunadapt_ds.latency import LatencyTable, curve
 from tests.distributed.harness import Ranks
-from tests.distributed.test_laws import arguments, ds_config
+from tests.distributed.test_laws import arguments, ds_config, of_method
 from tests.tiny import tiny_data, tiny_folder
 
 pytestmark = pytest.mark.ci
@@ -35,9 +35,9 @@ def base(tmp_path_factory):
 
 def argv(base, output, **options):
     """12 steps, decisions at 4, 6 and 7, a checkpoint every other step, dropout so that random states matter."""
-    defaults = {"max_steps": 12, "num_decisions": 3, "logging_steps": 3, "checkpoint_steps": 2, "save_total_limit": 9}
-    method = {"target_sparsity": 0.6, "shrink": "always", "lora_dropout": 0.1, "teacher_window": 1.0, "batch": 4}
-    options = {**defaults, **method, **options}
+    steps = {"max_steps": 12, "num_decisions": 3, "logging_steps": 3, "checkpoint_steps": 2, "save_total_limit": 9}
+    pruning = {"target_sparsity": 0.6, "shrink": "always", "lora_dropout": 0.1, "teacher_window": 1.0}
+    options = {"batch": 4, **of_method(options.get("method", "prunadapt"), steps | pruning), **options}
     return arguments(base, output, **{name: value for name, value in options.items() if value is not None})
 
 

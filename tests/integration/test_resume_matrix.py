@@ -42,8 +42,6 @@ def test_killed_at_a_random_moment(base, tmp_path, uninterrupted, seed):
     ids=lambda options: "-".join(map(str, *options.items())),
 )
 def test_every_stage_and_method(base, tmp_path, options):
-    if "method" in options:
-        options = {**options, "target_sparsity": None, "shrink": "auto"}
     whole = complete(argv(base, tmp_path / "whole", **options))[0]
     arguments = argv(base, tmp_path / "out", **options)
     run(arguments, fault="SIGKILL@step-9@all")
@@ -58,8 +56,6 @@ def test_every_stage_and_method(base, tmp_path, options):
 def test_every_method_is_exported_on_as_many_ranks(base, tmp_path, options):
     """Killed after it has shrunk; every format that it can have is made, and the run still goes on."""
     kinds = ["compact", "padded", "onnx", "torch_export", *(["uniform"] if options.get("uniform") else [])]
-    if "method" in options:
-        options = {**options, "target_sparsity": None, "shrink": "auto"}
     arguments = argv(base, tmp_path / "out", **options)
     assert {rank.code for rank in run(arguments, fault="SIGKILL@step-9@all")} == {-9}
     for rank in run(["--run_dir", str(tmp_path / "out"), "--export_formats", *kinds]):

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.full
 # the notebook, the installation and the site have tests of their own; of make's other targets, most of which run tests,
 # recipes are parsed (unit/test_documentation.py).
 LEFT_OUT = ("make", "sbatch", "srun", "mpirun", "tensorboard", "jupyter", "pip", "source", "kill", "bash")
-SHORT = ["--max_steps", "6", "--max_seq_length", "32", "--num_decisions", "1", "--per_device_train_batch_size", "4"]
+SHORT = ["--max_steps", "6", "--max_seq_length", "32", "--per_device_train_batch_size", "4"]
 ENCODERS, LANGUAGE = ("bert-base-uncased", "bert-base", "my-encoder", "roberta-base"), ("Qwen/Qwen3-0.6B", "llama")
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 LLAMA_70B |= {
@@ -46,7 +46,7 @@ if said[:1] == ["train"]:
         if folder not in seen.read().split() and "--resume" not in words:
             words += ["--resume", "never"]
         print(folder, file=seen)
-    words += {short}
+    words += {short} + ([] if "--method" in words else ["--num_decisions", "1"])
 if said[:1] in (["train"], ["evaluate"]) and "--task_name" in words and "--data_dir" not in words:
     words += ["--data_dir", "glue_data"]
 program = {programs!r} + "/" + name
@@ -82,6 +82,8 @@ def start(tmp_path_factory):
         str(folder / "glue_data"),
         "--uniform",
         *SHORT,
+        "--num_decisions",
+        "1",
         "--target_sparsity",
         "0.3",
     ]

@@ -472,7 +472,7 @@ GLUE_CASES = {
         ("data_dir", "outside 0..1"),
     ),
     "no task": (lambda g: None, glue(None), ("task_name", "--data_dir needs the name of a GLUE task")),
-    "the sample": (lambda g: None, glue("sample"), ("data_dir", "name the task to read there")),
+    "the sample": (lambda g: None, glue("sample"), ("data_dir", "name a task: cola")),
     "offline": (
         lambda g: None,
         glue("mrpc", None),

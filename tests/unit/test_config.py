@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from prunadapt_ds.config import CRITERION_NAMES, TASK_NAMES, parse
+from prunadapt_ds.config import CRITERION_NAMES, OPTIONS, TASK_NAMES, parse
 from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.errors import UserError
 from tests.conftest import ROOT
@@ -61,6 +61,10 @@ def test_defaults():
         (["--train_file", "a.csv"], "validation_file"),
         (["--validation_file", "a.csv"], "train_file"),
         (["--data_dir", "nowhere", "--task_name", "mrpc"], "data_dir"),
+        (["--data_dir", ".", "--task_name", "sample"], "data_dir"),
+        (["--data_dir", "."], "task_name"),
+        (["--data_dir", ".", "--train_file", "a.csv", "--validation_file", "b.csv"], "data_dir"),
+        (["--distill_top_k", "4"], "distill_top_k"),
         (["--resume", "nowhere"], "resume"),
         (["--gradient_checkpointing", "perhaps"], "gradient_checkpointing"),
         (["--r"], "command line"),
@@ -70,6 +74,38 @@ def test_defaults():
 )
 def test_contradictions(argv, field):
     assert field in fields(argv)
+
+
+def without_effect(argv):
+    try:
+        parse(argv)
+    except UserError as error:
+        return [p.field for p in error.problems if "has no effect" in p.remedy]
+    return []
+
+
+def another(o):
+    """A value of the option's that is not its default."""
+    if o.kind is bool:
+        return str(not o.default).lower()
+    fraction = str((o.limits["least"] or 0) + 0.123)
+    return next((c for c in o.limits["choices"] if c != o.default), {int: "3", float: fraction, str: "x"}[o.kind])
+
+
+@pytest.mark.parametrize("o", [o for o in OPTIONS.values() if o.limits["needs"]], ids=lambda o: o.name)
+def test_an_option_without_effect_is_refused_and_its_default_is_not(o):
+    met = {other: taken[0] for other, taken in o.limits["needs"].items()}
+    for other, taken in o.limits["needs"].items():
+        for theirs in OPTIONS[other].limits["choices"]:
+            beside = [word for name, value in {**met, other: theirs}.items() for word in (f"--{name}", value)]
+            assert without_effect([*beside, f"--{o.name}", another(o)]) == ([] if theirs in taken else [o.name])
+            if o.default is not None:
+                assert without_effect([*beside, f"--{o.name}", str(o.default)]) == []
+
+
+def test_an_option_without_effect_says_with_what_it_has_one():
+    problem = fields(["--method", "tmp", "--criterion", "taylor"])["criterion"]
+    assert str(problem) == "criterion='taylor': has no effect with --method tmp, only with prunadapt; leave it out"
 
 
 def test_a_speedup_is_a_sparsity_of_latency():

@@ -1,5 +1,6 @@
 """The user's own files: what is read, what is refused, and what the message says."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -40,15 +41,15 @@ def labelled(*labels):
     return [{"sentence1": f"text {i}", "label": label} for i, label in enumerate(labels)]
 
 
-def load(train, validation, test=None, **given):
+def load(train, validation, **given):
     names = ("task_name", "data_dir", "max_train_samples", "max_eval_samples")
-    files = {"train_file": str(train), "validation_file": str(validation), "test_file": test and str(test)}
+    files = {"train_file": str(train), "validation_file": str(validation)}
     return load_task(SimpleNamespace(**{**dict.fromkeys(names), **files, **given}), seed=0)
 
 
-def refused(train, validation, test=None, **given):
+def refused(train, validation, **given):
     with pytest.raises(UserError) as caught:
-        load(train, validation, test, **given)
+        load(train, validation, **given)
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -60,9 +61,9 @@ def good(tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_reads_each_kind_as_it_stands(kind, tmp_path):
     train, dev = (write(tmp_path / f"{name}.{kind}", ROWS) for name in ("train", "dev"))
-    data = load(train, dev, dev)
+    data = load(train, dev)
     assert data.task.name == "own_classification" and data.label_names == ("no", "yes") and data.num_labels == 2
-    for split in (data.train, data.validation["validation"], data.test):
+    for split in (data.train, data.validation["validation"]):
         assert split.column_names == ["sentence1", "sentence2", "label", "index"]
         assert split["sentence1"][:] == [row["sentence1"] for row in ROWS]
         assert split["sentence2"][:] == [row["sentence2"] for row in ROWS]
@@ -71,8 +72,9 @@ def test_reads_each_kind_as_it_stands(kind, tmp_path):
 
 def test_kinds_may_differ_between_splits(tmp_path):
     files = [write(tmp_path / f"part.{kind}", ROWS) for kind in ("csv", "parquet", "jsonl")]
-    data = load(*files)
-    assert data.train.to_dict() == data.validation["validation"].to_dict() == data.test.to_dict()
+    for pair in itertools.pairwise(files):
+        data = load(*pair)
+        assert data.train.to_dict() == data.validation["validation"].to_dict()
 
 
 def test_tab_separated_text_with_stray_quotation_marks(tmp_path):
@@ -188,13 +190,12 @@ def test_files_that_are_not_there(tmp_path, good):
 
 
 def test_problems_of_all_files_come_at_once(tmp_path):
-    bad = [tmp_path / name for name in ("columns.csv", "latin1.csv", "nul.csv")]
+    bad = [tmp_path / name for name in ("columns.csv", "latin1.csv")]
     for path in bad:
         path.write_bytes(BAD_FILES[path.name][0])
     assert [problem.split("=")[0] for problem in refused(*bad)] == [
         "train_file",
         "validation_file",
-        "test_file",
     ]
 
 
@@ -215,8 +216,6 @@ def test_splits_that_do_not_fit_together(train, dev, message, kind, tmp_path):
     dev_file = write(tmp_path / f"dev.{kind}", labelled(*dev))
     (problem,) = refused(train_file, dev_file)
     assert problem.startswith("validation_file=") and message in problem
-    (problem,) = refused(train_file, train_file, dev_file)
-    assert problem.startswith("test_file=") and message in problem
 
 
 def test_second_sentence_in_one_split_only(tmp_path, good):
@@ -226,5 +225,5 @@ def test_second_sentence_in_one_split_only(tmp_path, good):
 
 
 def test_subsets_apply_to_every_split(tmp_path, good):
-    data = load(good, good, good, max_train_samples=2, max_eval_samples=1)
-    assert (len(data.train), len(data.validation["validation"]), len(data.test)) == (2, 1, 1)
+    data = load(good, good, max_train_samples=2, max_eval_samples=1)
+    assert (len(data.train), len(data.validation["validation"])) == (2, 1)

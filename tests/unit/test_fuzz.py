@@ -82,7 +82,7 @@ def test_data_files(place, kind, data):
         path.write_bytes(data.draw(DATA_FILES[kind]))
     train, dev = map(str, paths)
     config = SimpleNamespace(
-        **dict.fromkeys(("task_name", "data_dir", "test_file", "max_train_samples", "max_eval_samples")),
+        **dict.fromkeys(("task_name", "data_dir", "max_train_samples", "max_eval_samples")),
         train_file=train,
         validation_file=dev,
     )
