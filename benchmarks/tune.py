@@ -21,6 +21,7 @@ FOLDS = 5
 FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B"}  # official names
 PATHS = ("--model_name_or_path", "--data_dir", "--output_dir", "--ds_config")
 BASE = {"num_train_epochs": 3, "per_device_train_batch_size": 32, "ds_config": str(ROOT / "ds_configs/zero0.json")}
+OF_A_TEACHER = ("teacher_window", "distill_min_r2", "distill_fades")
 ANY_TEACHER = {"distill_weight": 0.5, "distill_min_r2": -1000}  # whatever it knows
 PLAIN = {  # what the search began with
     **ANY_TEACHER,
@@ -92,6 +93,12 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
+def options_of(variant: str) -> dict[str, object]:
+    options = {**BASE, **VARIANTS[variant]}
+    without = () if options.get("distill_weight") else OF_A_TEACHER
+    return {name: value for name, value in options.items() if name not in without}
+
+
 def fold_folder(data_dir: Path, work: Path, task: str, fold: int) -> Path:
     """The task in the official layout with a fold of its training examples as development set."""
     target = work / f"fold{fold}" / FOLDERS[task]
@@ -128,7 +135,7 @@ def work_off(todo: queue.Queue, args: argparse.Namespace) -> None:
         except queue.Empty:
             return
         folder = args.work_dir / f"fold{args.fold}"
-        options = {**BASE, **VARIANTS[variant], "task_name": task, "data_dir": folder, "seed": seed}
+        options = {**options_of(variant), "task_name": task, "data_dir": folder, "seed": seed}
         options["model_name_or_path"] = args.model
         options["output_dir"] = args.work_dir / result.stem
         argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]

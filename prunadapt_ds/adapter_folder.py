@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prunadapt_ds import labels
 from prunadapt_ds.adapters import ADAPTER, PREFIX, is_lora
 from prunadapt_ds.backbone import Backbone
 from prunadapt_ds.distributed import on_rank_0, rank
@@ -45,6 +46,7 @@ def _write(
         config.save_pretrained(str(unfinished))
         save_file(tensors, unfinished / "adapter_model.safetensors", {"format": "pt"})
         backbone.tokenizer.save_pretrained(unfinished)
+        labels.write(backbone.model.config, unfinished)
 
 
 def saved_modules(backbone: Backbone) -> list[str]:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunadapt_ds import distributed, formats
+from prunadapt_ds import distributed, formats, labels
+from prunadapt_ds.backbone import class_names
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.data import Columns, Task, tokenize
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate import predict
-from prunadapt_ds.scoring import in_order, load_folder, scored_length
+from prunadapt_ds.scoring import load_folder, scored_length
 
 CHUNK = 8192  # rows that are tokenised, sorted by length and answered together: what is held in memory, whatever a file's size
 
@@ -47,7 +48,7 @@ class Answerer:
         found = predict(self.model, rows, self.batch_size, distributed.device())
         if broken := int((~torch.isfinite(found)).any(dim=1).sum()):
             raise UserError(Problem("logits", f"not finite for {broken} rows", "the model is damaged; export it again"))
-        return in_order(found, self.model.config.id2label, self.task.label_names if self.task else ())
+        return labels.in_order(found, class_names(self.model.config), self.task.label_names if self.task else ())
 
 
 def load(
@@ -68,13 +69,8 @@ def load(
     import datasets
 
     datasets.disable_progress_bars()  # one for each chunk would be no progress
-    count = None if task is None else (len(task.label_names) or 1)
     with formats.unsharded():  # a run of this process may still want everything sharded
-        model, tokenizer = distributed.together(
-            lambda: load_folder(
-                name, trust_remote_code, num_labels=count, task_name="this" if task is None else task.name
-            )
-        )
+        model, tokenizer = distributed.together(lambda: load_folder(name, trust_remote_code, task=task))
     model.to(distributed.device()).eval()
     config = model.config
     if not type(model).__name__.endswith("ForSequenceClassification") and "PeftModel" not in type(model).__name__:
@@ -93,7 +89,7 @@ def load(
         remedy = f"the model answers with {config.num_labels} numbers; name as many, each once, in their order"
         raise UserError(Problem("label_names", " ".join(label_names), remedy))
     else:
-        label_names = label_names or tuple(str(config.id2label[i]) for i in range(config.num_labels))
+        label_names = label_names or class_names(config)
     longest = max_seq_length or scored_length(name)
     return Answerer(model, tokenizer, label_names, longest, batch_size, task)
 

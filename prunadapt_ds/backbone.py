@@ -37,6 +37,7 @@ class Backbone:
     """A loaded model with its record.
 
     `head_names`: parameters that are new or belong to the task head; they train.  `notes`: about how it was loaded, a line each.
+    `known_classes`: what the checkpoint calls the classes that its own head knows; () where the head is new.
     """
 
     model: Any
@@ -46,6 +47,7 @@ class Backbone:
     structure: Structure
     head_names: frozenset[str]
     notes: list[str] = field(default_factory=list)
+    known_classes: tuple[str, ...] = ()
 
 
 def locate(model_name_or_path: str) -> str:
@@ -242,6 +244,7 @@ def load(
             local_files_only=bool(offline),
             **({} if is_language else answers),
         )
+        stock = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, local_files_only=bool(offline))
         family = family_of(config)
         if is_language and not family.is_decoder:
             remedy = f"{config.model_type} is no decoder and generates no text; leave --task_type out"
@@ -288,9 +291,16 @@ def load(
     mismatched = {key[0] for key in info["mismatched_keys"]}
     new = set(info["missing_keys"]) | mismatched
     head = frozenset(n for n, _ in model.named_parameters() if n in new or n.startswith(_prefixes(family.head)))
-    _refuse_damaged(model_name_or_path, layout, new)
+    _refuse_damaged(model_name_or_path, layout, new, () if is_language else _prefixes(family.head))
     freeze(model, head)
-    return Backbone(model, tokenizer, family, layout, measure(model, layout, seq_length), head, loading.notes)
+    structure = measure(model, layout, seq_length)
+    known = () if is_language or new & head else class_names(stock)
+    return Backbone(model, tokenizer, family, layout, structure, head, loading.notes, known)
+
+
+def class_names(config: Any) -> tuple[str, ...]:
+    """What a model's configuration calls its classes, in the order of its outputs."""
+    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
 
 
 def agree_on_padding(name: str, config: Any, tokenizer: Any) -> None:
@@ -320,17 +330,14 @@ def _prefixes(modules: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{module}." for module in modules)
 
 
-def _refuse_damaged(name: str, layout: Layout, new: set[str]) -> None:
-    """A checkpoint without all its blocks would leave parts of a frozen backbone at random."""
-    lost = sorted(key for key in new if key.startswith(layout.layers))
+def _refuse_damaged(name: str, layout: Layout, new: set[str], head: tuple[str, ...]) -> None:
+    """A checkpoint without all but its head would leave parts of the backbone at random."""
+    lost = sorted(key for key in new if not key.startswith(head))
+    inside = [key for key in lost if key.startswith(layout.layers)]
     if lost:
-        raise UserError(
-            Problem(
-                "model_name_or_path",
-                name,
-                f"{len(lost)} weights of its blocks are missing or have another shape, e.g. {lost[0]}",
-            )
-        )
+        what = f"{len(inside)} weights of its blocks" if inside else f"{len(lost)} weights beside its blocks"
+        remedy = f"{what} are missing or have another shape than config.json says, e.g. {(inside or lost)[0]}"
+        raise UserError(Problem("model_name_or_path", name, remedy))
 
 
 def freeze(model: nn.Module, trainable: frozenset[str]) -> None:

@@ -259,7 +259,7 @@ def parse(argv: Sequence[str] | None = None, usage: Usage = TRAIN) -> Config:
 def _contradictions(config: Config) -> list[Problem]:
     """What no option's own limits and needs can say."""
     prune, train, output = config.prune, config.train, config.output
-    found = _target_problems(config) + _data_problems(config.data)
+    found = _target_problems(config) + _teacher_problems(config) + _data_problems(config.data)
     if config.data.task_type == "causal_lm":
         found += _language_problems(config)
     formats = output.export_formats or []
@@ -295,6 +295,17 @@ def _target_problems(config: Config) -> list[Problem]:
         remedy = f"speaks of latency, --budget {prune.budget} of something else; leave --budget out"
         found.append(Problem("target_speedup", prune.target_speedup, remedy))
     return found
+
+
+def _teacher_problems(config: Config) -> list[Problem]:
+    """How a teacher is made and followed says nothing where there is none."""
+    prune = config.prune
+    if prune.distill_weight or (prune.distill_top_k and "distill_weight" not in config.given):
+        return []
+    remedy = "has no effect without a teacher; add --distill_weight 0.5, or leave it out"
+    names = ("teacher_window", "distill_min_r2", "distill_top_k", "distill_fades")
+    values = [(name, getattr(prune, name)) for name in names]
+    return [Problem(name, value, remedy) for name, value in values if value != OPTIONS[name].default]
 
 
 def _data_problems(data: DataOptions) -> list[Problem]:

@@ -5,10 +5,12 @@ Every collective of this module is a no-op where no process group exists, so tha
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
 import os
 import re
+import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -45,11 +47,19 @@ def init() -> None:
         gpu = device()
         torch.cuda.set_device(gpu)
         launchers.refuse_shared_gpu(place, store, str(torch.cuda.get_device_properties(gpu).uuid))
+        show_deepspeed(gpu)
     else:
         use_local_threads()
     dist.init_process_group(
         backend, store=store, rank=place.rank, world_size=place.world_size, timeout=_timeout(), device_id=gpu
     )
+
+
+def show_deepspeed(gpu: torch.device) -> None:
+    """DeepSpeed takes LOCAL_RANK for the number of its GPU, which is another one where a rank is shown its own GPU only."""
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # it wants the two to be the same
+        if name in os.environ:
+            os.environ[name] = str(gpu.index)
 
 
 def _timeout() -> datetime.timedelta:
@@ -141,23 +151,51 @@ def on_rank_0(what: str, work: Callable[[], T]) -> T:
 
     `what` begins the message of a failure that nobody foresaw: "writing the report".
     """
-    from safetensors import SafetensorError
-
-    result, failure = None, None
-    if rank() == 0:
-        try:
-            result = work()
-        except PrunadaptError as error:
-            failure = error
-        except (OSError, SafetensorError) as error:
-            failure = PrunadaptError(f"{what} failed: {error}")
-        except Exception as error:
-            traceback.print_exc()
-            failure = PrunadaptError(f"{what} failed: {type(error).__name__}: {error}")
-    result, failure = broadcast_object((result, failure))
+    result, failure = broadcast_object(_outcome(what, work) if rank() == 0 else None)
     if failure is not None:
         raise failure
-    return result  # type: ignore[return-value]
+    return result
+
+
+def on_rank_0_for_long(what: str, work: Callable[[], T], goes_on: Callable[[], None], every: float = 60.0) -> T:
+    """The same for work that may take longer than a collective may: every so many seconds the others hear that it goes on, and
+    all ranks call `goes_on`. `work` must not need the other ranks; it is done in a thread."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        mine = pool.submit(_outcome, what, work) if rank() == 0 else None
+        while not broadcast_object(mine is not None and bool(concurrent.futures.wait([mine], every).done)):
+            goes_on()
+        result, failure = broadcast_object(None if mine is None else mine.result())
+    if failure is not None:
+        raise failure
+    return result
+
+
+def same_on_all_hosts(what: str, work: Callable[[], T]) -> T:
+    """`work()` on one rank of each host, whose results must be the same; it is every rank's. Raises RanksDisagree on all."""
+    hosts = all_gather_objects(socket.gethostname())
+    is_first = hosts.index(hosts[rank()]) == rank()
+    found = all_gather_objects(_outcome(what, work) if is_first else None)
+    if failure := next((outcome[1] for outcome in found if outcome and outcome[1]), None):
+        raise failure
+    odd = sorted({host for host, outcome in zip(hosts, found, strict=True) if outcome and outcome != found[0]})
+    if odd:
+        raise RanksDisagree(f"{what} on {', '.join(odd)} are others than on {hosts[0]}; give all hosts the same")
+    return found[0][0]
+
+
+def _outcome(what: str, work: Callable[[], Any]) -> tuple[Any, PrunadaptError | None]:
+    """What `work` returns, and why it failed."""
+    from safetensors import SafetensorError
+
+    try:
+        return work(), None
+    except PrunadaptError as error:
+        return None, error
+    except (OSError, SafetensorError) as error:
+        return None, PrunadaptError(f"{what} failed: {error}")
+    except Exception as error:
+        traceback.print_exc()
+        return None, PrunadaptError(f"{what} failed: {type(error).__name__}: {error}")
 
 
 def all_gather_objects(value: Any) -> list[Any]:

@@ -105,7 +105,7 @@ def fast_bf16() -> bool:
     import torch
 
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -274,6 +274,9 @@ def _check_zero(zero: dict[str, Any], problems: list[Problem], on_this_machine: 
         remedy = "must be 0 with parameters on NVMe: each that stays gathered between two uses keeps one of the buffers"
         found = zero.get("stage3_max_reuse_distance")
         problems.append(Problem("zero_optimization.stage3_max_reuse_distance", found, remedy))
+    if zero.get("zero_hpz_partition_size", 1) != 1:
+        remedy = "DeepSpeed gathers from a second copy then, which a cut, a resume and a teacher's weights do not reach; remove it"
+        problems.append(Problem("zero_optimization.zero_hpz_partition_size", zero["zero_hpz_partition_size"], remedy))
     for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if on_this_machine and zero.get(name) and not torch.cuda.is_available():
             problems.append(Problem(f"zero_optimization.{name}", True, "quantised communication needs a CUDA device"))

@@ -23,6 +23,7 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.color": INK,
+    "text.parse_math": False,  # a name with dollars in it, of a class or a run, is that name
     "svg.hashsalt": "prunadapt",  # the same run gives the same file
 }
 

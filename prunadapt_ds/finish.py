@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +30,6 @@ from prunadapt_ds import (
 )
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows
-from prunadapt_ds.config import EXPORT_FORMATS
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.evaluate import predict, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
@@ -58,7 +58,8 @@ def finish(
     stop_if_asked()
     watchdog.rest()
     milestone("export/begin")
-    distributed.on_rank_0("clearing exports", lambda: clear_others(session))
+    # What an earlier export of this run made of other weights.
+    distributed.on_rank_0("clearing exports", lambda: graphs.discard_exports(session.output_dir, formats_of(session)))
     needs_remote_code = export.export(
         session.model,
         session.backbone.layout,
@@ -80,7 +81,10 @@ def finish(
     milestone("export/end")
     stop_if_asked()
     watchdog.rest()
-    distributed.on_rank_0("proving the export", lambda: prove(session, folder, needs_remote_code, masked, reference))
+    release_cached(session.device)  # the proof is another process on rank 0's GPU
+    distributed.on_rank_0_for_long(
+        "proving the export", lambda: prove(session, folder, needs_remote_code, masked, reference), watchdog.rest
+    )
     milestone("report")
     write_report(session, session.report["status"])
     options, found = board.options_of(session.config.to_dict()), board.measures_of(session.report)
@@ -93,10 +97,11 @@ def finish(
     session.tracker.close()
 
 
-def clear_others(session: Session) -> None:
-    """Folders that an earlier export of this run made of other weights."""
-    for kind in {*EXPORT_FORMATS, *graphs.KINDS} - set(formats_of(session)):
-        files.discard(session.output_dir / "exports" / kind)
+def release_cached(device: torch.device) -> None:
+    """Give the system what an accelerator's allocator keeps of memory that nobody holds."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def write_report(session: Session, status: str) -> None:

@@ -27,6 +27,7 @@ from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.models.structure import Structure, layers_of
 
 GATE_NAME = "prune_gate"
+FP32_ELEMENTS = 2**26  # of a copy on an accelerator
 _SMALLEST_GATE = 1e-6  # below this |g| the quotient r / g says nothing; the unit then has no gradient
 
 
@@ -90,7 +91,9 @@ def scaled(x: Tensor, change: Tensor) -> Tensor:
 def sum_products(a: Tensor, b: Tensor) -> Tensor:
     """Per sample and unit, the fp32 sum of a * b over tokens and width: [B, T, U, W] x 2 -> [B, U]."""
     if a.device.type != "cpu":
-        return (a.float() * b).sum(dim=(1, 3))
+        rows = max(1, FP32_ELEMENTS // a[0].numel())  # of the batch: fp32 copies of all would be the peak of a step
+        pairs = zip(a.split(rows), b.split(rows), strict=True)
+        return torch.cat([(x.float() * y).sum(dim=(1, 3)) for x, y in pairs])
     product = torch.empty(a.shape[1:], dtype=torch.float32)  # one sample at a time stays in the cache
     sums = torch.empty(a.shape[0], *a.shape[2:])
     for x, y, out in zip(a, b, sums, strict=True):

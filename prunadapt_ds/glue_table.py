@@ -49,7 +49,7 @@ def read_cell(root: Path, task: str, seed: int) -> Cell:
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         status = report["status"]
-        if status == "complete":
+        if status == "complete" and not _failed_since(folder):
             return _complete(task, seed, report)
     except FileNotFoundError:
         status = ""
@@ -64,6 +64,16 @@ def read_cell(root: Path, task: str, seed: int) -> Cell:
         return Cell(task, seed, "interrupted", "stopped with a checkpoint: start it again")
     reason = _last_error(_text(folder / "log.txt"))
     return Cell(task, seed, "failed", (f"exit code {code}: " if code else "") + (reason or "look at log.txt"))
+
+
+def _failed_since(folder: Path) -> bool:
+    """Whether a later job failed in the folder of a complete run, one of other options for example: the figures are not its."""
+    code = folder / "exit_code"
+    try:
+        is_newer = code.stat().st_mtime_ns > (folder / "report.json").stat().st_mtime_ns
+    except OSError:
+        return False
+    return is_newer and _text(code).strip() not in ("", "0", "running")
 
 
 def _complete(task: str, seed: int, report: dict[str, Any]) -> Cell:

@@ -20,10 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from prunadapt_ds import export, formats
+from prunadapt_ds.config import EXPORT_FORMATS
 from prunadapt_ds.errors import ParityError, Problem, PrunadaptError
-from prunadapt_ds.files import whole_folder
+from prunadapt_ds.files import discard, whole_folder
 
 KINDS = ("onnx", "torch_export")
+
+
+def discard_exports(run_dir: Path, kept: Sequence[str] = ()) -> None:
+    """exports/KIND of all kinds there are, graphs and folders of weights, but those `kept`."""
+    for kind in {*EXPORT_FORMATS, *KINDS} - set(kept):
+        discard(run_dir / "exports" / kind)
+
+
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
 

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prunadapt_ds.distributed import dist_sum, rank
+from prunadapt_ds.distributed import dist_sum, on_rank_0
+from prunadapt_ds.files import whole_path
 
 BACKWARD = ("grad_sq", "grad_abs")
 FORWARD = {"activation_abs": 1, "activation_sq": 2, "activation_4th": 4}  # and the power of |x| that each is a mean of
@@ -43,14 +44,16 @@ class WindowSums:
 def save_sums(window: WindowSums, folder: Path, step: int, samples: list[int]) -> None:
     """<step>.safetensors in `folder`: raw sums [U] of every statistic, the count, and the ids of the samples behind them.
 
-    Rank 0 writes.
+    Rank 0 writes. Collective: a disk that is full ends all ranks.
     """
-    if rank() != 0:
-        return
     tensors = {name: window.sums[name].clone() for name in STATISTICS}
     tensors |= {"count": torch.tensor([window.count]), "sample_ids": torch.tensor(samples)}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"{step}.safetensors")
+
+    def write() -> None:
+        with whole_path(folder / f"{step}.safetensors") as unfinished:
+            save_file(tensors, unfinished)
+
+    on_rank_0(f"writing the statistics to {folder}", write)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prunadapt_ds import resources
+from prunadapt_ds import files, resources
 from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.files import whole_folder
 from prunadapt_ds.options import Help, as_called
 
 _EXAMPLE = "prunadapt init-slurm my-project"
@@ -24,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="is made where there is none")
     options = parser.parse_args(argv)
     try:
-        copy(options.folder)
+        with files.owner_writes_alone():
+            copy(options.folder)
     except UserError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return error.exit_code
@@ -39,7 +39,7 @@ def copy(target: Path) -> None:
         raise UserError([Problem("folder", str(target / name), remedy) for name in there])
     try:
         for name in resources.FOLDERS:
-            with whole_folder(target / name) as unfinished:
+            with files.whole_folder(target / name) as unfinished:
                 for file in sorted(resources.folder(name).iterdir()):
                     if file.suffix in (".sh", ".json", ".md"):
                         shutil.copyfile(file, unfinished / file.name)

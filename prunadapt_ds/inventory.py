@@ -19,7 +19,7 @@ from prunadapt_ds.budget import PruningPlan, check_target
 from prunadapt_ds.config import Config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.families import Family
-from prunadapt_ds.models.layouts import family_of, layout_of
+from prunadapt_ds.models.layouts import family_of, layout_of, with_floors
 from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.models.structure import Structure, full_numel, layers_of, measure
 from prunadapt_ds.objective import sample_losses
@@ -97,8 +97,8 @@ def skeleton(model_config: Any, config: Config, dtype: torch.dtype) -> Skeleton:
     with torch.device("meta"), no_init_weights():
         model = auto.from_config(model_config, dtype=dtype, attn_implementation=NAME)
     layout = layout_of(family, model_config, model.base_model_prefix)
-    structure = measure(model, layout, config.data.max_seq_length)
     prune = config.prune
+    structure = with_floors(family, measure(model, layout, config.data.max_seq_length), prune)
     check_target(structure, prune.target_sparsity or 0.0, prune.budget, prune.target_speedup)
     inside = f"{model.base_model_prefix}."
     below = tuple(f"{module}." for module in family.head)

@@ -6,6 +6,7 @@ from dense to its last cut, are laid out for every ds_config.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import dataclasses
 import json
@@ -136,23 +137,32 @@ def plan(
     }
 
 
-def even_plan(
+def even_counts(
     structure: Structure, share: float, neuron_multiple: int, kinds: Sequence[str] = ("heads", "neurons")
-) -> PruningPlan:
-    """Every sub-layer of `kinds` loses the same share of its units: what a plan looks like before scores are known."""
+) -> list[int]:
+    """Units left in each sub-layer when all of `kinds` lose the same share of theirs, as far as their floors let them: what
+    a plan looks like before scores are known."""
     kept = []
     for s in structure.sublayers:
         step = neuron_multiple if s.kind == "neurons" else 1
         cut = round(share * s.num_units / step) * step if s.kind in kinds else 0
-        kept.append(tuple(range(max(s.floor, s.num_units - cut))))
-    return PruningPlan(structure, tuple(kept))
+        kept.append(max(s.floor, s.num_units - cut))
+    return kept
+
+
+def plan_of(structure: Structure, counts: Sequence[int]) -> PruningPlan:
+    return PruningPlan(structure, tuple(tuple(range(count)) for count in counts))
 
 
 def plan_for(structure: Structure, target: float, budget: str, neuron_multiple: int) -> PruningPlan:
-    """The even plan that comes nearest to the target sparsity."""
-    per_unit = "params_per_unit" if budget == "params" else "macs_per_unit"
-    cuttable = sum(s.num_units * getattr(s, per_unit) for s in structure.sublayers)
-    return even_plan(structure, min(1.0, target * structure.dense_cost(budget) / cuttable), neuron_multiple)
+    """The even plan that meets the target sparsity and goes as little beyond as a share in ten thousandths lets it."""
+
+    def counts(ten_thousandths: int) -> list[int]:
+        return even_counts(structure, ten_thousandths / 10_000, neuron_multiple)
+
+    wanted = (1 - target) * structure.dense_cost(budget)
+    cut = bisect.bisect_left(range(10_000), -wanted, key=lambda n: -structure.cost(budget, counts(n)))
+    return plan_of(structure, counts(cut))
 
 
 def phases(built: Skeleton, config: Config, batch: int, num_labels: int) -> list[tuple[str, float, Inventory]]:
@@ -165,7 +175,7 @@ def phases(built: Skeleton, config: Config, batch: int, num_labels: int) -> list
     dense = take_stock(built, config, batch, num_labels)
     target = prune.target_sparsity or 0.0
     if prune.method == "tmp":
-        cut = even_plan(structure, tmp.CUT_FRACTION, prune.neuron_multiple, ("heads",))
+        cut = plan_of(structure, even_counts(structure, tmp.CUT_FRACTION, prune.neuron_multiple, ("heads",)))
     elif prune.method == "prunadapt" and target:
         cut = plan_for(structure, target, prune.budget, prune.neuron_multiple)
     else:

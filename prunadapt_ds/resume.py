@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunadapt_ds import checkpoint, distributed, files, snapshot, token_teacher, watchdog
+from prunadapt_ds import checkpoint, distributed, files, graphs, snapshot, token_teacher, watchdog
 from prunadapt_ds.checkpoint import Checkpoint, Damaged, Unread
 from prunadapt_ds.config import SECTIONS, Config
 from prunadapt_ds.ds_config import DsConfig
@@ -42,7 +42,7 @@ RESOLVED = {
     "weight_decay",
 }
 LATENCY = "latency.json"
-LEFT_BEHIND = ("report.json", "report.md", "plan.json", "predictions.jsonl", "run.json", LATENCY)
+LEFT_BEHIND = ("report.json", "report.md", "report.html", "plan.json", "predictions.jsonl", "run.json", LATENCY)
 REBUILDS = "rebuilds.json"
 
 
@@ -229,6 +229,9 @@ def begin(session: Session) -> None:
             files.discard(folder)
         (root_of(session.config) / REBUILDS).unlink(missing_ok=True)
         files.discard(session.output_dir / token_teacher.FOLDER)
+        graphs.discard_exports(session.output_dir)
+        for sums in (session.output_dir / "scores").glob("*.safetensors") if session.config.prune.save_scores else ():
+            sums.unlink()
         for name in LEFT_BEHIND:
             (session.output_dir / name).unlink(missing_ok=True)
         _write_options(session)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from prunadapt_ds import backbone, distributed, files
+from prunadapt_ds import backbone, distributed, export, files
+from prunadapt_ds import labels as labels_of
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import Config, DataOptions, parse
 from prunadapt_ds.data import (
+    Task,
     load_language,
     load_task,
     measures_of,
@@ -71,9 +72,8 @@ def run(config: Config) -> dict[str, float]:
         lambda: load_folder(
             config.model.model_name_or_path,
             config.model.trust_remote_code,
-            num_labels=None if is_language else data.num_labels,
+            task=None if is_language else data.task,
             is_language=is_language,
-            task_name=data.task.name,
         )
     )
     model.to(distributed.device()).eval()
@@ -88,7 +88,9 @@ def run(config: Config) -> dict[str, float]:
         )
         rows = Rows(tokens, tokenizer)
         found = predict(model, rows, config.train.per_device_eval_batch_size, distributed.device())
-        logits[name] = (found if is_language else in_order(found, model.config.id2label, data.label_names)).numpy()
+        if not is_language:
+            found = labels_of.in_order(found, backbone.class_names(model.config), data.label_names)
+        logits[name] = found.numpy()
         labels[name] = rows.labels.numpy()
     measures = distributed.on_rank_0("measuring", lambda: measures_of(data, logits, labels))
     if distributed.rank() == 0:
@@ -130,17 +132,15 @@ def run_length(folder: Path) -> int | None:
     return None
 
 
-def load_folder(
-    name: str, trust: bool, *, num_labels: int | None = None, is_language: bool = False, task_name: str = "this"
-) -> tuple[Any, Any]:
+def load_folder(name: str, trust: bool, *, task: Task | None = None, is_language: bool = False) -> tuple[Any, Any]:
     """The model and its tokenizer; a folder of ours needs no `--trust_remote_code`, its class is the package's own.
 
-    num_labels: how many numbers the model must answer with; None: however many it does. Raises UserError for what is no model
-    of that kind.
+    task: whose classes the model must answer with; None: whatever it does. Raises UserError for what is no model of that kind.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     auto_class: Any = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
+    num_labels = None if task is None else len(task.label_names) or 1
     source = backbone.locate(name)
 
     def refuse(remedy: str) -> UserError:
@@ -160,12 +160,19 @@ def load_folder(
         if is_adapter:
             base = files.read_object(adapter, refuse)["base_model_name_or_path"]
             backbone.check(base, to_train=False)
-            count = num_labels if is_language or num_labels is not None else adapter_outputs(adapter.parent)
+            count = adapter_outputs(adapter.parent) if num_labels is None and not is_language else num_labels
             model = _with_adapter(auto_class, base, source, {} if count is None else {"num_labels": count})
+            if not is_language:
+                labels_of.read(model.config, adapter.parent)
         else:
             pruned = _pruned_class(source)
             if pruned is None:
                 loader, options = auto_class, {"trust_remote_code": trust}
+            elif export.auto_class_for(pruned.__name__) != auto_class.__name__:
+                kind = (
+                    "classifies, and models no language" if is_language else "models language, and classifies nothing"
+                )
+                raise refuse(f"{kind}; name a folder of the other kind, or another --task_type")
             else:
                 loader, options = pruned, {}
             with backbone.quiet():
@@ -195,8 +202,11 @@ def load_folder(
         raise refuse(f"cannot be loaded: {reason or type(error).__name__}") from error
     if (most := most_tokens(model)) is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
-    if num_labels is not None and model.config.num_labels != num_labels:
-        raise refuse(f"answers with {model.config.num_labels} numbers, the task {task_name} has {num_labels}")
+    if task is not None and model.config.num_labels != num_labels:
+        raise refuse(f"answers with {model.config.num_labels} numbers, the task {task.name} has {num_labels}")
+    doubt = "" if task is None else labels_of.doubt(backbone.class_names(model.config), task.label_names)
+    if doubt and distributed.rank() == 0:
+        print(f"{name}: {doubt}", file=sys.stderr)
     family = FAMILIES.get(model.config.model_type)
     if family is not None and family.is_decoder:
         backbone.agree_on_padding(name, model.config, tokenizer)
@@ -233,11 +243,3 @@ def _with_adapter(auto_class: Any, base: str, folder: str, numbers: dict[str, in
         base, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, **numbers
     )
     return PeftModel.from_pretrained(model, folder)
-
-
-def in_order(logits: Tensor, id2label: dict[int, str], label_names: Sequence[str]) -> Tensor:
-    """Columns in the order of `label_names`, where the model names the same labels in another: [N, C] -> [N, C]."""
-    theirs = {label: int(i) for i, label in id2label.items()}
-    if not label_names or set(theirs) != set(label_names):
-        return logits
-    return logits[:, [theirs[label] for label in label_names]]

@@ -17,7 +17,18 @@ import datasets
 import torch
 from torch import nn
 
-from prunadapt_ds import adapters, backbone, distributed, ds_config, given_adapter, latency, memory, report, watchdog
+from prunadapt_ds import (
+    adapters,
+    backbone,
+    distributed,
+    ds_config,
+    given_adapter,
+    labels,
+    latency,
+    memory,
+    report,
+    watchdog,
+)
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan, check_target
@@ -26,8 +37,8 @@ from prunadapt_ds.data import TaskData, load_language, load_metric, load_task, t
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.importance import ScoreAverage
-from prunadapt_ds.models.layouts import most_tokens, uniform_floors
-from prunadapt_ds.models.structure import Structure, with_outer_floor
+from prunadapt_ds.models.layouts import most_tokens, with_floors
+from prunadapt_ds.models.structure import Structure
 from prunadapt_ds.session import Session
 from prunadapt_ds.tracking import Tracker
 
@@ -56,7 +67,7 @@ def setup(
     load_libraries(data)
     peak = memory.PeakMemory(device)
     loaded = distributed.together(lambda: load_model(config, ds, data))
-    identity |= distributed.on_rank_0("reading the model's files", lambda: model_identity(config, given))
+    identity |= distributed.same_on_all_hosts("the model's files", lambda: model_identity(config, given))
     distributed.together(lambda: refuse_changed(config, identity, saved))
     timing = timing_of(config, loaded.model)
     table = measured(config, loaded, timing, ds, saved) if config.prune.budget == "latency" else None
@@ -139,6 +150,7 @@ def load_model(config: Config, ds: DsConfig, data: TaskData) -> backbone.Backbon
         trust_remote_code=config.model.trust_remote_code,
         is_language=data.is_language,
     )
+    labels.reorder_head(loaded, data.label_names)
     if not config.train.dropout:
         backbone.no_dropout(loaded.model)
     if config.train.gradient_checkpointing:
@@ -152,13 +164,11 @@ def prunable(config: Config, loaded: backbone.Backbone, table: dict[str, Any] | 
 
     Raises UserError where the target lies beyond what these floors leave to cut.
     """
-    prune, structure = config.prune, loaded.structure
-    if prune.uniform:
-        structure = uniform_floors(loaded.family, structure, prune.neuron_multiple)
-        if structure.skips and "padded" in (config.output.export_formats or ()):
-            remedy = "zeros cannot say that whole layers are gone, which --uniform may decide; leave one of them out"
-            raise UserError(Problem("export_formats", "padded", remedy))
-    structure = with_outer_floor(structure, prune.keep_in_outer_layers)
+    prune = config.prune
+    structure = with_floors(loaded.family, loaded.structure, prune)
+    if structure.skips and "padded" in (config.output.export_formats or ()):
+        remedy = "zeros cannot say that whole layers are gone, which --uniform may decide; leave one of them out"
+        raise UserError(Problem("export_formats", "padded", remedy))
     if table is not None:
         structure = latency.with_times(structure, loaded.layout, latency.LatencyTable.from_dict(table))
     check_target(structure, prune.target_sparsity or 0.0, prune.budget, prune.target_speedup)
@@ -300,6 +310,12 @@ def announce(session: Session) -> None:
         say(
             "No task was named, so this is the built-in sample, a generated one: for real work name --model_name_or_path and "
             "--task_name (with --data_dir for local GLUE files), or --train_file and --validation_file."
+        )
+    if config.data.train_file and not session.data.is_language:
+        names = session.data.label_names
+        kind = f"{len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+        say(
+            f"{config.data.train_file}: {kind if names else 'labels with decimal points, so that this is a regression'}"
         )
     resolved = ", ".join(f"{name}={value}" for name, value in ds.resolved.items()) or "nothing"
     say(f"{ds.path}: ZeRO stage {ds.stage}, {ds.dtype}, {distributed.world_size()} ranks; auto: {resolved}")

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from prunadapt_ds import distributed, memory, state
 from prunadapt_ds import engine as engines
-from prunadapt_ds import memory, state
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.resize import Slices, resize
@@ -30,7 +30,7 @@ def shrink(
     The old engine's memory is free for the new one if the caller holds no reference to it.
     """
     model = engine.module
-    learnt = state.capture(engine)
+    learnt = state.capture(engine, keep=distributed.rank() == 0)
     engines.destroy(engine)
     del engine
     gc.collect()

@@ -136,13 +136,15 @@ def restore(session: Session, start: Checkpoint, *, to_train: bool = True) -> No
     saved = start.state
     read: dict[str, Tensor] = {}
     distributed.on_rank_0(f"reading {start.folder}", lambda: read.update(start.tensors()))
+
+    def taken(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}
+
+    moments = {key: taken(f"{key}/", read) for key in state.MOMENTS}
+    learnt = state.TrainingState(taken("master/", read), moments, saved["optimizer_steps"])
+    state.restore(session.engine, learnt)
+    del learnt, moments
     tensors = distributed.broadcast_tensors(read if distributed.rank() == 0 else None)
-
-    def below(prefix: str) -> dict[str, Tensor]:
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-    moments = {key: below(f"{key}/") for key in state.MOMENTS}
-    state.restore(session.engine, state.TrainingState(below("master/"), moments, saved["optimizer_steps"]))
     gates.apply_mask(session.model, session.plan.mask()[session.present.mask()])
     session.step = saved["step"]
     session.teacher = tensors.get("teacher")
@@ -152,7 +154,7 @@ def restore(session: Session, start: Checkpoint, *, to_train: bool = True) -> No
             f"copying the teacher to {folder}", lambda: token_teacher.bring(start.run_dir / folder.name, folder)
         )
         session.teacher = distributed.together(lambda: token_teacher.open_again(folder, saved["token_teacher"]))
-    session.average = WeightAverage(below("average/"), saved["average_count"])
+    session.average = WeightAverage(taken("average/", tensors), saved["average_count"])
     session.report["metric"]["teacher"] = saved["teacher_metric"]
     session.report["distillation"] |= saved.get("distillation") or {}  # older checkpoints say nothing of it
     session.report["progress"] = list(saved["progress"])

@@ -1,7 +1,7 @@
 """What training has learnt so far, by parameter name: fp32 masters and Adam's moments, whole.
 
-Trainables are few where the backbone is frozen, so that their full tensors fit anywhere. They do not depend on the number
-of ranks or the ZeRO stage, and follow a cut like the parameters do.
+Whole tensors do not depend on the number of ranks or the ZeRO stage, and follow a cut like the parameters do. Rank 0 alone holds
+all of them together, as far as nobody asks for more: trainables are few where the backbone is frozen, but not with --method full.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunadapt_ds.distributed import device, rank, world_size
+from prunadapt_ds.models.structure import full_shape
 from prunadapt_ds.resize import Slices
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,15 +61,31 @@ def read_masters(engine: Any) -> dict[str, Tensor]:
 
 
 def restore(engine: Any, state: TrainingState) -> None:
-    """Give an engine this training state: masters, moments and the weights that follow from them. Collective."""
+    """Give an engine rank 0's training state: masters, moments and the weights that follow from them. Of the others' only
+    `steps` is read. Collective; one tensor after the other is whole everywhere.
+    """
     if state.steps:
         _make_moments(engine, state.steps)
         _link_moments(engine)
-    write_masters(engine, state.masters)
+    parameters = trainable(engine.module)
+    assert rank() or parameters.keys() == state.masters.keys(), "this state is another model's"
     with torch.no_grad():
-        for name, parameter in trainable(engine.module).items():
-            for key in MOMENTS if state.steps else ():
-                _write(engine, parameter, key, state.moments[key][name])
+        for name, parameter in parameters.items():
+            _write(engine, parameter, None, _from_rank_0(parameter, state.masters.get(name)))
+        for name, parameter in parameters.items() if state.steps else ():
+            for key in MOMENTS:
+                _write(engine, parameter, key, _from_rank_0(parameter, state.moments[key].get(name)))
+
+
+def _from_rank_0(parameter: nn.Parameter, value: Tensor | None) -> Tensor:
+    """Rank 0's float32 value for a parameter, of its full shape, on the CPU of every rank."""
+    if world_size() == 1:
+        assert value is not None
+        return value
+    mine = value if rank() == 0 and value is not None else torch.empty(full_shape(parameter))
+    whole = mine.to(device())
+    torch.distributed.broadcast(whole, src=0)
+    return whole.cpu()
 
 
 def write_masters(engine: Any, masters: dict[str, Tensor]) -> None:
@@ -140,10 +158,9 @@ def _write(engine: Any, parameter: nn.Parameter, key: str | None, value: Tensor)
 def _write_shard(engine: Any, parameter: Any, key: str | None, value: Tensor) -> None:
     """This rank's part of a ZeRO-3 parameter; the last rank's is padded, which DeepSpeed's own setter does not do."""
     size = parameter.ds_tensor.numel()
-    rank = torch.distributed.get_rank()
-    padded = torch.zeros(size * torch.distributed.get_world_size())
+    padded = torch.zeros(size * world_size())
     padded[: value.numel()] = value.flatten()
-    shard = padded[rank * size : (rank + 1) * size]
+    shard = padded[rank() * size : (rank() + 1) * size]
     engine.optimizer.set_local_hp_param(shard, parameter, key)
     if key is None:
         parameter.ds_tensor.data.copy_(shard)

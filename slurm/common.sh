@@ -36,6 +36,7 @@ job_setup() {
     site_setup
     # Every GPU of a node gets a rank; a node without GPUs gets one, or RANKS_PER_NODE.
     ranks_per_node="${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
+    [[ "${MAX_REQUEUES:-100}" =~ ^(0|[1-9][0-9]{0,8})$ ]] || fail "MAX_REQUEUES='$MAX_REQUEUES': must be a whole number"
     [[ "$ranks_per_node" =~ ^[1-9][0-9]{0,3}$ ]] || fail "RANKS_PER_NODE='$ranks_per_node': must be a whole number of at least 1"
     cpus_per_rank=$((${SLURM_CPUS_ON_NODE:-1} / ranks_per_node))
     ((cpus_per_rank > 0)) || cpus_per_rank=1
@@ -72,6 +73,12 @@ is_taken() {
 train() {
     output="$1"
     shift
+    local word
+    for word in "$@"; do
+        [[ "$word" != --output_dir && "$word" != --output_dir=* ]] || fail "$word: a job names it itself, to find it again; set OUTPUT_DIR (of glue_all.sh OUTPUT_ROOT)"
+    done
+    # A job that was requeued goes on with what it has done, however it was told to begin.
+    ((${SLURM_RESTART_COUNT:-0} == 0)) || set -- "$@" --resume auto
     mkdir -p -- "$output" || fail "$output cannot be made: set OUTPUT_DIR (of glue_all.sh OUTPUT_ROOT) to a folder that can"
     if is_taken "$output"; then
         code=2 # what the program says to it; the log and the exit code there are the other run's

@@ -11,7 +11,12 @@ cd -- "${PROJECT_DIR:-${SLURM_SUBMIT_DIR:-$PWD}}" || exit 2
 source slurm/common.sh
 
 site_setup
+runner=()
+if [[ -n "${SLURM_JOB_ID:-}" ]]; then # where the runs were: in a container, if the site has its jobs in one
+    split_words "${SRUN_OPTIONS:-}"
+    runner=(srun --nodes=1 --ntasks=1 "${words[@]}")
+fi
 split_words "${TASKS:-cola sst2 mrpc stsb qqp mnli qnli rte wnli}"
 tasks=("${words[@]}")
 split_words "${SEEDS:-0}"
-exec python -m prunadapt_ds glue-table "${OUTPUT_ROOT:-outputs/glue}" --tasks "${tasks[@]}" --seeds "${words[@]}"
+exec "${runner[@]}" python -m prunadapt_ds glue-table "${OUTPUT_ROOT:-outputs/glue}" --tasks "${tasks[@]}" --seeds "${words[@]}"

@@ -28,7 +28,7 @@ for task in "${tasks[@]}"; do
     [[ "$task" =~ ^[a-z0-9]+$ && "$known" == *" $task "* ]] || fail "$(printf 'TASKS: there is no task %q; known are%s' "$task" "$known")"
 done
 for seed in "${seeds[@]}"; do
-    [[ "$seed" =~ ^[0-9]{1,9}$ ]] || fail "$(printf 'SEEDS: %q is not a whole number' "$seed")"
+    [[ "$seed" =~ ^(0|[1-9][0-9]{0,8})$ ]] || fail "$(printf 'SEEDS: %q is not a whole number' "$seed")"
 done
 
 job_setup
@@ -48,7 +48,7 @@ if [[ "$SLURM_ARRAY_TASK_ID" == "$SLURM_ARRAY_TASK_MIN" && ! -e "$marker" ]]; th
     # Words that were checked above, and a folder: the only values that the second job needs.
     if gather="$(TASKS="${tasks[*]}" SEEDS="${seeds[*]}" OUTPUT_ROOT="$root" \
         sbatch --parsable --dependency="afterany:$SLURM_ARRAY_JOB_ID" --partition="${GATHER_PARTITION:-$SLURM_JOB_PARTITION}" \
-        --output="$root/gather-%j.out" slurm/gather.sh)"; then
+        ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} --output="$root/gather-%j.out" slurm/gather.sh)"; then
         printf '%s\n' "$gather" >"$marker" # after a requeue it is there already; where it could not be submitted, once more
     else
         printf 'no job to gather; afterwards run: TASKS=%q SEEDS=%q OUTPUT_ROOT=%q bash slurm/gather.sh\n' \

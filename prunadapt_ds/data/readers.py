@@ -85,6 +85,11 @@ def _delimited(field: str, path: Path, delimiter: str) -> Columns:
             remedy = f'{rows}; quote texts that hold a {DELIMITERS[delimiter]} or a ", and double the " inside'
             raise UserError(Problem(field, str(path), remedy))
         rows = _plain_rows(text)
+    elif delimiter == "\t":
+        # Two stray quotation marks, rows apart, would make one row of all between them.
+        plain = _plain_rows(text)
+        if len(plain) > len(rows) and len({len(row) for _, row in plain}) == 1:
+            rows = plain
     if not rows:
         raise UserError(Problem(field, str(path), "the file is empty; give a file with data"))
     header = [name.strip() for name in rows[0][1]]

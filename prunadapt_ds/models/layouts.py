@@ -15,7 +15,7 @@ from torch import nn
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.families import FAMILIES, Family, Projection, SubLayer
 from prunadapt_ds.models.modeling_prunadapt import AttributeLayout, Layout, ProjectionLayout, SubLayerLayout
-from prunadapt_ds.models.structure import Structure, full_shape
+from prunadapt_ds.models.structure import Structure, full_shape, with_outer_floor
 
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
@@ -105,6 +105,13 @@ def uniform_floors(family: Family, structure: Structure, neuron_multiple: int) -
         ),
         skips=family.drops_layers,
     )
+
+
+def with_floors(family: Family, structure: Structure, prune: Any) -> Structure:
+    """The same structure with what the options of pruning (uniform, keep_in_outer_layers, neuron_multiple) have stay in it."""
+    if prune.uniform:
+        structure = uniform_floors(family, structure, prune.neuron_multiple)
+    return with_outer_floor(structure, prune.keep_in_outer_layers, prune.neuron_multiple)
 
 
 def layout_of(family: Family, config: Any, base_model_prefix: str) -> Layout:

@@ -102,18 +102,21 @@ def without_layers(structure: Structure, gone: Collection[int]) -> tuple[Structu
     return rest, mine
 
 
-def with_outer_floor(structure: Structure, share: float) -> Structure:
-    """The same structure of which the first and the last layer keep at least `share` of their units.
+def with_outer_floor(structure: Structure, share: float, neuron_multiple: int) -> Structure:
+    """The same structure of which the first and the last layer keep at least `share` of their units, of neurons in whole
+    groups.
 
     What enters and leaves a model is hard to do without: LLM-Pruner (Ma et al., arXiv 2305.11627) leaves outer layers alone.
     """
     outer = {structure.sublayers[0].layer, structure.sublayers[-1].layer}
+
+    def floor(s: SubLayer) -> int:
+        group = neuron_multiple if s.kind == "neurons" else 1
+        return max(s.floor, min(s.num_units, ceil(share * s.num_units / group) * group))
+
     return replace(
         structure,
-        sublayers=tuple(
-            replace(s, floor=max(s.floor, ceil(share * s.num_units))) if s.layer in outer else s
-            for s in structure.sublayers
-        ),
+        sublayers=tuple(replace(s, floor=floor(s)) if s.layer in outer else s for s in structure.sublayers),
     )
 
 

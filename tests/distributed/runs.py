@@ -258,6 +258,74 @@ def disagree(rank_of_the_odd_one):
     return None
 
 
+def head_of_a_classifier(argv):
+    """Rows of the head that a run begins with, and what was said of it."""
+    from prunadapt_ds.engine import gathered
+
+    session = _session(argv)
+    head = session.backbone.model.classifier
+    with gathered([head.weight, head.bias]):
+        rows = head.weight.tolist(), head.bias.tolist()
+    session.tracker.close()
+    return rows, session.backbone.notes
+
+
+def hosts(kind):
+    """Two hosts of one rank each, which hold "same", "other" or no files: what each rank gets or raises."""
+    import socket
+
+    from prunadapt_ds import distributed
+    from prunadapt_ds.errors import PrunadaptError
+
+    socket.gethostname = lambda: f"node{distributed.rank()}"
+
+    def read():
+        if distributed.rank() == 1 and kind == "none":
+            raise FileNotFoundError("config.json")
+        return {"backbone": "other" if distributed.rank() == 1 and kind == "other" else "same"}
+
+    try:
+        return distributed.same_on_all_hosts("the model's files", read)
+    except PrunadaptError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def long_work(fails):
+    """Rank 0 works for longer than a minute has here: the result, or why it failed, and whether this rank heard that it went on."""
+    import time
+
+    from prunadapt_ds import distributed
+    from prunadapt_ds.errors import PrunadaptError
+
+    def work():
+        time.sleep(0.5)
+        if fails:
+            raise OSError("no room")
+        return 5
+
+    heard = []
+    try:
+        found = distributed.on_rank_0_for_long("proving", work, lambda: heard.append(1), every=0.05)
+    except PrunadaptError as error:
+        found = str(error)
+    return found, len(heard) > 2
+
+
+def full_disk(folder):
+    """Rank 0 cannot write the statistics: what each rank raises."""
+    from pathlib import Path
+
+    from prunadapt_ds import importance
+    from prunadapt_ds.errors import PrunadaptError
+
+    sums = {name: torch.ones(2) for name in importance.STATISTICS}
+    try:
+        importance.save_sums(importance.WindowSums(sums, 1.0), Path(folder), 3, [0])
+    except PrunadaptError as error:
+        return str(error)
+    return None
+
+
 def mistake_on_one_rank():
     """A user's mistake that only one rank can see is everybody's."""
     from prunadapt_ds import distributed

@@ -62,6 +62,8 @@ def arguments(folder, output, *, stage=3, batch=4, zero=None, **options):
         "distill_weight": 0.5,
         "distill_min_r2": -1000,  # after a few steps no teacher knows anything: these follow it all the same
     }
+    if not options.get("distill_weight", defaults["distill_weight"]):
+        del defaults["distill_min_r2"]
     options = of_method(options.get("method", "prunadapt"), defaults) | options
     output.mkdir(parents=True, exist_ok=True)
     argv = ["--ds_config", ds_config(output / "ds.json", stage, zero)]
@@ -102,6 +104,20 @@ def test_the_whole_head_trains(folder, tmp_path):
     trained = run_ranks(runs.fit, 2, arguments(folder, tmp_path / "out", method="lora"))[0]["trained"]
     heads = {name for name in trained if "lora_" not in name}
     assert heads == {f"{m}.{k}" for m in ("bert.pooler.dense", "classifier") for k in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("stage", [3, 0])
+def test_a_head_of_the_same_classes_in_another_order_is_put_into_ours(folder, tmp_path, stage):
+    model = tiny_model("bert", 2)
+    model.config.id2label, model.config.label2id = {0: "GOOD", 1: "BAD"}, {"GOOD": 0, "BAD": 1}
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([1.0, 2.0]))
+    tiny_folder(tmp_path / "tuned", "bert")
+    model.save_pretrained(tmp_path / "tuned")
+    argv = arguments(folder, tmp_path / "out", stage=stage, model_name_or_path=tmp_path / "tuned")
+    for (weight, bias), notes in run_ranks(runs.head_of_a_classifier, 2, argv):
+        assert bias == [2.0, 1.0] and weight == model.classifier.weight.flip(0).tolist()
+        assert "knew the classes as GOOD, BAD" in notes[-1]
 
 
 def test_a_checkpoint_is_gathered_where_it_is_written(folder, tmp_path):
@@ -263,6 +279,30 @@ def test_ranks_that_disagree_stop():
 
 def test_a_mistake_that_one_rank_sees_stops_all():
     assert len(set(run_ranks(runs.mistake_on_one_rank, 2))) == 1
+
+
+def test_hosts_that_hold_other_files_stop():
+    """Under ZeRO-3 each rank reads its own part of a matrix from its own host: two revisions would be mixed without a word."""
+    assert run_ranks(runs.hosts, 2, "same") == [{"backbone": "same"}] * 2
+    said = run_ranks(runs.hosts, 2, "other")
+    assert said[0] == said[1] and said[0].startswith(
+        "RanksDisagree: the model's files on node1 are others than on node0"
+    )
+    said = run_ranks(runs.hosts, 2, "none")
+    assert said[0] == said[1] and "the model's files failed: config.json" in said[0]
+
+
+def test_work_of_one_rank_may_take_longer_than_a_collective_may():
+    assert run_ranks(runs.long_work, 2, False) == [(5, True)] * 2
+    assert run_ranks(runs.long_work, 2, True) == [("proving failed: no room", True)] * 2
+
+
+def test_statistics_that_cannot_be_written_end_all_ranks(tmp_path):
+    (tmp_path / "scores").write_text("a file")
+    said = run_ranks(runs.full_disk, 2, str(tmp_path / "scores"))
+    assert said[0] == said[1] and "writing the statistics" in said[0]
+    assert run_ranks(runs.full_disk, 2, str(tmp_path / "sums")) == [None, None]
+    assert [p.name for p in (tmp_path / "sums").iterdir()] == ["3.safetensors"]
 
 
 @pytest.mark.parametrize("num_samples, micro_batch, accumulation", [(37, 4, 2), (3, 4, 1), (16, 4, 2)])

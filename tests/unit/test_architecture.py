@@ -34,7 +34,7 @@ FLOORS = (
     {"budget", "tmp"},
     {"resize"},
     {"engine", "state"},
-    {"inventory"},
+    {"inventory", "labels"},
     {"teacher", "zero_costs", "export", "shrink", "board", "report", "checkpoint", "given_adapter", "token_teacher"},
     {"tracking"},
     {"card", "session", "graphs", "scoring", "adapter_folder", "pages"},

@@ -269,6 +269,10 @@ DS_CASES = {
         {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
         ("zero_optimization.zero_quantized_weights", "CUDA"),
     ),
+    "a second copy of the shards": (
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
+        ("zero_optimization.zero_hpz_partition_size", "second copy"),
+    ),
     "micro-batch against the option": (
         {"train_micro_batch_size_per_gpu": 4},
         ("train_micro_batch_size_per_gpu", "contradicts --per_device_train_batch_size 8"),
@@ -525,6 +529,8 @@ MODEL_CASES = {
     "a size that is no number": (lambda f: edit(f, hidden_size="x"), "hidden_size"),
     "no layers": (lambda f: edit(f, num_hidden_layers=0), "no layers"),
     "more layers than weights": (lambda f: edit(f, num_hidden_layers=5), "are missing"),
+    "more words than weights": (lambda f: edit(f, vocab_size=5000), "beside its blocks are missing"),
+    "more positions than weights": (lambda f: edit(f, max_position_embeddings=999), "beside its blocks are missing"),
     "pruned already": (lambda f: edit(f, pruned_structure={}), "is pruned already"),
     "no weights": (lambda f: remove(f, "*.safetensors"), "holds no weights"),
     "weights cut in the header": (lambda f: keep_only(f, 1000), "damaged or cut short"),
@@ -658,6 +664,10 @@ SCORED_CASES = {
     "no head": (lambda f: lose_head(f), "is not trained for this: it has no classifier.bias"),
     "three labels": (lambda f: edit(f, id2label={"0": "a", "1": "b", "2": "c"}), "other shapes than config.json says"),
     "a damaged structure": (lambda f: edit(f, pruned_structure={"layout": {}, "kept": []}), "cannot be loaded"),
+    "a language model of ours": (
+        lambda f: edit(f, pruned_structure={}, architectures=["PrunedLlamaForCausalLM"]),
+        "models language, and classifies nothing",
+    ),
     "a structure of no class": (lambda f: edit(f, pruned_structure={}, architectures=["json"]), "cannot be loaded"),
     "code of its own": (lambda f: edit(f, model_type="odd", auto_map=REMOTE), "say --trust_remote_code to run it"),
     "a pickled adapter": (lambda f: cut(f / "adapter_config.json", "{}"), "pickled ones are never loaded"),

@@ -38,7 +38,7 @@ def test_the_quick_scores_are_the_task_s_measures(task):
     predictions = labels + draw.random(50) if regression else draw.integers(0, 2, 50)
     logits = predictions[:, None] if regression else np.eye(2)[predictions]
     names = () if regression else ("a", "b")
-    data = TaskData(TASKS[task], None, {}, None, names, num_labels=len(names) or 1, is_regression=regression)
+    data = TaskData(TASKS[task], None, {}, names, num_labels=len(names) or 1, is_regression=regression)
     expected = compute_metrics(data, logits, labels)["score"]
     assert compare_table.score(task, predictions, labels) == pytest.approx(expected)
 
@@ -142,8 +142,7 @@ def test_every_method_s_options_are_the_trainer_s(method):
 def test_every_variant_s_options_are_the_trainer_s(variant):
     from prunadapt_ds.config import parse
 
-    options = {**tune.BASE, **tune.VARIANTS[variant]}
-    parse([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    parse([word for name, value in tune.options_of(variant).items() for word in (f"--{name}", str(value))])
 
 
 def test_the_share_of_checkpoints_and_whether_it_is_small_enough():

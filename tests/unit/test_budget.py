@@ -103,11 +103,19 @@ def test_floors_are_kept(s, seed, heads, neurons):
 
 
 def test_outer_layers_keep_their_share():
-    s = with_outer_floor(structure(layers=4, heads=4, neurons=16), 0.5)
+    s = with_outer_floor(structure(layers=4, heads=4, neurons=16), 0.5, 8)
     counts = decide(torch.ones(s.num_units), s, max_sparsity(s, "params")).counts()
     assert [(c["heads"], c["neurons"]) for c in counts] == [(2, 8), (0, 0), (0, 0), (2, 8)]
     with pytest.raises(UserError, match="at most"):
         decide(torch.ones(s.num_units), s, max_sparsity(structure(layers=4, heads=4, neurons=16), "params"))
+
+
+@pytest.mark.parametrize("neurons, kept", [(100, 64), (56, 32), (20, 16), (16, 16), (12, 12)])
+def test_what_outer_layers_keep_can_be_reached_by_cutting_whole_groups(neurons, kept):
+    """The most that is promised before training is what the last decision can cut."""
+    s = with_outer_floor(structure(layers=3, heads=4, neurons=neurons), 0.5, 16)
+    counts = decide(torch.ones(s.num_units), s, max_sparsity(s, "params"), neuron_multiple=16).counts()
+    assert [c["neurons"] for c in counts] == [kept, 0, kept]
 
 
 def test_ranking_is_global_over_layers_and_kinds():

@@ -65,6 +65,8 @@ def test_defaults():
         (["--data_dir", "."], "task_name"),
         (["--data_dir", ".", "--train_file", "a.csv", "--validation_file", "b.csv"], "data_dir"),
         (["--distill_top_k", "4"], "distill_top_k"),
+        (["--teacher_window", "0.3"], "teacher_window"),
+        (["--distill_weight", "0", "--distill_fades", "false"], "distill_fades"),
         (["--resume", "nowhere"], "resume"),
         (["--gradient_checkpointing", "perhaps"], "gradient_checkpointing"),
         (["--r"], "command line"),
@@ -80,7 +82,7 @@ def without_effect(argv):
     try:
         parse(argv)
     except UserError as error:
-        return [p.field for p in error.problems if "has no effect" in p.remedy]
+        return [p.field for p in error.problems if "has no effect with --" in p.remedy]
     return []
 
 

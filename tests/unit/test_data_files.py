@@ -84,6 +84,14 @@ def test_tab_separated_text_with_stray_quotation_marks(tmp_path):
     assert data.train["sentence1"][:] == ['"Go, she said.', 'Done" now', '"a" b']
 
 
+def test_two_stray_quotation_marks_swallow_no_rows_between_them(tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text('sentence1\tlabel\n"It rained.\tx\nWe sang.\tx\nWe went home."\ty\n', encoding="utf-8")
+    assert load(path, path).train["sentence1"][:] == ['"It rained.', "We sang.", 'We went home."']
+    path.write_text('sentence1\tlabel\n"two\nlines\tand a tab"\tx\nWe sang.\ty\n', encoding="utf-8")
+    assert load(path, path).train["sentence1"][:] == ["two\nlines\tand a tab", "We sang."], "quoted as usual"
+
+
 def test_byte_order_mark_windows_lines_blank_lines_and_spaced_header(tmp_path):
     path = tmp_path / "train.csv"
     path.write_bytes(b"\xef\xbb\xbfsentence1, label\r\none,a\r\n\r\ntwo,b\r\n")

@@ -37,7 +37,7 @@ REFERENCE = {
 def data_of(task):
     nothing = Dataset.from_dict({})
     num_labels = len(task.label_names) or 1
-    return TaskData(task, nothing, {}, None, task.label_names, num_labels, task.is_regression)
+    return TaskData(task, nothing, {}, task.label_names, num_labels, task.is_regression)
 
 
 def drawn(data, n, seed):

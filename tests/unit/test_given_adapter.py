@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from prunadapt_ds import adapters, backbone, given_adapter
+from prunadapt_ds import adapters, backbone, given_adapter, labels
 from prunadapt_ds.config import LoraOptions, parse
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.setup import refuse_changed
@@ -150,5 +150,35 @@ def test_a_fine_tuned_classifier_keeps_its_head(tmp_path, model_type):
     loaded = backbone.load(str(base), num_labels=3, label_names=("a", "b", "c"))
     with torch.no_grad():
         torch.testing.assert_close(loaded.model.eval()(**inputs()).logits, tuned(**inputs()).logits)
+    labels.reorder_head(loaded, ("a", "b", "c"))
+    assert not loaded.notes, "LABEL_0 is no name that anybody gave"
     assert all(p.requires_grad for n, p in loaded.model.named_parameters() if n in loaded.head_names)
     assert any(n.startswith(("classifier", "score")) for n in loaded.head_names)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "llama"])
+def test_a_head_that_knows_the_classes_in_another_order_is_put_into_ours(tmp_path, model_type):
+    base = tiny_folder(tmp_path / "base", model_type)
+    tuned = AutoModelForSequenceClassification.from_pretrained(
+        base, id2label={0: "C", 1: "A", 2: "B"}, label2id={"C": 0, "A": 1, "B": 2}, pad_token_id=0
+    ).eval()
+    tuned.save_pretrained(base)
+    ours = ("a", "b", "c")
+    loaded = backbone.load(str(base), num_labels=3, label_names=ours)
+    labels.reorder_head(loaded, ours)
+    with torch.no_grad():
+        expected = tuned(**inputs()).logits[:, [1, 2, 0]]
+        torch.testing.assert_close(loaded.model.eval()(**inputs()).logits, expected)
+    (note,) = loaded.notes
+    assert "C, A, B" in note
+    new = backbone.load(str(base), num_labels=4, label_names=(*ours, "d"))
+    assert new.known_classes == (), "of another size: it begins anew"
+
+
+def test_classes_are_known_by_their_names():
+    columns = labels.columns(("CONTRADICTION", "Neutral", "entailment"), ("entailment", "neutral", "contradiction"))
+    assert columns == [2, 1, 0] and labels.columns(("a", "A"), ("a", "b")) is None
+    assert labels.in_order(torch.tensor([[1.0, 2.0]]), ("NO", "YES"), ("yes", "no")).tolist() == [[2.0, 1.0]]
+    assert labels.doubt(("good", "bad"), ("accept", "reject")).startswith("calls its classes good, bad; they are taken")
+    assert not any(labels.doubt(theirs, ("no", "yes")) for theirs in (("LABEL_0", "LABEL_1"), ("Yes", "No")))
+    assert labels.doubt(("LABEL_0",), ()) == ""

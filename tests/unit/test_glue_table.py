@@ -1,6 +1,7 @@
 """The table of many runs: averages as the leaderboard takes them, and nothing that failed passed over."""
 
 import json
+import os
 
 import pytest
 
@@ -90,6 +91,19 @@ def test_what_is_not_complete_is_marked_with_its_reason(tmp_path, made, status, 
     text = (tmp_path / "glue.md").read_text()
     assert f"- rte, seed 0: {status}." in text and "**not of all**" in text and f"0 of 1 ({status})" in text
     assert "| wnli | 1 of 1 |" in capsys.readouterr().out
+
+
+def test_figures_of_a_run_are_not_those_of_a_later_job_that_was_refused(tmp_path):
+    """The same folder with other options: its exit code is newer than the report. Asked again it is complete at once."""
+    folders = {task: run(tmp_path, task, 0, 0.5) for task in ("rte", "wnli", "cola")}
+    for task, code in (("rte", "2"), ("wnli", "0"), ("cola", "2")):
+        (folders[task] / "exit_code").write_text(f"{code}\n")
+        (folders[task] / "log.txt").write_text("error: learning_rate=3: the run began with 1\n")
+        when = 1 if task == "cola" else 2e9  # a run by hand since then
+        os.utime(folders[task] / "exit_code", (when, when))
+    cells = {c["task"]: c for c in gather(tmp_path, list(folders), [0])["cells"]}
+    assert [cells[task]["status"] for task in folders] == ["failed", "complete", "complete"]
+    assert "began with 1" in cells["rte"]["reason"]
 
 
 def test_never_started_and_unreadable(tmp_path):

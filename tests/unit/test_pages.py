@@ -137,3 +137,10 @@ def test_many_classes_are_put_into_few_words():
     picture = figures.confusion(labels, list(range(30)) * 30, names)
     assert picture.alt.startswith("30 of 900 examples are right. 1 labelled class 0 ")
     assert picture.alt.endswith("; 860 in 860 other pairs.") and len(picture.alt) < 1500
+
+
+@pytest.mark.parametrize("names", [["$5 (50% off $)", "$a_b_c$"], ["$1 #2 $", "b"], ["$50k-$100k", "rest"]])
+def test_names_of_classes_are_no_formulas(names):
+    """They are drawn, and what they hold is theirs: dollars as well."""
+    picture = figures.drawn(figures.confusion, [0, 1, 1], [0, 1, 0], names)
+    assert f"<!-- {names[0].split()[0]}" in picture.svg, "where it is drawn, matplotlib says what it has drawn"

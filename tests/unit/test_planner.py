@@ -170,6 +170,11 @@ def test_even_plans_meet_the_target():
     for budget in ("params", "macs"):
         cut = planner.plan_for(built.structure, 0.6, budget, 8)
         assert cut.sparsity(budget) == pytest.approx(0.6, abs=0.01)
+    kept = inventory.skeleton(llama("7B"), parse(["--keep_in_outer_layers", "0.9"]), torch.bfloat16)
+    cut = planner.plan_for(kept.structure, 0.6, "params", 8)
+    first, second, *_, last = cut.counts()
+    assert cut.sparsity("params") == pytest.approx(0.6, abs=0.01) and first["heads"] == 29 > second["heads"]
+    assert first["neurons"] == last["neurons"] == 9912 > second["neurons"]
     assert PruningPlan.dense(built.structure).hash == planner.plan_for(built.structure, 0.0, "params", 8).hash
 
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from prunadapt_ds import compare, files, glue_table, scoring
+from prunadapt_ds import compare, files, glue_table, init_slurm, scoring
 from prunadapt_ds.config import OPTIONS
 from tests.conftest import ROOT
 from tests.tiny import tiny_data, tiny_model, tiny_tokenizer
@@ -112,6 +112,11 @@ def test_files_are_the_owners_to_write_whatever_the_umask(tmp_path, open_umask):
     assert not loose(tmp_path)
     assert (tmp_path / "export" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert os.umask(0) == 0, "is put back"
+
+
+def test_templates_are_the_owners_to_write(tmp_path, open_umask):
+    assert init_slurm.main([str(tmp_path / "project")]) == 0
+    assert not loose(tmp_path), "slurm/train.sh is submitted by its owner"
 
 
 def test_a_tight_umask_stays_tight(tmp_path):

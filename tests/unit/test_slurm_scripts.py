@@ -115,7 +115,7 @@ def test_bad_task_names_are_refused(shell, task):
     assert {p.name for p in shell.project.iterdir()} == {"slurm", "ds_configs"}
 
 
-@pytest.mark.parametrize("seed", ["-1", "1.5", "a", "$(touch pwned)", "0; touch pwned", "1e3", "9999999999"])
+@pytest.mark.parametrize("seed", ["-1", "1.5", "a", "$(touch pwned)", "0; touch pwned", "1e3", "9999999999", "01"])
 def test_bad_seeds_are_refused(shell, seed):
     done, calls = shell("glue_all.sh", SEEDS=seed, **array(0, 9))
     assert done.returncode == 2 and "is not a whole number" in done.stderr and not calls
@@ -125,6 +125,9 @@ def test_empty_lists_and_bad_numbers_are_refused(shell):
     assert "at least one" in shell("glue_all.sh", TASKS=" \n", **array(0, 9))[0].stderr
     done, calls = shell("train.sh", RANKS_PER_NODE="2; touch pwned")
     assert done.returncode == 2 and "RANKS_PER_NODE" in done.stderr and not calls
+    for value in ("x[$(touch pwned)]", "none", "08"):
+        done, calls = shell("train.sh", MAX_REQUEUES=value, SLURM_RESTART_COUNT="1", EXIT_CODE="75")
+        assert done.returncode == 2 and "MAX_REQUEUES" in done.stderr and not calls
 
 
 def test_values_reach_the_program_as_they_are(shell):
@@ -150,14 +153,39 @@ def test_a_folder_of_an_awkward_name_is_only_a_folder(shell):
 
 @pytest.mark.parametrize("name, value", [("TASKS", NASTY), ("SEEDS", NASTY), ("OUTPUT_ROOT", NASTY)])
 def test_gathering_takes_words_as_words(shell, name, value):
-    (shell.project / "python").write_text(RECORD)
-    (shell.project / "python").chmod(0o755)
-    done, calls = shell("gather.sh", PATH=f"{shell.project}:{os.environ['PATH']}", VENV="none", **{name: value})
+    shell.put("python", 'printf "%s\\0" "$@" >>"$CALLS/python"')
+    shell.put("srun", 'printf "%s\\0" "$@" >>"$CALLS/srun"; while [[ $1 == --* ]]; do shift; done; exec "$@"')
+    done, calls = shell("gather.sh", SRUN_OPTIONS="--container-image=a", VENV="none", **{name: value})
     assert done.returncode == 0, done.stderr
-    words = calls["python"][1:]
+    assert calls["srun"][:3] == ["--nodes=1", "--ntasks=1", "--container-image=a"], "where the runs were"
+    words = calls["python"]
     assert words[:3] == ["-m", "prunadapt_ds", "glue-table"] and (
         value in words if name == "OUTPUT_ROOT" else "$(touch" in words
     )
+
+
+def test_gathering_by_hand_needs_no_job(shell):
+    shell.put("python", 'printf "%s\\0" "$@" >>"$CALLS/python"')
+    done, calls = shell("gather.sh", SLURM_JOB_ID="", VENV="none")
+    assert done.returncode == 0 and set(calls) == {"python"}, done.stderr
+
+
+def test_the_table_s_job_is_charged_like_the_array(shell):
+    _, calls = shell("glue_all.sh", SLURM_JOB_ACCOUNT="my project", **array(0, 9))
+    assert "--account=my project" in calls["sbatch"]
+
+
+def test_a_job_names_its_folder_itself(shell):
+    for words in (["--output_dir", "x"], ["--output_dir=x"]):
+        done, calls = shell("train.sh", *words)
+        assert done.returncode == 2 and "set OUTPUT_DIR" in done.stderr and not calls
+
+
+@pytest.mark.parametrize("restarts, ends", [("0", ["--resume", "never"]), ("1", ["never", "--resume", "auto"])])
+def test_a_requeued_job_goes_on_however_it_was_told_to_begin(shell, restarts, ends):
+    _, calls = shell("train.sh", "--resume", "never", SLURM_RESTART_COUNT=restarts)
+    words = calls["srun"]
+    assert words[: words.index("--output_dir")][-len(ends) :] == ends
 
 
 def test_llm_needs_a_model(shell):

@@ -1,0 +1,83 @@
+"""Names of classes. A model may know a task's classes in another order, or by other names.
+
+Legend: C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunadapt_ds.backbone import Backbone, class_names
+from prunadapt_ds.engine import gathered
+from prunadapt_ds.models.structure import full_shape
+
+FILE = "labels.json"  # of an adapter's folder, whose other files do not say it
+
+
+def columns(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
+    """Where each of our classes stands among theirs, whatever the case of the letters; None where the names are not the same."""
+    places = {name.casefold(): i for i, name in enumerate(theirs)}
+    if not len(places) == len(theirs) == len(ours) or places.keys() != {name.casefold() for name in ours}:
+        return None
+    return [places[name.casefold()] for name in ours]
+
+
+def in_order(logits: Tensor, theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
+    """Columns in the order of `ours`, where the model names the same classes in another: [N, C] -> [N, C]."""
+    found = columns(theirs, ours)
+    return logits if found is None else logits[:, found]
+
+
+def doubt(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """A line where a model's classes have names, and these are not ours: nobody can tell which is which."""
+    if not ours or columns(theirs, ours) is not None or all(re.fullmatch(r"label_\d+", n, re.I) for n in theirs):
+        return ""
+    return f"calls its classes {', '.join(theirs)}; they are taken in this order for {', '.join(ours)}"
+
+
+def write(config: Any, folder: Path) -> None:
+    (folder / FILE).write_text(json.dumps(class_names(config), indent=1) + "\n", encoding="utf-8")
+
+
+def read(config: Any, folder: Path) -> None:
+    """Give a base model's configuration the names that the adapter in `folder` was trained with, if it says them."""
+    file = folder / FILE
+    if not file.is_file():
+        return
+    names = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(names, list) or len(names) != config.num_labels or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"{FILE} does not name the {config.num_labels} classes")
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+
+
+def reorder_head(backbone: Backbone, ours: Sequence[str]) -> None:
+    """Move the rows of a head that came with the model to where our classes are. Collective.
+
+    It would begin worse than a new one where it knows the same classes in another order.
+    """
+    order = columns(backbone.known_classes, ours)
+    if order is None or order == sorted(order):
+        return
+    module = [m for m in heads_of(backbone) if full_shape(m.weight)[0] == len(order)][-1]
+    parameters: list[Any] = [p for p in (module.weight, module.bias) if p is not None]
+    with torch.no_grad(), gathered(parameters, write_from=0):
+        for parameter in parameters:
+            if parameter.numel():
+                parameter.copy_(parameter[order].clone())
+    backbone.notes.append(
+        f"its head knew the classes as {', '.join(backbone.known_classes)}, and was put into the task's order"
+    )
+
+
+def heads_of(backbone: Backbone) -> list[Any]:
+    """Linear modules of the head, in the model's order."""
+    inside = tuple(f"{name}." for name in backbone.family.head)
+    modules = backbone.model.named_modules()
+    return [m for name, m in modules if isinstance(m, nn.Linear) and f"{name}.".startswith(inside)]
