@@ -46,7 +46,8 @@ def _write(
         config.save_pretrained(str(unfinished))
         save_file(tensors, unfinished / "adapter_model.safetensors", {"format": "pt"})
         backbone.tokenizer.save_pretrained(unfinished)
-        labels.write(backbone.model.config, unfinished)
+        if auto_class_for(type(backbone.model).__name__) != "AutoModelForCausalLM":
+            labels.write(backbone.model.config, unfinished)
 
 
 def saved_modules(backbone: Backbone) -> list[str]:

@@ -300,7 +300,7 @@ def load(
 
 def class_names(config: Any) -> tuple[str, ...]:
     """What a model's configuration calls its classes, in the order of its outputs."""
-    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    return tuple(str(config.id2label[i]) for i in sorted(config.id2label))
 
 
 def agree_on_padding(name: str, config: Any, tokenizer: Any) -> None:

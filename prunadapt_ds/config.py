@@ -300,7 +300,8 @@ def _target_problems(config: Config) -> list[Problem]:
 def _teacher_problems(config: Config) -> list[Problem]:
     """How a teacher is made and followed says nothing where there is none."""
     prune = config.prune
-    if prune.distill_weight or (prune.distill_top_k and "distill_weight" not in config.given):
+    has_teacher = prune.distill_weight or (prune.distill_top_k and "distill_weight" not in config.given)
+    if has_teacher or prune.method != "prunadapt":
         return []
     remedy = "has no effect without a teacher; add --distill_weight 0.5, or leave it out"
     names = ("teacher_window", "distill_min_r2", "distill_top_k", "distill_fades")

@@ -15,6 +15,8 @@ runner=()
 if [[ -n "${SLURM_JOB_ID:-}" ]]; then # where the runs were: in a container, if the site has its jobs in one
     split_words "${SRUN_OPTIONS:-}"
     runner=(srun --nodes=1 --ntasks=1 "${words[@]}")
+    # What the array had asked for is in the environment of the job that it submitted, where srun would ask for it again.
+    unset "${!SLURM_GPUS@}" "${!SLURM_TRES@}" "${!SLURM_MEM@}" SLURM_GRES SLURM_CPUS_PER_TASK
 fi
 split_words "${TASKS:-cola sst2 mrpc stsb qqp mnli qnli rte wnli}"
 tasks=("${words[@]}")

@@ -38,7 +38,14 @@ class SubLayer:
         if budget == "latency":
             assert len(self.latency) == self.num_units + 1, "the time of this sub-layer was not measured"
             return torch.tensor(self.latency)
-        return torch.arange(self.num_units + 1) * {"params": self.params_per_unit, "macs": self.macs_per_unit}[budget]
+        return torch.arange(self.num_units + 1) * self.per_unit(budget)
+
+    def cost(self, budget: str, count: int) -> int:
+        """What it costs with so many units kept."""
+        return self.latency[count] if budget == "latency" else count * self.per_unit(budget)
+
+    def per_unit(self, budget: str) -> int:
+        return {"params": self.params_per_unit, "macs": self.macs_per_unit}[budget]
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Structure:
         layers = {s.layer for s in self.sublayers}
         left = {s.layer for s, count in pairs if count} if self.skips else layers
         fixed = self.fixed_cost(budget) * len(left) // max(1, len(layers))
-        return fixed + sum(int(s.costs(budget)[count]) for s, count in pairs)
+        return fixed + sum(s.cost(budget, count) for s, count in pairs)
 
     def dense_cost(self, budget: str) -> int:
         return self.cost(budget, (s.num_units for s in self.sublayers))

@@ -152,7 +152,8 @@ def peft_loads_the_adapter(base, tmp_path, model_type):
     report = run(base, tmp_path / "out", model_type=model_type, method="lora", export_formats="adapter", world_size=2)
     assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
     names = {p.name for p in (tmp_path / "out" / "exports" / "adapter").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= names
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "labels.json"} <= names
+    assert json.loads((tmp_path / "out" / "exports" / "adapter" / "labels.json").read_text()) == ["bad", "good"]
     assert "library_name: peft" in (tmp_path / "out" / "exports" / "adapter" / "README.md").read_text()
     if model_type == "bert":
         check_predictions(base, tmp_path)
