@@ -157,13 +157,18 @@ def on_rank_0(what: str, work: Callable[[], T]) -> T:
     return result
 
 
-def on_rank_0_for_long(what: str, work: Callable[[], T], goes_on: Callable[[], None], every: float = 60.0) -> T:
+def on_rank_0_for_long(
+    what: str, work: Callable[[], T], goes_on: Callable[[], None], *, every: float = 60.0, most: float = 24 * 3600.0
+) -> T:
     """The same for work that may take longer than a collective may: every so many seconds the others hear that it goes on, and
-    all ranks call `goes_on`. `work` must not need the other ranks; it is done in a thread."""
+    all ranks call `goes_on`, until `most` seconds are over: what is stuck must not look alive forever. `work` must not need the
+    other ranks; it is done in a thread."""
+    until = time.monotonic() + most
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         mine = pool.submit(_outcome, what, work) if rank() == 0 else None
         while not broadcast_object(mine is not None and bool(concurrent.futures.wait([mine], every).done)):
-            goes_on()
+            if time.monotonic() < until:
+                goes_on()
         result, failure = broadcast_object(None if mine is None else mine.result())
     if failure is not None:
         raise failure
@@ -174,7 +179,7 @@ def same_on_all_hosts(what: str, work: Callable[[], T]) -> T:
     """`work()` on one rank of each host, whose results must be the same; it is every rank's. Raises RanksDisagree on all."""
     hosts = all_gather_objects(socket.gethostname())
     is_first = hosts.index(hosts[rank()]) == rank()
-    found = all_gather_objects(_outcome(what, work) if is_first else None)
+    found = all_gather_objects(_outcome(f"reading {what}", work) if is_first else None)
     if failure := next((outcome[1] for outcome in found if outcome and outcome[1]), None):
         raise failure
     odd = sorted({host for host, outcome in zip(hosts, found, strict=True) if outcome and outcome != found[0]})

@@ -85,7 +85,7 @@ def _delimited(field: str, path: Path, delimiter: str) -> Columns:
             remedy = f'{rows}; quote texts that hold a {DELIMITERS[delimiter]} or a ", and double the " inside'
             raise UserError(Problem(field, str(path), remedy))
         rows = _plain_rows(text)
-    elif delimiter == "\t":
+    elif delimiter == "\t" and '"' in text:
         # Two stray quotation marks, rows apart, would make one row of all between them.
         plain = _plain_rows(text)
         if len(plain) > len(rows) and len({len(row) for _, row in plain}) == 1:

@@ -290,7 +290,7 @@ def hosts(kind):
         return f"{type(error).__name__}: {error}"
 
 
-def long_work(fails):
+def long_work(fails, most=3600.0):
     """Rank 0 works for longer than a minute has here: the result, or why it failed, and whether this rank heard that it went on."""
     import time
 
@@ -305,7 +305,7 @@ def long_work(fails):
 
     heard = []
     try:
-        found = distributed.on_rank_0_for_long("proving", work, lambda: heard.append(1), every=0.05)
+        found = distributed.on_rank_0_for_long("proving", work, lambda: heard.append(1), every=0.05, most=most)
     except PrunadaptError as error:
         found = str(error)
     return found, len(heard) > 2

@@ -289,12 +289,13 @@ def test_hosts_that_hold_other_files_stop():
         "RanksDisagree: the model's files on node1 are others than on node0"
     )
     said = run_ranks(runs.hosts, 2, "none")
-    assert said[0] == said[1] and "the model's files failed: config.json" in said[0]
+    assert said[0] == said[1] and "reading the model's files failed: config.json" in said[0]
 
 
 def test_work_of_one_rank_may_take_longer_than_a_collective_may():
     assert run_ranks(runs.long_work, 2, False) == [(5, True)] * 2
     assert run_ranks(runs.long_work, 2, True) == [("proving failed: no room", True)] * 2
+    assert run_ranks(runs.long_work, 2, False, 0.0) == [(5, False)] * 2, "what is stuck looks alive no longer"
 
 
 def test_statistics_that_cannot_be_written_end_all_ranks(tmp_path):

@@ -309,7 +309,7 @@ MUTANTS = (
            "tests/unit/test_data_files.py::test_two_stray_quotation_marks_swallow_no_rows_between_them"),
     Mutant("figures of an older run", "glue_table.py", "and not _failed_since(folder)", "",
            "tests/unit/test_glue_table.py::test_figures_of_a_run_are_not_those_of_a_later_job_that_was_refused"),
-    Mutant("long work is waited for in silence", "distributed.py", "            goes_on()\n", "            pass\n",
+    Mutant("long work is waited for in silence", "distributed.py", "                goes_on()\n", "                pass\n",
            f"{LAWS}::test_work_of_one_rank_may_take_longer_than_a_collective_may"),
 )  # fmt: skip
 
