@@ -60,7 +60,7 @@ def options_of(method: str) -> list[str]:
 
 def command(method: str, task: str, seed: int, args: argparse.Namespace, output: Path, port: int) -> list[str]:
     script = "benchmarks/peft_trainer.py" if method in ("peft", "trainer-full") else "launcher/train.py"
-    options = ["--ds_config", str(ROOT / "ds_configs/zero3.json"), "--model_name_or_path", args.model]
+    options = ["--ds_config", str(args.work_dir / "zero3.json"), "--model_name_or_path", args.model]
     options += ["--task_name", task, "--data_dir", args.data_dir, "--num_train_epochs", str(args.epochs)]
     options += ["--seed", str(seed), "--output_dir", str(output), *options_of(method)]
     options += ["--per_device_train_batch_size", str(args.batch_size)]
@@ -134,10 +134,19 @@ def run(seed: int, task: str, method: str, args: argparse.Namespace, ports: queu
         print(f"{name}: failed with exit code {code}, see {output / 'log.txt'}", flush=True)
         return
     result = {"task": task, "method": method, "seed": seed, "epochs": args.epochs, "ranks": args.ranks}
-    result |= {"batch_size": args.batch_size, "commit": commit(), "workers": args.workers}
+    result |= {"batch_size": args.batch_size, "dtype": args.dtype, "commit": commit(), "workers": args.workers}
     result |= collect(method, output)
     (args.results / f"{name}.json").write_text(json.dumps(result) + "\n")
     print(f"{name}: {100 * result['metric']['score']:.1f} in {result['train_s']:.0f} s", flush=True)
+
+
+def write_ds_config(args: argparse.Namespace) -> None:
+    """The ZeRO-3 configuration of both sides, in the asked-for dtype."""
+    values = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    if args.dtype != "auto":
+        values["bf16"]["enabled"] = args.dtype == "bf16"
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    (args.work_dir / "zero3.json").write_text(json.dumps(values))
 
 
 def into_readme(text: str) -> None:
@@ -159,6 +168,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--model", default="sample")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is fast")
     parser.add_argument("--max_train_samples", type=int)
     parser.add_argument("--master_port", type=int, default=29511)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/compare")
@@ -181,6 +191,7 @@ def main() -> None:
     ports: queue.SimpleQueue[int] = queue.SimpleQueue()
     for worker in range(args.workers):
         ports.put(args.master_port + worker)
+    write_ds_config(args)
     with ThreadPoolExecutor(args.workers) as workers:
         list(workers.map(lambda cell: run(*cell, args, ports), [] if args.table_only else todo))
     results = compare_table.load(args.results, args.tasks, args.methods)

@@ -33,7 +33,7 @@ from prunadapt_ds import adapters, backbone, distributed, memory  # noqa: E402
 from prunadapt_ds.batches import PAD_TO_MULTIPLE_OF  # noqa: E402
 from prunadapt_ds.config import parse  # noqa: E402
 from prunadapt_ds.data import compute_metrics, load_metric, load_task, tokenize  # noqa: E402
-from prunadapt_ds.ds_config import fast_bf16  # noqa: E402
+from prunadapt_ds.ds_config import resolve_ds_config  # noqa: E402
 from prunadapt_ds.models.layouts import family_of, layout_of  # noqa: E402
 
 WARM_UP = 4  # steps
@@ -102,7 +102,7 @@ def main(argv):
     distributed.start_deepspeed()
     data = load_task(config.data, config.train.seed)
     output = Path(config.output.output_dir)
-    cuda, bf16 = torch.cuda.is_available(), fast_bf16()
+    cuda, bf16 = torch.cuda.is_available(), resolve_ds_config(config, distributed.world_size()).dtype == "bf16"
     arguments = TrainingArguments(
         output_dir=str(output),
         deepspeed=ds_config(config, bf16),
