@@ -72,11 +72,15 @@ def locate(model_name_or_path: str) -> str:
     return str(folder)
 
 
+def folder_of(model_name_or_path: str) -> Path:
+    """The folder of a model: its own, or that of this host's cache of the hub. Raises hub.UnavailableError."""
+    name = locate(model_name_or_path)
+    return Path(name) if os.path.isdir(name) else hub.snapshot(name)
+
+
 def identity(model_name_or_path: str) -> str:
     """sha256 over configuration and weights of a checkpoint that `load` has loaded, wherever it lies."""
-    from transformers.utils import cached_file
-
-    folder = Path(str(cached_file(locate(model_name_or_path), "config.json"))).parent
+    folder = folder_of(model_name_or_path)
     digest = hashlib.sha256()
     for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         with file.open("rb") as opened:
@@ -84,15 +88,16 @@ def identity(model_name_or_path: str) -> str:
     return digest.hexdigest()
 
 
-def check(model_name_or_path: str, *, to_train: bool = True, field: str = "model_name_or_path") -> None:
-    """Refuse a local folder that cannot be loaded, as far as its small files and the headers of its weights tell; with
-    `to_train` also one of an unsupported family, and one that is pruned already.
+def check(
+    model_name_or_path: str, *, to_train: bool = True, or_adapter: bool = False, field: str = "model_name_or_path"
+) -> None:
+    """Refuse what cannot be loaded, as far as small files and the headers of weights tell; with `to_train` also an
+    unsupported family, and what is pruned already. A model of the hub is fetched first. `or_adapter`: takes any adapter.
 
-    Quick, and without a model: under ZeRO-3 only rank 0 reads the tensors, and its failure would leave the others waiting.
-    Pickled weights are never loaded. Raises UserError about `field`, the option that named the folder.
+    Without a model: under ZeRO-3 all ranks load together, and one that fails at it alone would leave the others waiting.
+    Pickled weights are never loaded. Raises UserError about `field`, the option that named the model.
     """
     name = locate(model_name_or_path)
-    folder = Path(name)
 
     def refuse(remedy: str) -> UserError:
         return UserError(Problem(field, model_name_or_path, remedy))
@@ -104,9 +109,14 @@ def check(model_name_or_path: str, *, to_train: bool = True, field: str = "model
             raise refuse("there is no such folder")
         if len(name) > MOST_CHARACTERS:
             raise refuse("is too long for the name of a folder or of a model")
-        return  # a hub id
+    try:
+        folder = folder_of(model_name_or_path)
+    except hub.UnavailableError as error:
+        raise refuse(str(error)) from error
     # Transformers would load an adapter, pickled or not, whatever lies beside it.
     if (folder / "adapter_config.json").is_file():
+        if or_adapter:
+            return
         raise refuse("is the folder of an adapter; name the model that it was made for")
     if not (folder / "config.json").is_file():
         raise refuse("the folder has no config.json; is it a model's folder?")
@@ -116,9 +126,14 @@ def check(model_name_or_path: str, *, to_train: bool = True, field: str = "model
     if to_train and isinstance(config.get("model_type"), str) and "auto_map" not in config:
         family_of(SimpleNamespace(name_or_path=name, num_hidden_groups=1, model_type=config["model_type"]))
     _check_weights(folder, config, refuse)
-    if not any(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern)):
+    if not has_tokenizer(folder):
         # transformers would make one up, to which every word is unknown
         raise refuse("the folder has no tokenizer (tokenizer.json, or its vocabulary); fetch or save it there as well")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds one, whatever its kind."""
+    return any(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern))
 
 
 def _check_weights(folder: Path, config: Mapping[str, Any], refuse: Callable[[str], UserError]) -> None:
@@ -126,7 +141,7 @@ def _check_weights(folder: Path, config: Mapping[str, Any], refuse: Callable[[st
     from safetensors import SafetensorError, safe_open
 
     index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
-    if index.is_file():
+    if index.is_file() and not (folder / "model.safetensors").is_file():
         shards = read_object(index, refuse).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise refuse(f"{index.name} has no weight_map of names; fetch it again")
@@ -162,14 +177,12 @@ def conversion(folder: Path, config: Mapping[str, Any]) -> str:
     return f"python -c {shlex.quote(f'import transformers as t; t.{kind}.from_pretrained({path!r}).save_pretrained({path!r})')}"
 
 
-def say_remote_code(name: str, offline: bool = False) -> None:
+def say_remote_code(name: str) -> None:
     """Rank 0 prints which code, of which folder or repository, `--trust_remote_code` lets run. Before it runs."""
-    from transformers.utils import cached_file
-
     files: dict[str, set[str]] = {}
     for file in ("config.json", "tokenizer_config.json"):
         try:
-            values = json.loads(Path(str(cached_file(locate(name), file, local_files_only=offline))).read_text())
+            values = json.loads((folder_of(name) / file).read_text())
             mapped = list(values.get("auto_map", {}).values())
         except (OSError, ValueError, AttributeError):
             continue  # what is not there brings no code
@@ -179,17 +192,6 @@ def say_remote_code(name: str, offline: bool = False) -> None:
     if distributed.rank() == 0:
         found = "; ".join(f"{', '.join(sorted(modules))} of {source}" for source, modules in files.items())
         print(f"trust_remote_code: runs {found or f'nothing, {name} brings no code'}", flush=True)
-
-
-def why_offline(name: str) -> str | None:
-    """Why the hub does not give a model that lies there; None for a local folder, or when it does."""
-    from huggingface_hub import constants
-
-    if os.path.isdir(name):
-        return None
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    return hub.unreachable(lambda api, timeout: api.model_info(name, timeout=timeout))
 
 
 @contextmanager
@@ -219,16 +221,11 @@ def load(
 ) -> Backbone:
     """Load a sequence classifier, or a causal language model, with everything frozen but what is new or its head.
 
-    Where an `HfDeepSpeedConfig` of stage 3 is alive, every rank reads and keeps its shard only, see `streaming`. Raises
-    UserError for an unsupported family, a missing or pickled checkpoint, and a failed download.
+    Where an `HfDeepSpeedConfig` of stage 3 is alive, every rank reads and keeps its shard only, see `streaming`. Collective;
+    raises UserError on every rank for an unsupported family, a missing or pickled checkpoint, and a failed download.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    name = locate(model_name_or_path)
-    check(model_name_or_path)
-    offline = why_offline(name)
-    if trust_remote_code:
-        say_remote_code(model_name_or_path, bool(offline))
     labels = list(label_names) or [f"LABEL_{i}" for i in range(num_labels)]
     answers = {
         "num_labels": num_labels,
@@ -236,51 +233,23 @@ def load(
         "label2id": {label: i for i, label in enumerate(labels)},
         "problem_type": "regression" if is_regression else "single_label_classification",
     }
+    opened = distributed.together(
+        lambda: _open(model_name_or_path, {} if is_language else answers, trust_remote_code, is_language)
+    )
+    family, config, tokenizer = opened.family, opened.config, opened.tokenizer
     auto_class: Any = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
-    try:
-        config = AutoConfig.from_pretrained(
-            name,
+    with _refusals(model_name_or_path), quiet(), streaming(model_name_or_path) as loading:
+        model, info = auto_class.from_pretrained(
+            str(folder_of(model_name_or_path)),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
             trust_remote_code=trust_remote_code,
-            local_files_only=bool(offline),
-            **({} if is_language else answers),
+            attn_implementation=attention.register(),
         )
-        stock = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, local_files_only=bool(offline))
-        family = family_of(config)
-        if is_language and not family.is_decoder:
-            remedy = f"{config.model_type} is no decoder and generates no text; leave --task_type out"
-            raise UserError(Problem("task_type", "causal_lm", remedy))
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=trust_remote_code, local_files_only=bool(offline)
-        )
-        if family.is_decoder:
-            agree_on_padding(model_name_or_path, config, tokenizer)
-            config.use_cache = False  # nothing is generated while training; the export switches it on again
-        with quiet(), streaming(model_name_or_path) as loading:
-            model, info = auto_class.from_pretrained(
-                name,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                local_files_only=bool(offline),
-                attn_implementation=attention.register(),
-            )
-    except PrunadaptError:
-        raise
-    except Exception as error:  # a folder can be wrong in as many ways as transformers has types of errors
-        if isinstance(error, RuntimeError) and distributed.is_lost_rank(error):
-            raise
-        reason = f"cannot be loaded: {' '.join(str(error).split())[:300] or type(error).__name__}"
-        if "trust_remote_code" in str(error):
-            reason = "needs code that it brings itself; read that code, and say --trust_remote_code to run it"
-        elif offline:
-            reason = (
-                f"could not be loaded from the hub ({offline}), nor is it in the local cache; offline, name a folder with "
-                "a copy of the model, set HF_HOME to a cache that holds it, or use --model_name_or_path sample"
-            )
-        raise UserError(Problem("model_name_or_path", model_name_or_path, reason)) from error
+    model.name_or_path = config.name_or_path = locate(model_name_or_path)  # not this host's cache
     if (most := most_tokens(model)) is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     if not hasattr(next(model.parameters()), "ds_id"):
@@ -294,8 +263,60 @@ def load(
     _refuse_damaged(model_name_or_path, layout, new, () if is_language else _prefixes(family.head))
     freeze(model, head)
     structure = measure(model, layout, seq_length)
-    known = () if is_language or new & head else class_names(stock)
+    known = () if is_language or new & head else opened.classes
     return Backbone(model, tokenizer, family, layout, structure, head, loading.notes, known)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint whose small files are read and whose weights are on this host; nothing of it is built.
+
+    `classes`: what its own configuration calls them.
+    """
+
+    family: Family
+    config: Any
+    tokenizer: Any
+    classes: tuple[str, ...]
+
+
+def _open(name: str, answers: Mapping[str, Any], trust_remote_code: bool, is_language: bool) -> _Opened:
+    """All of loading that a host can fail at alone. `answers`: the fields of the configuration that the task decides."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    check(name)
+    if trust_remote_code:
+        say_remote_code(name)
+    with _refusals(name):
+        folder = str(folder_of(name))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **answers)
+        stock = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config.name_or_path = locate(name)
+        family = family_of(config)
+        if is_language and not family.is_decoder:
+            remedy = f"{config.model_type} is no decoder and generates no text; leave --task_type out"
+            raise UserError(Problem("task_type", "causal_lm", remedy))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if family.is_decoder:
+            agree_on_padding(name, config, tokenizer)
+            config.use_cache = False  # nothing is generated while training; the export switches it on again
+    return _Opened(family, config, tokenizer, class_names(stock))
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """What goes wrong while a model is loaded, as a UserError; a rank that is gone is no mistake of its user's."""
+    try:
+        yield
+    except PrunadaptError:
+        raise
+    except Exception as error:  # a folder can be wrong in as many ways as transformers has types of errors
+        if isinstance(error, RuntimeError) and distributed.is_lost_rank(error):
+            raise
+        reason = f"cannot be loaded: {' '.join(str(error).split())[:300] or type(error).__name__}"
+        if "trust_remote_code" in str(error):
+            reason = "needs code that it brings itself; read that code, and say --trust_remote_code to run it"
+        raise UserError(Problem("model_name_or_path", name, reason)) from error
 
 
 def class_names(config: Any) -> tuple[str, ...]:

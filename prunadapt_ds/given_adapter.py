@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunadapt_ds import adapters
+from prunadapt_ds import adapters, hub
 from prunadapt_ds.adapters import ADAPTER, PREFIX
-from prunadapt_ds.backbone import Backbone, why_offline
+from prunadapt_ds.backbone import Backbone
 from prunadapt_ds.config import LoraOptions
 from prunadapt_ds.engine import gathered
 from prunadapt_ds.errors import Problem, UserError
@@ -97,8 +97,6 @@ def read(name: str) -> GivenAdapter:
 
 def _file(name: str, file: str) -> Path:
     """One of an adapter's two files, fetched from the hub where it is not a folder. Raises UserError."""
-    from transformers.utils import cached_file
-
     refused = refuse(name)
     if os.path.isdir(name):
         if (Path(name) / file).is_file():
@@ -110,12 +108,13 @@ def _file(name: str, file: str) -> Path:
         raise refused("is a file; name the folder of the adapter")
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise refused("there is no such folder")
-    offline = why_offline(name)
     try:
-        return Path(str(cached_file(name, file, local_files_only=bool(offline))))
-    except Exception as error:  # a dozen types: no such repository, no such file in it, nobody answers
-        reason = offline or " ".join(str(error).split())[:200] or type(error).__name__
-        raise refused(f"{file} could not be had from the hub or its cache ({reason}); name a folder") from error
+        found = hub.snapshot(name) / file
+    except hub.UnavailableError as error:
+        raise refused(str(error)) from error
+    if not found.is_file():
+        raise refused(f"there is no {file} in it; name the repository of an adapter that PEFT has saved")
+    return found
 
 
 def take_over(given: GivenAdapter, loaded: Backbone, lora: LoraOptions, asked: frozenset[str]) -> list[str]:

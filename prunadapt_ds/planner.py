@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from prunadapt_ds import backbone, tmp
+from prunadapt_ds import backbone, hub, tmp
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.config import Config
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
@@ -44,7 +44,7 @@ def read_config(name: str, num_labels: int, *, is_language: bool, trust_remote_c
     path = Path(backbone.locate(name))
     if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".json"):
         raise UserError(Problem("model_name_or_path", name, "there is no such file or folder"))
-    offline = None if path.exists() else backbone.why_offline(name)
+    offline = None if path.exists() else hub.why_offline(name)
     try:
         if path.is_file():
             values = json.loads(path.read_text(encoding="utf-8"))

@@ -6,7 +6,6 @@ All ranks share the rows.
 from __future__ import annotations
 
 import json
-import os.path
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,16 +140,15 @@ def load_folder(name: str, trust: bool, *, task: Task | None = None, is_language
 
     auto_class: Any = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
     num_labels = None if task is None else len(task.label_names) or 1
-    source = backbone.locate(name)
 
     def refuse(remedy: str) -> UserError:
         return UserError(Problem("model_name_or_path", name, remedy))
 
-    adapter = Path(source) / "adapter_config.json"
-    is_adapter = os.path.isfile(adapter)
-    if not is_adapter:
-        backbone.check(name, to_train=False)
-    elif not (Path(source) / "adapter_model.safetensors").is_file():
+    backbone.check(name, to_train=False, or_adapter=True)
+    folder = backbone.folder_of(name)
+    source, adapter = str(folder), folder / "adapter_config.json"
+    is_adapter = adapter.is_file()
+    if is_adapter and not (folder / "adapter_model.safetensors").is_file():
         raise refuse(
             "the adapter has no adapter_model.safetensors; pickled ones are never loaded, save it again with PEFT"
         )
@@ -160,10 +158,12 @@ def load_folder(name: str, trust: bool, *, task: Task | None = None, is_language
         if is_adapter:
             base = files.read_object(adapter, refuse)["base_model_name_or_path"]
             backbone.check(base, to_train=False)
-            count = adapter_outputs(adapter.parent) if num_labels is None and not is_language else num_labels
+            count = adapter_outputs(folder) if num_labels is None and not is_language else num_labels
             model = _with_adapter(auto_class, base, source, {} if count is None else {"num_labels": count})
             if not is_language:
-                labels_of.read(model.config, adapter.parent)
+                labels_of.read(model.config, folder)
+            if not backbone.has_tokenizer(folder):  # PEFT saves none
+                source = str(backbone.folder_of(base))
         else:
             pruned = _pruned_class(source)
             if pruned is None:
@@ -239,7 +239,6 @@ def _pruned_class(folder: str) -> Any:
 def _with_adapter(auto_class: Any, base: str, folder: str, numbers: dict[str, int]) -> Any:
     from peft import PeftModel
 
-    model = auto_class.from_pretrained(
-        base, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, **numbers
-    )
-    return PeftModel.from_pretrained(model, folder)
+    options = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True, **numbers}
+    with backbone.quiet():
+        return PeftModel.from_pretrained(auto_class.from_pretrained(str(backbone.folder_of(base)), **options), folder)

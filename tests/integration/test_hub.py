@@ -25,6 +25,7 @@ from huggingface_hub import ModelCard, constants
 from prunadapt_ds import card
 from prunadapt_ds.data import TASKS
 from prunadapt_ds.hub import unreachable
+from tests.integration import processes
 from tests.unit.test_card import LANGUAGE, OWN, report_of
 
 pytestmark = pytest.mark.ci
@@ -122,10 +123,34 @@ def repository() -> dict[str, bytes]:
     return files
 
 
-class StandIn(BaseHTTPRequestHandler):
-    """As much of the hub as loading a dataset needs."""
+def models(folder: Path) -> dict[str, dict[str, bytes]]:
+    """A model in one file, one in several with a second copy of its weights, one whose weights are pickled; an adapter."""
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModelForSequenceClassification
 
-    files: ClassVar[dict[str, bytes]] = {}
+    from tests.tiny import tiny_folder
+
+    whole = tiny_folder(folder / "whole", "bert")
+    parts = tiny_folder(folder / "parts", "bert")
+    AutoModelForSequenceClassification.from_pretrained(whole).save_pretrained(parts, max_shard_size="20KB")
+    (parts / "model.safetensors").unlink()
+    (parts / "consolidated.safetensors").write_bytes((whole / "model.safetensors").read_bytes())
+    pickled = tiny_folder(folder / "pickled", "bert")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"])
+    adapter = get_peft_model(AutoModelForSequenceClassification.from_pretrained(whole), lora)
+    adapter.peft_config["default"].base_model_name_or_path = "some/whole"
+    adapter.save_pretrained(folder / "adapter")
+    return {
+        f"models/some/{kind.name}": {file.name: file.read_bytes() for file in sorted(kind.iterdir())}
+        for kind in (whole, parts, pickled, folder / "adapter")
+    }
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """As much of the hub as loading a dataset or a model needs."""
+
+    repositories: ClassVar[dict[str, dict[str, bytes]]] = {}  # by "datasets/owner/name" or "models/owner/name"
     asked: ClassVar[list[str]] = []
 
     def log_message(self, *args):
@@ -145,10 +170,10 @@ class StandIn(BaseHTTPRequestHandler):
     def missing(self) -> None:
         self.answer(status=404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
 
-    def entries(self, folder: str, recursive: bool) -> list[dict]:
+    def entries(self, files: dict[str, bytes], folder: str, recursive: bool) -> list[dict]:
         """Files and folders under `folder`, as the tree endpoint lists them."""
         found: dict[str, dict] = {}
-        for path, body in self.files.items():
+        for path, body in files.items():
             if folder and not path.startswith(folder + "/"):
                 continue
             rest = path[len(folder) :].lstrip("/").split("/")
@@ -167,38 +192,42 @@ class StandIn(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         self.asked.append(f"POST {self.path} {body}")
-        if f"/api/datasets/{REPO}/paths-info/" not in self.path:
-            return self.missing()
-        paths = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
-        listed = [e for e in self.entries("", recursive=True) if e["path"] in paths]
-        return self.json(listed)
+        for name, files in self.repositories.items():
+            if f"/api/{name}/paths-info/" in self.path:
+                paths = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+                listed = [e for e in self.entries(files, "", recursive=True) if e["path"] in paths]
+                return self.json(listed)
+        return self.missing()
 
     def do_GET(self) -> None:
         self.asked.append(f"{self.command} {self.path}")
         url = urlsplit(self.path)
         path = unquote(url.path)
-        api, resolve = f"/api/datasets/{REPO}", f"/datasets/{REPO}/resolve/"
-        if path == api or path.startswith(f"{api}/revision/"):
-            siblings = [{"rfilename": name} for name in self.files]
-            return self.json({"id": REPO, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
-        if path.startswith(f"{api}/tree/"):
-            _, _, folder = path[len(f"{api}/tree/") :].partition("/")
-            listed = self.entries(folder, "recursive=True" in url.query or "recursive=true" in url.query)
-            return self.json(listed) if listed else self.missing()
-        if path.startswith(resolve):
-            _, _, name = path[len(resolve) :].partition("/")
-            if name in self.files:
-                body = self.files[name]
-                etag = f'"{hashlib.sha1(body).hexdigest()}"'
-                return self.answer(body, ETag=etag, X_Repo_Commit=COMMIT)
+        for name, files in self.repositories.items():
+            api, resolve = f"/api/{name}", f"/{name.removeprefix('models/')}/resolve/"
+            if path == api or path.startswith(f"{api}/revision/"):
+                siblings = [{"rfilename": file} for file in files]
+                return self.json(
+                    {"id": name.split("/", 1)[1], "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
+                )
+            if path.startswith(f"{api}/tree/"):
+                _, _, folder = path[len(f"{api}/tree/") :].partition("/")
+                listed = self.entries(files, folder, "recursive=True" in url.query or "recursive=true" in url.query)
+                return self.json(listed) if listed else self.missing()
+            if path.startswith(resolve):
+                _, _, file = path[len(resolve) :].partition("/")
+                if file in files:
+                    body = files[file]
+                    etag = f'"{hashlib.sha1(body).hexdigest()}"'
+                    return self.answer(body, ETag=etag, X_Repo_Commit=COMMIT)
         return self.missing()
 
     do_HEAD = do_GET
 
 
 @pytest.fixture(scope="module")
-def hub():
-    StandIn.files = repository()
+def hub(tmp_path_factory):
+    StandIn.repositories = {f"datasets/{REPO}": repository(), **models(tmp_path_factory.mktemp("models"))}
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -220,7 +249,7 @@ def environment(endpoint: str, home: Path) -> dict[str, str]:
     }
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
-    extra = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": path}
+    extra = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "PYTHONPATH": path}
     return {**env, **extra, "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
@@ -279,16 +308,22 @@ def test_a_loaded_task_is_there_when_the_hub_is_gone(hub, tmp_path):
 
 
 LOAD_MODEL = """
-import json, sys, time
+import json, os, sys, time
+os.environ["HF_HOME"] = os.environ["HF_HOME"].format(os.environ.get("RANK", 0))
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from prunadapt_ds import backbone
+from prunadapt_ds import backbone, distributed, engine
 from prunadapt_ds.errors import UserError
+if "RANK" in os.environ:
+    distributed.init()
+    distributed.start_deepspeed()
+    sharded = engine.shard_while_loading({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
 started = time.monotonic()
 try:
     out = {"layers": backbone.load(sys.argv[1], num_labels=2).layout.num_layers}
 except UserError as error:
     out = {"error": str(error)}
 print(json.dumps({**out, "seconds": time.monotonic() - started}))
+distributed.shutdown()
 """
 
 
@@ -299,21 +334,94 @@ def load_model(name: str, endpoint: str, home: Path) -> dict:
     return finish(subprocess.Popen(command, env=env, stdout=out, stderr=out, text=True, errors="replace"))
 
 
-def test_a_cached_model_is_there_when_the_hub_is_gone(tmp_path):
+def load_on_two_ranks(name: str, endpoint: str, home: Path) -> list[dict]:
+    """Under ZeRO-3; what each rank says. "{}" in `home` is the rank's number."""
+    port = processes.free_port()
+    ranks = [{**environment(endpoint, home), **processes.place(rank, MASTER_PORT=port)} for rank in range(2)]
+    ended = processes.run(["-c", LOAD_MODEL, name], *ranks)
+    return [json.loads(next(line for line in rank.text.splitlines() if line.startswith("{"))) for rank in ended]
+
+
+def cached(home: Path, without: str = "") -> None:
+    """A cache that holds some/encoder, but for one file."""
     from tests.tiny import tiny_folder
 
-    cached = tmp_path / "hub" / "models--some--encoder"
-    tiny_folder(cached / "snapshots" / COMMIT, "bert")
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(COMMIT)
-    assert load_model("some/encoder", "http://127.0.0.1:9", tmp_path).get("layers") == 3
+    folder = home / "hub" / "models--some--encoder"
+    tiny_folder(folder / "snapshots" / COMMIT, "bert")
+    if without:
+        (folder / "snapshots" / COMMIT / without).unlink()
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+
+
+@pytest.mark.parametrize("kind", ["whole", "parts"])
+def test_two_ranks_load_a_model_of_the_hub_and_again_when_it_is_gone(hub, tmp_path, kind):
+    StandIn.asked.clear()
+    first = load_on_two_ranks(f"some/{kind}", hub, tmp_path)
+    assert [rank.get("layers") for rank in first] == [3, 3], first
+    fetched = [line for line in StandIn.asked if line.startswith("GET") and "safetensors" in line]
+    assert fetched and not any("consolidated" in line for line in fetched), "only what transformers looks for"
+    again = load_on_two_ranks(f"some/{kind}", "http://127.0.0.1:9", tmp_path)
+    assert [rank.get("layers") for rank in again] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("config.json", "has no config.json"),
+        ("tokenizer.json", "has no tokenizer"),
+        ("model.safetensors", "set HF_HOME"),
+    ],
+)
+def test_a_host_that_alone_lacks_a_file_ends_all_ranks(tmp_path, missing, said):
+    """They load together: a rank that left it alone would be waited for."""
+    cached(tmp_path / "0")
+    cached(tmp_path / "1", without=missing)
+    ranks = load_on_two_ranks("some/encoder", "http://127.0.0.1:9", tmp_path / "{}")
+    assert ranks[0]["error"] == ranks[1]["error"]
+    assert "model_name_or_path='some/encoder'" in ranks[0]["error"] and said in ranks[0]["error"]
+
+
+LOAD_ADAPTER = """
+import json
+from prunadapt_ds import given_adapter, scoring
+model, _ = scoring.load_folder("some/adapter", trust=False)
+print(json.dumps({"r": given_adapter.read("some/adapter").r, "kind": type(model).__name__}))
+"""
+
+
+@pytest.mark.parametrize("endpoint", ["answers", "is gone"])
+def test_an_adapter_of_the_hub_is_scored_on_its_base_and_gone_on_with(hub, home, endpoint):
+    url = hub if endpoint == "answers" else "http://127.0.0.1:9"
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOAD_ADAPTER],
+        env=environment(url, home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    found = finish(process)
+    assert (found["r"], found["kind"]) == (2, "PeftModelForSequenceClassification")
+
+
+def test_pickled_weights_of_the_hub_are_refused(hub, tmp_path):
+    out = load_model("some/pickled", hub, tmp_path)
+    assert "has no *.safetensors" in out["error"] and "never loaded" in out["error"]
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_a_cached_model_is_there_when_the_hub_is_gone(tmp_path):
+    cached(tmp_path)
+    out = load_model("some/encoder", "http://127.0.0.1:9", tmp_path)
+    assert out.get("layers") == 3
+    assert out["seconds"] < 5, "nothing asks the hub again and again"
 
 
 def test_a_model_on_an_unreachable_hub_is_reported_quickly(tmp_path):
     with black_hole() as listener:
         out = load_model("some/encoder", f"http://127.0.0.1:{listener.getsockname()[1]}", tmp_path)
     assert out["seconds"] < 5 and "model_name_or_path='some/encoder'" in out["error"]
-    for word in ("could not be loaded from the hub", "name a folder", "HF_HOME", "--model_name_or_path sample"):
+    for word in ("could not be loaded from the hub", "name a folder", "HF_HOME"):
         assert word in out["error"]
     assert "Traceback" not in out["stderr"]
 

@@ -507,6 +507,8 @@ def keep_only(folder, count):
 
 
 def index(folder, text):
+    """Beside a whole model.safetensors nobody reads it."""
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
 
 
