@@ -20,9 +20,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from huggingface_hub import ModelCard, constants
 
-from prunadapt_ds import card
+from prunadapt_ds import card, export
+from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.data import TASKS
 from prunadapt_ds.hub import unreachable
 from tests.integration import processes
@@ -124,11 +126,12 @@ def repository() -> dict[str, bytes]:
 
 
 def models(folder: Path) -> dict[str, dict[str, bytes]]:
-    """A model in one file, one in several with a second copy of its weights, one whose weights are pickled; an adapter."""
+    """A model in one file, one in several with a second copy of its weights, one whose weights are pickled; an adapter, and
+    a model that is pruned."""
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    from tests.tiny import tiny_folder
+    from tests.tiny import layout_and_structure, tiny_folder, tiny_model, tiny_tokenizer
 
     whole = tiny_folder(folder / "whole", "bert")
     parts = tiny_folder(folder / "parts", "bert")
@@ -141,9 +144,13 @@ def models(folder: Path) -> dict[str, dict[str, bytes]]:
     adapter = get_peft_model(AutoModelForSequenceClassification.from_pretrained(whole), lora)
     adapter.peft_config["default"].base_model_name_or_path = "some/whole"
     adapter.save_pretrained(folder / "adapter")
+    model = tiny_model("bert")
+    layout, structure = layout_and_structure(model, 16)
+    plan = PruningPlan.from_mask(structure, torch.arange(structure.num_units) % 3 > 0)
+    export.export(model, layout, plan, tiny_tokenizer(folder / "tokenizer"), folder / "compact")
     return {
         f"models/some/{kind.name}": {file.name: file.read_bytes() for file in sorted(kind.iterdir())}
-        for kind in (whole, parts, pickled, folder / "adapter")
+        for kind in (whole, parts, pickled, folder / "adapter", folder / "compact")
     }
 
 
@@ -382,26 +389,33 @@ def test_a_host_that_alone_lacks_a_file_ends_all_ranks(tmp_path, missing, said):
     assert "model_name_or_path='some/encoder'" in ranks[0]["error"] and said in ranks[0]["error"]
 
 
-LOAD_ADAPTER = """
+LOAD_OTHERS = """
 import json
 from prunadapt_ds import given_adapter, scoring
-model, _ = scoring.load_folder("some/adapter", trust=False)
-print(json.dumps({"r": given_adapter.read("some/adapter").r, "kind": type(model).__name__}))
+from prunadapt_ds.backbone import check
+from prunadapt_ds.errors import UserError
+kinds = [type(scoring.load_folder(name, trust=False)[0]).__name__ for name in ("some/adapter", "some/compact")]
+refused = []
+for name in ("some/adapter", "some/compact"):
+    try:
+        check(name)
+    except UserError as error:
+        refused.append(str(error))
+print(json.dumps({"r": given_adapter.read("some/adapter").r, "kinds": kinds, "refused": refused}))
 """
 
 
 @pytest.mark.parametrize("endpoint", ["answers", "is gone"])
-def test_an_adapter_of_the_hub_is_scored_on_its_base_and_gone_on_with(hub, home, endpoint):
-    url = hub if endpoint == "answers" else "http://127.0.0.1:9"
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOAD_ADAPTER],
-        env=environment(url, home),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def test_adapters_and_pruned_models_of_the_hub_are_scored_as_such(hub, home, endpoint):
+    env = environment(hub if endpoint == "answers" else "http://127.0.0.1:9", home)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    found = finish(subprocess.Popen([sys.executable, "-c", LOAD_OTHERS], env=env, **pipes))
+    assert (found["r"], found["kinds"]) == (
+        2,
+        ["PeftModelForSequenceClassification", "PrunedBertForSequenceClassification"],
     )
-    found = finish(process)
-    assert (found["r"], found["kind"]) == (2, "PeftModelForSequenceClassification")
+    adapter, pruned = found["refused"]
+    assert "is the folder of an adapter" in adapter and "is pruned already" in pruned
 
 
 def test_pickled_weights_of_the_hub_are_refused(hub, tmp_path):
