@@ -125,6 +125,11 @@ def check(
         raise refuse("is pruned already, its layers differ in width; name the model that it was made from")
     if to_train and isinstance(config.get("model_type"), str) and "auto_map" not in config:
         family_of(SimpleNamespace(name_or_path=name, num_hidden_groups=1, model_type=config["model_type"]))
+    if not os.path.isdir(name) and not any(folder.glob("*.safetensors")):
+        raise refuse(
+            "has no *.safetensors, and pickled weights are never loaded; where you trust them, convert them with: "
+            f"{conversion(name, config, name.rpartition('/')[2])} and name that folder"
+        )
     _check_weights(folder, config, refuse)
     if not has_tokenizer(folder):
         # transformers would make one up, to which every word is unknown
@@ -162,19 +167,21 @@ def _check_weights(folder: Path, config: Mapping[str, Any], refuse: Callable[[st
         raise refuse("the folder holds no weights (*.safetensors)")
     raise refuse(
         f"the folder holds only pickled weights ({', '.join(pickled)}), which are never loaded; where you trust them, "
-        f"convert them with: {conversion(folder, config)}"
+        f"convert them with: {conversion(str(folder), config, str(folder))}"
     )
 
 
-def conversion(folder: Path, config: Mapping[str, Any]) -> str:
-    """A shell command that adds safetensors to a folder of pickled weights. It unpickles tensors only, as transformers does."""
+def conversion(source: str, config: Mapping[str, Any], folder: str) -> str:
+    """A shell command that writes a model with pickled weights to `folder`, in safetensors. It unpickles tensors only, as
+    transformers does."""
     import transformers
 
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
-    kind = name if isinstance(name, str) and hasattr(transformers, name) else "AutoModel"
-    path = str(folder)
-    return f"python -c {shlex.quote(f'import transformers as t; t.{kind}.from_pretrained({path!r}).save_pretrained({path!r})')}"
+    kinds = [name if isinstance(name, str) and hasattr(transformers, name) else "AutoModel"]
+    kinds += ["AutoTokenizer"] if folder != source else []
+    lines = [f"t.{kind}.from_pretrained({source!r}).save_pretrained({folder!r})" for kind in kinds]
+    return f"python -c {shlex.quote('; '.join(['import transformers as t', *lines]))}"
 
 
 def say_remote_code(name: str) -> None:

@@ -74,12 +74,8 @@ def snapshot(name: str) -> Path:
         fetch(weights)
         if index.is_file() and not (folder / weights).is_file():
             fetch(*sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
-        if not any(folder.glob("*.safetensors")) and not offline:
-            raise UnavailableError("has no *.safetensors, and pickled weights are never loaded")
-        if not any(folder.glob("*.safetensors")):
+        if offline and not any(folder.glob("*.safetensors")):
             raise FileNotFoundError(weights)
-    except UnavailableError:
-        raise
     except Exception as error:  # a dozen types: no such repository, not yours to read, nobody answers, a damaged index
         raise UnavailableError(
             f"could not be loaded from the hub ({offline or first_line(error)[:200]}), nor is it in the local cache; "

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file
 
 from prunadapt_ds import card, export
 from prunadapt_ds.budget import PruningPlan
@@ -139,7 +140,8 @@ def models(folder: Path) -> dict[str, dict[str, bytes]]:
     (parts / "model.safetensors").unlink()
     (parts / "consolidated.safetensors").write_bytes((whole / "model.safetensors").read_bytes())
     pickled = tiny_folder(folder / "pickled", "bert")
-    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
     lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"])
     adapter = get_peft_model(AutoModelForSequenceClassification.from_pretrained(whole), lora)
     adapter.peft_config["default"].base_model_name_or_path = "some/whole"
@@ -418,10 +420,13 @@ def test_adapters_and_pruned_models_of_the_hub_are_scored_as_such(hub, home, end
     assert "is the folder of an adapter" in adapter and "is pruned already" in pruned
 
 
-def test_pickled_weights_of_the_hub_are_refused(hub, tmp_path):
+def test_pickled_weights_of_the_hub_are_refused_and_the_command_that_is_told_converts_them(hub, tmp_path):
     out = load_model("some/pickled", hub, tmp_path)
-    assert "has no *.safetensors" in out["error"] and "never loaded" in out["error"]
-    assert not list(tmp_path.rglob("*.bin"))
+    assert "has no *.safetensors" in out["error"] and not list(tmp_path.rglob("*.bin"))
+    command = out["error"].partition("convert them with: ")[2].partition(" and name that folder")[0]
+    python = f'"{sys.executable}" {command.removeprefix("python ")}'
+    subprocess.run(python, shell=True, env=environment(hub, tmp_path), cwd=tmp_path, check=True, timeout=120)
+    assert load_model(str(tmp_path / "pickled"), hub, tmp_path).get("layers") == 3
 
 
 def test_a_cached_model_is_there_when_the_hub_is_gone(tmp_path):
