@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs/compare")
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--table_only", action="store_true")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md between its marks")
+    parser.add_argument("--readme", action="store_true", help="put the averages into README.md between their marks")
     args = parser.parse_args()
     args.work_dir = args.work_dir.resolve()  # each run has a working directory of its own
     if args.data_dir:
@@ -195,11 +195,11 @@ def main() -> None:
     with ThreadPoolExecutor(args.workers) as workers:
         list(workers.map(lambda cell: run(*cell, args, ports), [] if args.table_only else todo))
     results = compare_table.load(args.results, args.tasks, args.methods)
-    text = compare_table.table(results, args.methods)
+    text, headline = compare_table.tables(results, args.methods)
     (args.results / "table.md").write_text(text)
     compare_table.draw(results, args.methods, args.results / "trade_off.png")
     if args.readme:
-        into_readme(text)
+        into_readme(headline)
     print(text)
 
 

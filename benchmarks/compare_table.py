@@ -96,10 +96,11 @@ COLUMNS = (
 )
 
 
-def table(results: Results, methods: Sequence[str]) -> str:
-    """Markdown: a line per task and method over the seeds that are there, then one per method over all tasks. Columns that nobody
-    knows anything of are left out."""
+def tables(results: Results, methods: Sequence[str]) -> tuple[str, str]:
+    """Markdown, twice: a line per task and method over the seeds that are there, then one per method over all tasks; and the
+    latter alone, where all tasks were run. Columns that nobody knows anything of are left out."""
     rows: list[list[str]] = []
+    averages: list[list[str]] = []
     drawn: dict[str, list[np.ndarray]] = {m: [] for m in methods}
     for task, runs in results.items():
         for method in (m for m in methods if runs[m]):
@@ -109,7 +110,11 @@ def table(results: Results, methods: Sequence[str]) -> str:
             rows.append(_row(task, method, runs[method], runs[BASE], both))
     for method, parts in drawn.items():
         if len(parts) == len(results) > 1:
-            rows.append(_average(method, [(runs[method], runs[BASE]) for runs in results.values()], parts))
+            averages.append(_average(method, [(runs[method], runs[BASE]) for runs in results.values()], parts))
+    return _markdown(rows + averages), _markdown(averages or rows)
+
+
+def _markdown(rows: list[list[str]]) -> str:
     others = [row for row in rows if row[1] != BASE] or rows  # the base is 1.00 of itself in every column
     known = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in others)]
     marks = ["---" if COLUMNS[i] in ("task", "method", "95 % interval") else "---:" for i in known]
@@ -170,16 +175,23 @@ def _average(method: str, pairs: list[tuple[list[dict], list[dict]]], parts: lis
     def scores(runs: list[dict]) -> float:
         return 100 * mean(r["metric"]["score"] for r in runs)
 
-    def ratio(key: str) -> str:
-        values = [(timed(a, key), timed(b, key)) for a, b in pairs]
+    def ratio(key: str, base_key: str | None = None) -> str:
+        values = [(timed(a, key), timed(b, base_key or key)) for a, b in pairs]
         if any(None in pair for pair in values):
             return "-"
         return f"{mean(x / y for x, y in values):.2f}"  # type: ignore[operator]
 
+    def share(key: str) -> str:
+        values = [timed(a, key) if "params" in a[0] else 1.0 for a, _ in pairs]
+        return "-" if None in values else f"{mean(values):.2f}"  # type: ignore[type-var]
+
     ours, base = mean(scores(a) for a, _ in pairs), mean(scores(b) for _, b in pairs)
     seeds = str(min(len(a) for a, _ in pairs))
     cells = ["**average**", method, seeds, f"{ours:.1f}", f"{ours / base:.3f}", _interval(np.mean(parts, axis=0))]
-    return [*cells, ratio("train_cpu_s"), ratio("train_s"), *["-"] * 7]
+    step = ratio("last_step_cpu_s", "step_cpu_s")
+    cells += [ratio("train_cpu_s"), ratio("train_s"), ratio("last_step_s", "step_s") if step == "-" else step, "-"]
+    cells += [f"{ratio('live_after', 'live_bytes')} / {ratio('live_bytes')}", ratio("peak_bytes")]
+    return [*cells, share("params"), share("macs"), share("latency")]
 
 
 def draw(results: Results, methods: Sequence[str], path: Path) -> None:

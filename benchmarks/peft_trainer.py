@@ -19,7 +19,6 @@ prepare_environment()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from peft import LoraConfig, TaskType, get_peft_model  # noqa: E402
-from torch import nn  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -80,17 +79,13 @@ class Watched(Trainer):
         return loss
 
 
-def ds_config(config, bf16):
-    buckets = dict.fromkeys(
-        ("reduce_bucket_size", "stage3_prefetch_bucket_size"), 5_000_000
-    )  # as ours; by default a GB
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 100_000, **buckets}
+def ds_config(config, ds):
     return {
         "train_micro_batch_size_per_gpu": config.train.per_device_train_batch_size,
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
         "gradient_clipping": config.train.max_grad_norm,
-        "bf16": {"enabled": bf16},
-        "zero_optimization": zero,
+        "bf16": {"enabled": ds.dtype == "bf16"},
+        "zero_optimization": ds.values["zero_optimization"],  # sizes too: by default a bucket takes a GB
         "zero_allow_untested_optimizer": True,
     }
 
@@ -102,10 +97,11 @@ def main(argv):
     distributed.start_deepspeed()
     data = load_task(config.data, config.train.seed)
     output = Path(config.output.output_dir)
-    cuda, bf16 = torch.cuda.is_available(), resolve_ds_config(config, distributed.world_size()).dtype == "bf16"
+    ds = resolve_ds_config(config, distributed.world_size())
+    cuda, bf16 = torch.cuda.is_available(), ds.dtype == "bf16"
     arguments = TrainingArguments(
         output_dir=str(output),
-        deepspeed=ds_config(config, bf16),
+        deepspeed=ds_config(config, ds),
         bf16=bf16,
         use_cpu=not cuda,
         per_device_train_batch_size=config.train.per_device_train_batch_size,
@@ -137,14 +133,11 @@ def main(argv):
     torch.manual_seed(config.train.seed)
     load_metric(data.task.name)  # as there, before memory is counted
     peak = memory.PeakMemory(distributed.device())
-    dtype = torch.bfloat16 if bf16 else torch.float32
     attention = "sdpa" if cuda or not bf16 else "eager"
     model = AutoModelForSequenceClassification.from_pretrained(
-        name, config=model_config, dtype=dtype, attn_implementation=attention
+        name, config=model_config, dtype=ds.torch_dtype, attn_implementation=attention
     )
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    backbone.no_dropout(model)
     if not full:
         family = family_of(model_config)
         layout = layout_of(family, model_config, model.base_model_prefix)

@@ -69,7 +69,7 @@ def measure(argv: list[str], result: Path) -> None:
     """On every rank: some dense steps, a cut of the whole way, some steps after it; rank 0 writes what was counted."""
     import torch
 
-    from prunadapt_ds import distributed, engine, train
+    from prunadapt_ds import distributed, memory, train
     from prunadapt_ds.budget import decide
     from prunadapt_ds.config import parse
 
@@ -90,7 +90,7 @@ def measure(argv: list[str], result: Path) -> None:
             "sent_by": {name: size for name, size in sent.items() if size},
             "gathers": sum(count for name, count in calls.items() if "all_gather" in name),
             "live_bytes": int(distributed.dist_max(session.live())),
-            "frozen_bytes": int(distributed.dist_max(engine.frozen_shard_bytes(session.model))),
+            "frozen_bytes": int(distributed.dist_max(memory.parameter_bytes(session.model, only_frozen=True))),
         }
         if phase == "dense":
             scores = session.recorder.all_reduce().mean("grad_sq")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,20 @@ from torch import Tensor
 
 from prunadapt_ds import labels
 from prunadapt_ds.adapters import ADAPTER, PREFIX, is_lora
-from prunadapt_ds.backbone import Backbone
+from prunadapt_ds.backbone import Backbone, folder_of
 from prunadapt_ds.distributed import on_rank_0, rank
 from prunadapt_ds.engine import gathered
-from prunadapt_ds.export import auto_class_for
 from prunadapt_ds.files import whole_folder
+from prunadapt_ds.formats import auto_class_for
 
 
 def write(backbone: Backbone, base: str, targets: list[str], lora: Any, folder: Path) -> None:
     """`adapter_config.json` and `adapter_model.safetensors`, fp32. Rank 0 writes, all ranks must call.
 
-    base: the folder or hub id that the adapter belongs to. lora: the run's LoRA options. Complete or not at all.
+    base: the folder or hub id that the adapter belongs to; of a folder its whole path is kept. lora: the run's LoRA options.
+    Complete or not at all.
     """
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
     tensors = {PREFIX + name: value for name, value in _trained(backbone)}
     on_rank_0(f"writing the export {folder}", lambda: _write(backbone, base, targets, lora, folder, tensors))
 
@@ -74,11 +75,10 @@ def _trained(backbone: Backbone) -> list[tuple[str, Tensor]]:
     return found
 
 
-def base_of(backbone: Backbone, folder: Path) -> dict[str, Any]:
-    """What a stranger needs to load the base model: its name, and the numbers of labels and of the padding token."""
-    config = json.loads((folder / "adapter_config.json").read_text())
+def base_of(backbone: Backbone, base: str) -> dict[str, Any]:
+    """What a stranger needs to load the base model: its folder, and the numbers of labels and of the padding token."""
     return {
-        "model": config["base_model_name_or_path"],
+        "model": str(folder_of(base).resolve()),
         "auto_class": auto_class_for(type(backbone.model).__name__),
         "num_labels": backbone.model.config.num_labels,
         "pad_token_id": backbone.model.config.pad_token_id,

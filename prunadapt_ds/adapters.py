@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from prunadapt_ds.config import Config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.modeling_prunadapt import Layout
 
@@ -39,6 +40,26 @@ def target_modules(layout: Layout, wanted: Sequence[str] | None = None, *, only_
 
 def _ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
+
+
+def prepare(
+    model: nn.Module, layout: Layout, targets: Sequence[str], config: Config, rank_per_layer: Mapping[int, int]
+) -> None:
+    """Let train what `--method` says, beside the head: LoRA around `targets` and the norms, or everything. In place."""
+    if config.prune.method == "full":
+        model.requires_grad_(True)
+    else:
+        add_lora(
+            model,
+            layout,
+            targets,
+            r=config.lora.r,
+            lora_alpha=config.lora.lora_alpha,
+            lora_dropout=config.lora.lora_dropout,
+            rank_per_layer=rank_per_layer,
+        )
+    if config.lora.train_norms:
+        train_norms(model)
 
 
 def add_lora(

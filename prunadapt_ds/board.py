@@ -5,7 +5,7 @@ Functions that take a SummaryWriter; called on rank 0 only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -148,10 +148,10 @@ def measures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
-def options_of(config: Mapping[str, Mapping[str, Any]], names: Sequence[str] = ()) -> dict[str, Any]:
+def options_of(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The options of a sweep's table, by name."""
     flat = {name: value for section in config.values() for name, value in section.items()}
-    return {name: flat[name] for name in names or _COMPARED if flat.get(name) is not None}
+    return {name: flat[name] for name in _COMPARED if flat.get(name) is not None}
 
 
 _ALWAYS_SHOWN = {"method", "target_sparsity"}

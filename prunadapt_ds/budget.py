@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,35 +101,30 @@ def decide(
     *,
     budget: str = "params",
     neuron_multiple: int = 8,
-    floors: Mapping[tuple[int, str], int] | None = None,
     gone: Tensor | None = None,
     uniform: bool = False,
 ) -> PruningPlan:
     """Cut the units with the least score per cost, over all layers and kinds at once, until the budget is met.
 
     scores: float [U]. The cost kept differs from `(1 - sparsity) * dense` by at most one item (one head, or one group of
-    `neuron_multiple` neurons). `floors`: least units left of a (layer, kind), beside the structure's own. `gone`: bool
-    [U], units that are physically removed already and cannot come back. `uniform`: all layers lose alike; an item is then
-    the least important head (or group of neurons) of every layer together, and all layers must have equal floors; where the
-    structure skips layers without units, whole layers go as well when less importance is lost that way. Ties break by flat
-    index.
+    `neuron_multiple` neurons). `gone`: bool [U], units that are physically removed already and cannot come back. `uniform`:
+    all layers lose alike; an item is then the least important head (or group of neurons) of every layer together, and all
+    layers must have equal floors; where the structure skips layers without units, whole layers go as well when less
+    importance is lost that way. Ties break by flat index.
     Raises UserError when `sparsity` is more than can be cut, naming the maximum.
     """
     scores = scores.detach().double().cpu()
     assert scores.shape == (structure.num_units,) and bool(torch.isfinite(scores).all())
     if uniform and structure.skips:
-        return _decide_depth(scores, structure, sparsity, budget, neuron_multiple, floors, gone)
+        return _decide_depth(scores, structure, sparsity, budget, neuron_multiple, gone)
     if gone is not None:
         scores = scores.masked_fill(gone, -torch.inf)  # before all others
-    pieces = [
-        cut_items(s, scores[s.span], neuron_multiple, max(s.floor, (floors or {}).get((s.layer, s.kind), 0)))
-        for s in structure.sublayers
-    ]
+    pieces = [cut_items(s, scores[s.span], neuron_multiple, s.floor) for s in structure.sublayers]
     flat, sizes = (torch.cat(column) for column in zip(*pieces, strict=True))
     piece_costs = torch.cat([_piece_costs(s, n, budget) for s, (_, n) in zip(structure.sublayers, pieces, strict=True)])
     items, chains = _item_numbers(structure, [len(s) for _, s in pieces], uniform)
     num_items = sum(chains)
-    keep = torch.ones(structure.num_units, dtype=torch.bool)
+    keep = torch.ones(structure.num_units, dtype=torch.bool) if gone is None else ~gone
     dense = structure.dense_cost(budget)
     excess = sparsity * dense  # cost still to be cut
     if not num_items and sparsity > 0:
@@ -160,37 +154,48 @@ def _decide_depth(
     sparsity: float,
     budget: str,
     neuron_multiple: int,
-    floors: Mapping[tuple[int, str], int] | None,
     gone: Tensor | None,
 ) -> PruningPlan:
     """How many whole layers go, the least important ones, before those that are left lose alike. See `decide`.
 
-    Every depth that can meet the budget is tried; the one whose cuts have the least score wins, of equals the deepest model.
+    Of the depths that come as near to the budget as their items let them, the one whose cuts have the least score wins, of
+    equals the deepest model. Where none does (what is left of the layers cannot get narrower, and one layer less is too
+    much), it is the nearest.
     """
     gone = torch.zeros(structure.num_units, dtype=torch.bool) if gone is None else gone
-    how: dict[str, Any] = {"budget": budget, "neuron_multiple": neuron_multiple, "floors": floors, "uniform": True}
+    how: dict[str, Any] = {"budget": budget, "neuron_multiple": neuron_multiple, "uniform": True}
     owners = torch.cat([torch.full((s.num_units,), s.layer) for s in structure.sublayers])
     layers = sorted({s.layer for s in structure.sublayers})
     absent = {layer for layer in layers if bool(gone[owners == layer].all())}
     order = sorted(layers, key=lambda layer: (layer not in absent, float(scores[owners == layer].sum()), layer))
-    wanted = (1 - sparsity) * structure.dense_cost(budget)
-    least_lost, best = torch.inf, None
+    wanted, most = (1 - sparsity) * structure.dense_cost(budget), max_sparsity(structure, budget)
+    if sparsity > most + 0.5 / structure.dense_cost(budget):
+        raise _too_sparse(sparsity, most)
+    tried: list[tuple[float, float, Tensor]] = []
     for depth in range(len(absent), len(layers)):
         rest, mine = without_layers(structure, order[:depth])
         dense = rest.dense_cost(budget)
-        if best is not None and dense < wanted:
-            break
-        inside = max(0.0, 1 - wanted / dense)
-        if inside > max_sparsity(rest, budget) + 0.5 / dense:
-            continue
+        inside = min(max(0.0, 1 - wanted / dense), max_sparsity(rest, budget))
         keep = torch.zeros_like(gone)
         keep[mine] = decide(scores[mine], rest, inside, gone=gone[mine], **how).mask()
-        lost = float(scores[~keep].sum())
-        if lost < least_lost:
-            least_lost, best = lost, keep
-    if best is None:
-        raise _too_sparse(sparsity, max_sparsity(structure, budget))
-    return PruningPlan.from_mask(structure, best)
+        miss = abs(
+            PruningPlan.from_mask(structure, keep).cost(budget) - wanted
+        )  # what is gone may force more than was asked
+        off = max(0.0, miss - _item_cost(rest, neuron_multiple, budget) / 2 - 1)
+        tried.append((off, float(scores[~keep].sum()), keep))
+        if dense < wanted:
+            break
+    return PruningPlan.from_mask(structure, min(tried, key=lambda one: one[:2])[2])
+
+
+def _item_cost(structure: Structure, neuron_multiple: int, budget: str) -> int:
+    """What the first item of a uniform cut saves: a head, or a group of neurons, of every layer; of several kinds the most."""
+    saved: dict[str, int] = {}
+    for s in structure.sublayers:
+        if s.num_units > s.floor:
+            size = min(neuron_multiple, s.num_units - s.floor) if s.kind == "neurons" else 1
+            saved[s.kind] = saved.get(s.kind, 0) + s.cost(budget, s.num_units) - s.cost(budget, s.num_units - size)
+    return max(saved.values(), default=0)
 
 
 def _piece_costs(sublayer: SubLayer, sizes: Tensor, budget: str) -> Tensor:

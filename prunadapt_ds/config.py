@@ -45,7 +45,7 @@ class DataOptions:
 
     task_type: str = option(
         "sequence_classification",
-        "what is learnt: labels, or text (causal_lm: a .txt file, or columns prompt and response, or text)",
+        "predict labels, or model text (causal_lm: a .txt file, columns prompt and response, or text)",
         choices=TASK_TYPES,
     )
     task_name: str | None = option(None, "GLUE task, or the built-in `sample`", choices=TASK_NAMES)
@@ -57,9 +57,9 @@ class DataOptions:
         128, "tokens; longer inputs are truncated (a folder that is scored: as in the run that wrote it)", least=4
     )
     max_train_samples: int | None = option(
-        None, "train on that many examples only, chosen by the seed (of language the first)", least=1
+        None, "train on N examples only, drawn by the seed (language: the first N)", least=1
     )
-    max_eval_samples: int | None = option(None, "evaluate on the first that many examples of each set", least=1)
+    max_eval_samples: int | None = option(None, "evaluate on the first N examples of each set", least=1)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class PruningOptions:
     method: str = option("prunadapt", "what is trained and cut", choices=METHODS)
     target_sparsity: float | None = when_deciding(None, "share of the blocks to cut (0.5)", least=0, below=1)
     target_speedup: float | None = when_deciding(
-        None, "how many times as fast the blocks get: the sparsity 1 - 1 / X of --budget latency, instead", least=1
+        None, "make the blocks X times as fast: same as sparsity 1 - 1 / X with --budget latency", least=1
     )
     budget: str = when_deciding(
         "params",
@@ -110,10 +110,10 @@ class PruningOptions:
         needs={"method": ("prunadapt",), "task_type": ("causal_lm",)},
     )
     distill_fades: bool = when_deciding(
-        True, "the teacher counts less and less after the first decision, nothing at the end"
+        True, "the teacher's weight falls linearly from the first decision to 0 at the end"
     )
     neuron_multiple: int = when_deciding(
-        8, "feed-forward neurons are cut in groups, kept counts are multiples", least=1
+        8, "cut feed-forward neurons in groups of N, so that multiples of N stay", least=1
     )
     uniform: bool = when_deciding(
         False, "layers keep the same counts or go whole, so that stock classes load what is left"
@@ -137,7 +137,7 @@ class LoraOptions:
         "start from this PEFT LoRA adapter, a folder or hub id; rank, alpha and projections are then the adapter's",
         needs={"method": ("prunadapt", "lora")},
     )
-    r: int = with_lora(8, "LoRA rank", least=1)
+    r: int = option(8, "LoRA rank", least=1, needs={"method": ("prunadapt", "lora")})  # tmp has ranks of its own
     lora_alpha: float = with_lora(16, "LoRA scale; updates are multiplied by lora_alpha / r", above=0)
     lora_dropout: float = with_lora(0.0, "dropout before LoRA; probability", least=0, below=1)
     train_norms: bool | None = with_lora(None, "train the norms as well (with the methods that cut)")
@@ -155,7 +155,7 @@ class TrainOptions:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass; saves memory")
     learning_rate: float | None = option(
         None,
-        "peak learning rate of adapters and head (0.38 / hidden size, at most 1e-3; --method full a tenth)",
+        "peak learning rate of adapters and head (0.384 / hidden size, at most 1e-3; --method full a tenth)",
         above=0,
     )
     weight_decay: float = option(0.01, "AdamW's; not on biases, norms, gates", least=0)
@@ -168,7 +168,7 @@ class TrainOptions:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: off", least=0)
     num_train_epochs: float = option(3.0, "passes over the training data", above=0)
     max_steps: int = option(-1, "optimizer steps instead of epochs; -1: by epochs", least=-1)
-    eval_steps: int | None = option(None, "also evaluate every that many steps", least=1)
+    eval_steps: int | None = option(None, "also evaluate every N steps", least=1)
     logging_steps: int = option(10, "steps between two lines of metrics", least=1)
     group_by_length: bool = option(True, "samples of like length share a step; saves padding")
     dropout: bool = option(False, "keep the dropout that the backbone was pretrained with")
@@ -189,7 +189,7 @@ class OutputOptions:
     latency_batch_size: int | None = option(
         None, "sequences at a time where latency is measured, for the report and --budget latency (32)", least=1
     )
-    latency_seq_length: int | None = option(None, "tokens of each of them (128)", least=4)
+    latency_seq_length: int | None = option(None, "their length in tokens (128)", least=4)
     export_dtype: str = option("float32", "dtype of the exported weights", choices=EXPORT_DTYPES)
     checkpoint_steps: int | None = option(
         None, "steps between two checkpoints; default: by the clock, at a hundredth of the run's time", least=1
@@ -227,12 +227,31 @@ class Config:
         """Whether the task is the built-in one because nothing else was named."""
         return not self.given & {"task_name", "train_file"}
 
+    @property
+    def is_language(self) -> bool:
+        """Whether text is modelled, and nothing classified."""
+        return self.data.task_type == "causal_lm"
+
     def to_dict(self) -> dict[str, Any]:
         """All options by section."""
         return {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
 
 
 OPTIONS = options_of(SECTIONS)
+WHILE_CUTTING = (
+    *(
+        "criterion",
+        "prune_start",
+        "prune_end",
+        "num_decisions",
+        "shrink",
+        "score_ema",
+        "save_scores",
+        "lr_scheduler_type",
+    ),
+    *("distill_weight", "teacher_window", "distill_min_r2", "distill_top_k", "distill_fades"),
+    *("neuron_multiple", "keep_in_outer_layers"),
+)
 
 
 TRAIN = Usage(
@@ -260,7 +279,7 @@ def _contradictions(config: Config) -> list[Problem]:
     """What no option's own limits and needs can say."""
     prune, train, output = config.prune, config.train, config.output
     found = _target_problems(config) + _teacher_problems(config) + _data_problems(config.data)
-    if config.data.task_type == "causal_lm":
+    if config.is_language:
         found += _language_problems(config)
     formats = output.export_formats or []
     if prune.keep_in_outer_layers and prune.uniform:
@@ -283,9 +302,18 @@ def _contradictions(config: Config) -> list[Problem]:
 
 
 def _target_problems(config: Config) -> list[Problem]:
-    """--target_speedup is a target by itself, and one of latency."""
+    """--target_speedup is a target by itself, and one of latency. Nothing is decided where the target is to cut nothing."""
     prune = config.prune
     found: list[Problem] = []
+    if (
+        prune.method == "prunadapt"
+        and (prune.target_sparsity == 0 or prune.target_speedup == 1)
+        and not prune.score_only
+    ):
+        remedy = "has no effect where nothing is cut (--target_sparsity 0, --target_speedup 1); leave it out"
+        values = [(name, value) for section in SECTIONS for name, value in vars(getattr(config, section)).items()]
+        idle = [(name, value) for name, value in values if name in WHILE_CUTTING and value != OPTIONS[name].default]
+        found += [Problem(name, value, remedy) for name, value in idle]
     if prune.target_speedup is None:
         return found
     if "target_sparsity" in config.given:
@@ -343,9 +371,9 @@ def _language_problems(config: Config) -> list[Problem]:
     if not data.train_file:
         found.append(Problem("train_file", None, "--task_type causal_lm needs --train_file and --validation_file"))
     if prune.method == "tmp":
-        found.append(Problem("method", "tmp", "its rule is one for classifiers; use prunadapt, lora or full"))
+        found.append(Problem("method", "tmp", "works for classifiers only; use prunadapt, lora or full"))
     if "distill_weight" in config.given and prune.distill_weight > 0 and not prune.distill_top_k:
-        remedy = "all logits of a teacher fit nowhere; say how many words it keeps of each token, as --distill_top_k 16"
+        remedy = "a teacher's logits are too many to keep; say how many words per token, as --distill_top_k 16"
         found.append(Problem("distill_weight", prune.distill_weight, remedy))
     return found
 

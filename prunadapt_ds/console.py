@@ -32,7 +32,7 @@ COMMANDS = (
     Command("export", "reexport", "other formats from a finished run, or an interrupted one's checkpoint"),
     Command("compare", "compare", "any number of runs as one table and one page"),
     Command("glue-table", "glue_table", "the runs of all GLUE tasks as one table"),
-    Command("doctor", "doctor", "what this installation and these ranks are, and what is wrong"),
+    Command("doctor", "doctor", "check this installation and these ranks; say what is wrong"),
     Command("init-slurm", "init_slurm", "SLURM templates and DeepSpeed configurations in a folder of yours"),
 )
 # fmt: on

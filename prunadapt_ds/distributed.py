@@ -246,12 +246,16 @@ def nodes() -> int:
     return -(-world_size() // max(1, of_one))
 
 
+def cores() -> frozenset[int]:
+    """The cores of this machine that this process may run on."""
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
 def use_local_threads() -> None:
     """Share this machine's cores evenly among its ranks, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
-        torch.set_num_threads(max(1, cores // max(1, local)))
+        torch.set_num_threads(max(1, len(cores()) // max(1, local)))
 
 
 def device() -> torch.device:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         times = {size: all_reduce_seconds(size) for size in ALL_REDUCE_BYTES}
         wrong = problems(ranks)
         if distributed.rank() == 0:
-            print("\n".join(describe(config, ranks, times, wrong)), flush=True)
+            print("\n".join(describe(ranks, times, wrong)), flush=True)
         return 2 if wrong else 0
     except PrunadaptError as error:
         if distributed.speaks_of(error):
@@ -81,7 +81,7 @@ def examine(config: Config) -> Rank:
         local_rank=launchers.number(os.environ, launchers.LOCAL_RANK_VARIABLES),
         host=socket.gethostname(),
         device=device_name(),
-        cores=frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)),
+        cores=distributed.cores(),
         threads=torch.get_num_threads(),
         versions={name: version(name) for name in PACKAGES},
         problems=found,
@@ -128,8 +128,10 @@ def gpu_problems() -> list[str]:
 
 
 def folder_problems(folder: Path) -> list[str]:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK):
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(there):
+        return [f"--output_dir {folder}: {there} is a file"]
+    if not os.access(there, os.W_OK | os.X_OK):
         return [f"--output_dir {folder}: {there} cannot be written to by this user"]
     free = shutil.disk_usage(there).free
     return [f"--output_dir {folder}: {free / 2**20:.0f} MiB free only"] if free < 2**30 else []
@@ -174,7 +176,7 @@ def problems(ranks: Sequence[Rank]) -> list[str]:
     return found
 
 
-def describe(config: Config, ranks: Sequence[Rank], times: dict[int, float], wrong: Sequence[str]) -> list[str]:
+def describe(ranks: Sequence[Rank], times: dict[int, float], wrong: Sequence[str]) -> list[str]:
     """The page that rank 0 prints."""
     hosts = list(dict.fromkeys(r.host for r in ranks))
     versions = ", ".join(f"{name} {number}" for name, number in ranks[0].versions.items())

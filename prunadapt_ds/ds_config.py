@@ -12,11 +12,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunadapt_ds import resources
 from prunadapt_ds.config import Config
 from prunadapt_ds.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    import torch
 
 AUTO = "auto"
 ADAM_TYPES = ("adam", "adamw")
@@ -98,6 +101,12 @@ class DsConfig:
     path: str
     adam: dict[str, Any]
     board_dir: str | None = None  # where a "tensorboard" block wants the events of the run
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
 
 def fast_bf16() -> bool:

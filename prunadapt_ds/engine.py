@@ -237,16 +237,3 @@ def destroy(engine: Any) -> None:
         if is_sharded(parameter) and parameter.ds_persist:  # the next engine decides anew what stays whole
             parameter.ds_persist = False
             parameter.partition()
-
-
-def frozen_shard_bytes(model: nn.Module) -> int:
-    """Bytes of frozen parameters that live on this rank now: its shards, and whatever is whole at the moment."""
-    total = 0
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            continue
-        total += parameter.numel() * parameter.element_size()
-        if is_sharded(parameter):
-            shard = parameter.ds_tensor  # type: ignore[attr-defined]
-            total += shard.numel() * shard.element_size()
-    return total

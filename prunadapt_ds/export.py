@@ -1,4 +1,4 @@
-"""Write the trained model as a smaller Hugging Face folder, and prove that it computes the same.
+"""Write the trained model as a smaller Hugging Face folder.
 
 A large matrix is never whole anywhere: a few of its rows at a time go to rank 0, which merges LoRA and folds gates in fp32, right
 into files.
@@ -7,12 +7,7 @@ into files.
 from __future__ import annotations
 
 import copy
-import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,15 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds import files, reload
 from prunadapt_ds.adapters import ADAPTER, is_lora
-from prunadapt_ds.batches import Rows
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.distributed import on_rank_0, rank
 from prunadapt_ds.engine import gathered, row_blocks
-from prunadapt_ds.errors import ParityError
-from prunadapt_ds.files import usual_mode, whole_folder
-from prunadapt_ds.formats import MODELING_FILE
+from prunadapt_ds.files import whole_folder
+from prunadapt_ds.formats import MODELING_FILE, auto_class_for
 from prunadapt_ds.gates import Gate, gate_before
 from prunadapt_ds.models import modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES
@@ -41,7 +33,6 @@ from prunadapt_ds.weight_files import WeightFiles
 from prunadapt_ds.zero3 import own_run
 
 ROWS_NUMEL = 2**22  # of a tensor's rows that are computed at a time: 16 MiB
-TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
 
 
 @dataclass(frozen=True)
@@ -242,128 +233,3 @@ def exported_config(model: Any, layout: Layout, plan: PruningPlan, needs_remote_
         module = MODELING_FILE.removesuffix(".py")
         config.auto_map = {auto_class_for(stock): f"{module}.Pruned{stock}"}
     return config
-
-
-def auto_class_for(stock: str) -> str:
-    """The auto class that loads a stock class."""
-    return (
-        "AutoModelForCausalLM"
-        if stock.endswith(("ForCausalLM", "LMHeadModel"))
-        else "AutoModelForSequenceClassification"
-    )
-
-
-def auto_class_of(folder: Path) -> str:
-    return auto_class_for(json.loads((folder / "config.json").read_text())["architectures"][0])
-
-
-@dataclass(frozen=True)
-class Reload:
-    """A folder and what a fresh process is to compute from it.
-
-    `latency`: {"batch_size", "seq_length", "repeats", "dtype"} to time it against the dense stock model as well.
-    `adapter_of`: the folder is a PEFT adapter of this base: {"model", "auto_class", "num_labels", "pad_token_id"}.
-    """
-
-    folder: Path
-    datasets: dict[str, Rows]
-    batch_size: int
-    device: torch.device
-    needs_remote_code: bool = False
-    dtype: str = "float32"
-    latency: dict[str, Any] | None = None
-    threads: int | None = None
-    adapter_of: dict[str, Any] | None = None
-
-    def request(self, scratch: Path) -> dict[str, Any]:
-        """As reload.py reads it; answers are written to `scratch`."""
-        rows = next(iter(self.datasets.values()))
-        return {
-            "folder": str(self.folder.resolve()),
-            "rows": {name: [rows.row(i) for i in range(len(rows))] for name, rows in self.datasets.items()},
-            "labels": {
-                n: list(rows.token_labels) for n, rows in self.datasets.items() if rows.token_labels is not None
-            },
-            "auto_class": self.adapter_of["auto_class"] if self.adapter_of else auto_class_of(self.folder),
-            "needs_remote_code": self.needs_remote_code,
-            "pad_token_id": rows.tokenizer.pad_token_id,
-            "batch_size": self.batch_size,
-            "device": str(self.device),
-            "dtype": self.dtype,
-            "threads": self.threads,
-            "latency": self.latency,
-            "adapter_of": self.adapter_of,
-            "logits": str(scratch / "logits.safetensors"),
-            "result": str(scratch / "result.json"),
-        }
-
-
-@dataclass(frozen=True)
-class Reloaded:
-    """What a fresh process computed from an exported folder: logits float32 [N, C] per dataset, and timings."""
-
-    logits: dict[str, Tensor]
-    latency: dict[str, Any] | None
-
-
-def reload_in_fresh_process(*reloads: Reload) -> list[Reloaded]:
-    """Load each folder in a new Python process that does not import this package, and predict.
-
-    One process for all: most of its time it imports. Folders of stock classes come first, before any code of a folder's own.
-    Raises ParityError with the process's last words if it fails.
-    """
-    from safetensors.torch import load_file
-
-    with tempfile.TemporaryDirectory() as temporary:
-        scratch = Path(temporary)
-        order = sorted(range(len(reloads)), key=lambda i: reloads[i].needs_remote_code)
-        for i in order:
-            (scratch / str(i)).mkdir()
-            (scratch / str(i) / "request.json").write_text(json.dumps(reloads[i].request(scratch / str(i))))
-        script = shutil.copyfile(Path(reload.__file__), scratch / "reload.py")
-        drop = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
-        environment = {k: v for k, v in os.environ.items() if k not in drop}
-        environment |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        requests = [str(scratch / str(i) / "request.json") for i in order]
-        done = run_script(script, requests, environment, scratch)
-        if done.returncode != 0:
-            failed = next((i for i in order if not (scratch / str(i) / "result.json").exists()), order[-1])
-            folder = reloads[failed].folder
-            raise ParityError(f"the exported folder {folder} could not be reloaded:\n{done.stderr[-3000:]}")
-        answers = [scratch / str(i) for i in range(len(reloads))]
-        return [
-            Reloaded(load_file(a / "logits.safetensors"), json.loads((a / "result.json").read_text()).get("latency"))
-            for a in answers
-        ]
-
-
-def run_script(
-    script: Path, arguments: list[str], environment: dict[str, str], folder: Path
-) -> subprocess.CompletedProcess[str]:
-    """A Python process of its own, in `folder`."""
-    command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-
-
-def compare_logits(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """The report's parity block over all datasets: (trained, exported) logits, float32 [N, C] twice. NaN is infinite."""
-    trained, exported = (torch.cat([pair[i].flatten() for pair in pairs.values()]) for i in (0, 1))
-    difference = float((trained - exported).abs().nan_to_num(nan=torch.inf).max())
-    return {
-        "max_abs_logit_diff": difference if difference < torch.inf else sys.float_info.max,
-        "tolerance": TOLERANCE * max(1.0, float(trained.abs().max())),
-        "examples": sum(len(logits) for logits, _ in pairs.values()),
-    }
-
-
-def cast(folder: Path, dtype: torch.dtype) -> None:
-    """Store the weights of an exported folder in another dtype, file by file."""
-    from safetensors.torch import load_file, save_file
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with files.whole_path(file) as unfinished:
-            save_file({name: t.to(dtype) for name, t in load_file(file).items()}, unfinished, {"format": "pt"})
-            unfinished.chmod(usual_mode())
-    config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    files.replace(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")

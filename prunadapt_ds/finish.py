@@ -23,12 +23,13 @@ from prunadapt_ds import (
     files,
     formats,
     graphs,
+    memory,
     outline,
     pages,
+    proof,
     report,
     watchdog,
 )
-from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.evaluate import predict, upcast_parameters
@@ -151,9 +152,9 @@ def prove(
     config, result = session.config, session.report
     export_dtype = config.output.export_dtype
 
-    def compact(dtype: str, latency: bool) -> export.Reload:
+    def compact(dtype: str, latency: bool) -> proof.Reload:
         low = "bfloat16" if session.ds.dtype == "bf16" else "float32"
-        return export.Reload(
+        return proof.Reload(
             folder,
             {**compared_rows(session), **session.validation_rows},
             eval_batch(session),
@@ -165,14 +166,14 @@ def prove(
 
     files.replace(session.output_dir / "plan.json", json.dumps(session.plan.to_dict(), sort_keys=True))
     others = [write_format(session, kind, folder) for kind in formats_of(session)[1:]]
-    answers = export.reload_in_fresh_process(compact("float32", latency=export_dtype == "float32"), *others)
+    answers = proof.reload_in_fresh_process(compact("float32", latency=export_dtype == "float32"), *others)
     found = [parity(reference, answer) for answer in answers]
     result["parity"] |= max(found, key=lambda one: one["max_abs_logit_diff"])
     exported = answers[0]
     if export_dtype != "float32":
         for written in (folder, *(other.folder for other in others if other.adapter_of is None)):
-            export.cast(written, getattr(torch, export_dtype))
-        (exported,) = export.reload_in_fresh_process(compact(export_dtype, latency=True))
+            formats.cast(written, getattr(torch, export_dtype))
+        (exported,) = proof.reload_in_fresh_process(compact(export_dtype, latency=True))
     result["latency"] |= exported.latency or {}
     write_predictions(session, masked, exported.logits)
     difference, tolerance = result["parity"]["max_abs_logit_diff"], result["parity"]["tolerance"]
@@ -191,20 +192,22 @@ def prove(
         files.replace(folder.parent / kind / "README.md", card.render(result, model, session.data.task, kind, base))
 
 
-def parity(reference: dict[str, Tensor], exported: export.Reloaded) -> dict[str, float]:
+def parity(reference: dict[str, Tensor], exported: proof.Reloaded) -> dict[str, float]:
     """Of the rows that both have answered: one of the two may have been asked for the first ones only."""
     pairs = {name: (logits, exported.logits[name]) for name, logits in reference.items()}
     shared = {name: min(len(logits) for logits in pair) for name, pair in pairs.items()}
-    return export.compare_logits({name: (a[: shared[name]], b[: shared[name]]) for name, (a, b) in pairs.items()})
+    return proof.compare_logits({name: (a[: shared[name]], b[: shared[name]]) for name, (a, b) in pairs.items()})
 
 
-def write_format(session: Session, kind: str, compact: Path) -> export.Reload:
+def write_format(session: Session, kind: str, compact: Path) -> proof.Reload:
     """Rank 0: write one more folder beside the compact one; how it is proven: by stock classes."""
     folder = compact.parent / kind
     if kind != "adapter":
         formats.convert(kind, compact, session.plan.to_dict(), folder)
-    base = adapter_folder.base_of(session.backbone, folder) if kind == "adapter" else None
-    return export.Reload(folder, compared_rows(session), eval_batch(session), session.device, adapter_of=base)
+    base = (
+        adapter_folder.base_of(session.backbone, session.config.model.model_name_or_path) if kind == "adapter" else None
+    )
+    return proof.Reload(folder, compared_rows(session), eval_batch(session), session.device, adapter_of=base)
 
 
 def write_predictions(session: Session, masked: dict[str, Tensor], exported: dict[str, Tensor]) -> None:
@@ -236,7 +239,7 @@ def describe(session: Session) -> None:
     on_cpu = session.device.type == "cpu"
     is_pruning = config.prune.method == "prunadapt"
     trainable = sum(full_numel(p) for p in session.model.parameters() if p.requires_grad)
-    frozen_bytes = engines.frozen_shard_bytes(session.model)
+    frozen_bytes = memory.parameter_bytes(session.model, only_frozen=True)
     result |= {
         "task": session.data.task.name,
         "method": config.prune.method,

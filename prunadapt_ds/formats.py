@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.files import read_object, whole_folder
+from prunadapt_ds.files import read_object, replace, usual_mode, whole_folder, whole_path
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.layouts import head_dim_of, widths_of
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
@@ -30,6 +30,19 @@ from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 MODELING_FILE = "modeling_prunadapt.py"
 Shapes = dict[str, tuple[int, ...]]
 Change = Callable[[str, Tensor], tuple[str, Tensor]]
+
+
+def auto_class_for(stock: str) -> str:
+    """The auto class that loads a stock class."""
+    return (
+        "AutoModelForCausalLM"
+        if stock.endswith(("ForCausalLM", "LMHeadModel"))
+        else "AutoModelForSequenceClassification"
+    )
+
+
+def auto_class_of(folder: Path) -> str:
+    return auto_class_for(json.loads((folder / "config.json").read_text())["architectures"][0])
 
 
 def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> None:
@@ -268,3 +281,16 @@ def _tied(source: Path, names: set[str]) -> set[str]:
     """Tensors that are another one's under a second name, and stand in no file."""
     config = json.loads((source / "config.json").read_text())
     return names & {"lm_head.weight", "embed_out.weight"} if config.get("tie_word_embeddings") else set()
+
+
+def cast(folder: Path, dtype: torch.dtype) -> None:
+    """Store the weights of an exported folder in another dtype, file by file."""
+    from safetensors.torch import load_file, save_file
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with whole_path(file) as unfinished:
+            save_file({name: t.to(dtype) for name, t in load_file(file).items()}, unfinished, {"format": "pt"})
+            unfinished.chmod(usual_mode())
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    replace(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")

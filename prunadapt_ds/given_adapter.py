@@ -75,7 +75,7 @@ def read(name: str) -> GivenAdapter:
     config = read_object(file, refused)
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise refused(f"holds {kind or 'no'} weights of PEFT's; LoRA is what can be gone on with")
+        raise refused(f"has {kind or 'no'} weights of PEFT; a run can start from LoRA only")
     begins = str(config.get("init_lora_weights")).lower()
     odd = [field for field in OTHER_KINDS if config.get(field)]
     odd += ["bias"] if config.get("bias", "none") != "none" else []
@@ -106,7 +106,7 @@ def _file(name: str, file: str) -> Path:
         raise refused(f"the folder has no {file}; name one that PEFT has saved")
     if os.path.exists(name):
         raise refused("is a file; name the folder of the adapter")
-    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+    if not hub.could_be_id(name):
         raise refused("there is no such folder")
     try:
         found = hub.snapshot(name) / file

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import statistics
 import sys
@@ -217,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     print(markdown(found))
     print(
-        f"written: {options.root}/glue.json, glue.md; tensorboard --logdir {options.root}/tensorboard --host 127.0.0.1"
+        f"written: {options.root}/glue.json, glue.md; "
+        f"tensorboard --logdir {shlex.quote(f'{options.root}/tensorboard')} --host 127.0.0.1"
     )
     return 0 if all(c["status"] == "complete" for c in found["cells"]) else 1

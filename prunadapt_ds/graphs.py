@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunadapt_ds import export, formats
+from prunadapt_ds import formats, proof
 from prunadapt_ds.config import EXPORT_FORMATS
 from prunadapt_ds.errors import ParityError, Problem, PrunadaptError
 from prunadapt_ds.files import discard, whole_folder
@@ -60,9 +60,7 @@ def convert(kind: str, compact: Path, folder: Path) -> dict[str, Any]:
         formats.copy_others(compact, unfinished)
         write_small_files(compact, unfinished)
         logits, found = traced(kind, compact, unfinished, Path(scratch))
-        parity = export.compare_logits({kind: (logits["compact"], logits["exported"])}) | {
-            "examples": found["examples"]
-        }
+        parity = proof.compare_logits({kind: (logits["compact"], logits["exported"])}) | {"examples": found["examples"]}
         if not parity["max_abs_logit_diff"] <= parity["tolerance"]:
             difference = f"{parity['max_abs_logit_diff']:.2e}; allowed is {parity['tolerance']:.2e}"
             raise ParityError(f"{folder} differs from {compact} in its logits by {difference}")
@@ -89,7 +87,7 @@ def traced(kind: str, compact: Path, folder: Path, scratch: Path) -> tuple[dict[
         "compact": str(compact.resolve()),
         "folder": str(folder.resolve()),
         "needs_remote_code": "auto_map" in json.loads((compact / "config.json").read_text()),
-        "auto_class": export.auto_class_of(compact),
+        "auto_class": formats.auto_class_of(compact),
         "logits": f"{scratch}/logits.safetensors",
         "result": f"{scratch}/result.json",
     }

@@ -11,12 +11,17 @@ from typing import Any
 
 HUB_TIMEOUT = 3.0
 """Seconds the hub has to answer before a run is told that it is unreachable (the client retries for 23)."""
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "vocab.*", "README.md")
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.codes", "*.jinja", "*.py", "vocab.*", "README.md")
 """Of a model: its configuration, tokenizer, code and card."""
 
 
 class UnavailableError(Exception):
     """A model that neither the hub nor its cache on this host gives; says why, and what helps."""
+
+
+def could_be_id(name: str) -> bool:
+    """Whether `name` can be a model of the hub, as `model` or `owner/model`; what cannot is meant as a path."""
+    return not name.startswith((".", "/", "~")) and not name.endswith("/") and name.count("/") < 2
 
 
 def unreachable(ask: Callable[[Any, float], Any]) -> str | None:
@@ -54,34 +59,49 @@ def why_offline(name: str) -> str | None:
 def snapshot(name: str) -> Path:
     """The folder of this host's cache with all that loading the model (or adapter) `name` takes, fetched where the hub answers.
 
-    Of weights those that transformers or PEFT would look for, in safetensors. Raises UnavailableError.
+    Of weights those that transformers or PEFT would look for, in safetensors. Whatever keeps the hub from giving them, a
+    copy in the cache will do. Raises UnavailableError where there is none.
     """
+    reason = why_offline(name)
+    if reason is None:
+        try:
+            return _fetch(name)
+        except (
+            Exception
+        ) as error:  # a dozen types: not yours to read, no room, a cache of others, an index that is damaged
+            reason = first_line(error)[:200]
+    if (folder := _cached(name)) is not None:
+        return folder
+    raise UnavailableError(
+        f"could not be loaded from the hub ({reason}), nor is it in the local cache; "
+        "offline, name a folder with a copy of it, or set HF_HOME to a cache that holds it"
+    )
+
+
+def _fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    offline = why_offline(name)
+    def fetch(*patterns: str, revision: str | None = None) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns="*/*"))
 
-    def fetch(*patterns: str) -> Path:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=list(patterns), ignore_patterns="*/*", local_files_only=bool(offline)
-            )
-        )
-
-    try:
-        folder = fetch(*SMALL_FILES)
-        kind = "adapter_model" if (folder / "adapter_config.json").is_file() else "model"
-        weights, index = f"{kind}.safetensors", folder / f"{kind}.safetensors.index.json"
-        fetch(weights)
-        if index.is_file() and not (folder / weights).is_file():
-            fetch(*sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
-        if offline and not any(folder.glob("*.safetensors")):
-            raise FileNotFoundError(weights)
-    except Exception as error:  # a dozen types: no such repository, not yours to read, nobody answers, a damaged index
-        raise UnavailableError(
-            f"could not be loaded from the hub ({offline or first_line(error)[:200]}), nor is it in the local cache; "
-            "offline, name a folder with a copy of it, or set HF_HOME to a cache that holds it"
-        ) from error
+    folder = fetch(*SMALL_FILES)
+    revision = folder.name  # the commit, whatever is pushed meanwhile
+    kind = "adapter_model" if (folder / "adapter_config.json").is_file() else "model"
+    weights, index = f"{kind}.safetensors", folder / f"{kind}.safetensors.index.json"
+    fetch(weights, revision=revision)
+    if index.is_file() and not (folder / weights).is_file():
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        fetch(*sorted(set(shards)), revision=revision)
     return folder
+
+
+def _cached(name: str) -> Path | None:
+    """Where the cache has a model with weights, whoever fetched it; whether it is complete is not known."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json"))
+    folders = (Path(path).parent for path in found if isinstance(path, str))
+    return next((folder for folder in folders if any(folder.glob("*.safetensors"))), None)
 
 
 def first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -45,5 +46,7 @@ def copy(target: Path) -> None:
                         shutil.copyfile(file, unfinished / file.name)
     except OSError as error:
         raise UserError(Problem("folder", str(target), f"cannot be written ({error.strerror})")) from error
-    print(f"wrote {target}/slurm and {target}/ds_configs. Next: cd {target}, put your site's lines into site_setup of")
-    print("slurm/common.sh, then for example: sbatch slurm/train.sh --task_name mrpc")
+    print(
+        f"wrote {target}/slurm and {target}/ds_configs. Next: cd {shlex.quote(str(target))}, put your site's lines into"
+    )
+    print("site_setup of slurm/common.sh, then for example: sbatch slurm/train.sh --task_name mrpc")

@@ -85,7 +85,7 @@ def skeleton(model_config: Any, config: Config, dtype: torch.dtype) -> Skeleton:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.initialization import no_init_weights
 
-    is_language = config.data.task_type == "causal_lm"
+    is_language = config.is_language
     family = family_of(model_config)
     if is_language and not family.is_decoder:
         raise UserError(Problem("task_type", "causal_lm", f"{model_config.model_type} is no decoder"))
@@ -107,20 +107,13 @@ def skeleton(model_config: Any, config: Config, dtype: torch.dtype) -> Skeleton:
     backbone.freeze(model, head)
     backbone.no_dropout(model)
     method = config.prune.method
-    if method == "full":
-        model.requires_grad_(True)
-    else:
-        ranks = {}
-        if method == "tmp":  # which layers get the higher rank makes no difference to any size
-            important = round(layout.num_layers * tmp.IMPORTANT_FRACTION)
-            ranks = {i: tmp.IMPORTANT_RANK if i < important else tmp.OTHER_RANK for i in range(layout.num_layers)}
-        targets = adapters.target_modules(layout, config.lora.target_modules, only_head_inputs=method == "tmp")
-        with torch.device("meta"):
-            adapters.add_lora(
-                model, layout, targets, r=config.lora.r, lora_alpha=config.lora.lora_alpha, rank_per_layer=ranks
-            )
-    if config.lora.train_norms:
-        adapters.train_norms(model)
+    ranks = {}
+    if method == "tmp":  # which layers get the higher rank makes no difference to any size
+        important = round(layout.num_layers * tmp.IMPORTANT_FRACTION)
+        ranks = {i: tmp.IMPORTANT_RANK if i < important else tmp.OTHER_RANK for i in range(layout.num_layers)}
+    targets = adapters.target_modules(layout, config.lora.target_modules, only_head_inputs=method == "tmp")
+    with torch.device("meta"):
+        adapters.prepare(model, layout, targets, config, ranks)
     if method == "prunadapt":
         gates.attach(model, layout, structure)
     return Skeleton(model, family, layout, structure, is_language, head)

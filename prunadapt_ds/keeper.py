@@ -1,4 +1,4 @@
-"""Keeps a run safe from step to step: stops when asked to, stops on a loss that is no number, saves when it is time.
+"""Keeps a run safe from step to step: stops when asked to or when the loss is not finite, saves when it is time.
 
 Ranks agree on all of it through `pulse`, which nobody waits for.
 """
@@ -97,7 +97,8 @@ class Keeper:
             mine = [s for rows, loss in losses for s, x in zip(rows, loss.tolist(), strict=True) if x - x != 0]
             found = {s for of_rank in distributed.all_gather_objects(mine) for s in of_rank}
             if found:
-                step, samples = recent, sorted(found)
+                places = self.session.train_rows.places
+                step, samples = recent, sorted(places[i] for i in found)
                 break
         named = ", ".join(map(str, samples[:8])) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
         return PrunadaptError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from prunadapt_ds.distributed import cores
 from prunadapt_ds.models.modeling_prunadapt import Layout, narrow
 from prunadapt_ds.models.structure import Structure
 
@@ -146,7 +146,7 @@ def all_cores(device: torch.device) -> Iterator[int | None]:
         yield None
         return
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(len(cores()))
     try:
         yield torch.get_num_threads()
     finally:

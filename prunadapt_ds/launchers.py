@@ -1,4 +1,4 @@
-"""Which rank of how many this process is, as its launcher says it: read from the environment, checked, never guessed.
+"""This process's rank and world size, as its launcher sets them: read from the environment, checked, never guessed.
 
 | launcher              | says it in                     | where the ranks meet: MASTER_ADDR and MASTER_PORT, or      |
 |-----------------------|--------------------------------|------------------------------------------------------------|

@@ -89,10 +89,12 @@ class SavedActivations:
             yield
 
 
-def parameter_bytes(model: nn.Module) -> int:
+def parameter_bytes(model: nn.Module, *, only_frozen: bool = False) -> int:
     """Bytes of parameters on this rank now: shards, and whatever is whole."""
     total = 0
     for parameter in model.parameters():
+        if only_frozen and parameter.requires_grad:
+            continue
         total += parameter.numel() * parameter.element_size()
         shard = getattr(parameter, "ds_tensor", None)
         if shard is not None:

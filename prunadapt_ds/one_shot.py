@@ -1,4 +1,4 @@
-"""Scores without training, and the cut that TMP makes of them before any."""
+"""Scores without training, and TMP's one-shot cut before training."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class _Subset:
 def score_only(session: Session) -> None:
     """Write the statistics of the whole training set at the initial weights."""
     samples = list(range(len(session.train_rows)))
-    save_sums(score_samples(session, samples), session.output_dir / "scores", 0, samples)
+    places = session.train_rows.places
+    save_sums(score_samples(session, samples), session.output_dir / "scores", 0, places)
     session.report["status"] = "complete"
     session.tracker.close()
 

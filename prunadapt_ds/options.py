@@ -77,7 +77,6 @@ class Option:
     name: str
     kind: type  # of one value: str, int, float or bool
     is_list: bool
-    optional: bool
     default: Any
     limits: Mapping[str, Any]
 
@@ -88,13 +87,12 @@ def options_of(sections: Mapping[str, type]) -> dict[str, Option]:
     for section, cls in sections.items():
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
-            hint, optional = hints[f.name], False
+            hint = hints[f.name]
             if isinstance(hint, types.UnionType):
-                optional = True
                 hint = next(h for h in typing.get_args(hint) if h is not type(None))
             is_list = typing.get_origin(hint) is list
             kind = typing.get_args(hint)[0] if is_list else hint
-            found[f.name] = Option(section, f.name, kind, is_list, optional, f.default, f.metadata)
+            found[f.name] = Option(section, f.name, kind, is_list, f.default, f.metadata)
     return found
 
 

@@ -83,7 +83,7 @@ def _data_words(config: Config, task: str) -> list[str]:
 
 def _use(config: Config, is_pair: bool, compact: str) -> str:
     """One input through the exported folder."""
-    if config.data.task_type == "causal_lm":
+    if config.is_language:
         path = json.dumps(f"{config.output.output_dir}/exports/compact")
         code = f"pipeline('text-generation', model={path}, trust_remote_code=True)('once upon a time')"
         return shlex.join(["python", "-c", f"from transformers import pipeline; print({code})"])

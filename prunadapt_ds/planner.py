@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prunadapt_ds import backbone, hub, tmp
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.config import Config
@@ -42,25 +40,30 @@ def read_config(name: str, num_labels: int, *, is_language: bool, trust_remote_c
 
     labels = {} if is_language else {"num_labels": num_labels}
     path = Path(backbone.locate(name))
-    if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".json"):
+    if not path.exists() and (path.suffix == ".json" or not hub.could_be_id(name)):
         raise UserError(Problem("model_name_or_path", name, "there is no such file or folder"))
     offline = None if path.exists() else hub.why_offline(name)
     try:
         if path.is_file():
             values = json.loads(path.read_text(encoding="utf-8"))
-            return AutoConfig.for_model(values.pop("model_type"), **{**values, **labels})
-        return AutoConfig.from_pretrained(
-            str(path) if path.exists() else name,
-            trust_remote_code=trust_remote_code,
-            local_files_only=bool(offline),
-            **labels,
-        )
+            found = AutoConfig.for_model(values.pop("model_type"), **{**values, **labels})
+        else:
+            found = AutoConfig.from_pretrained(
+                str(path) if path.exists() else name,
+                trust_remote_code=trust_remote_code,
+                local_files_only=bool(offline),
+                **labels,
+            )
+        if getattr(found, "pruned_structure", None) is None:
+            return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         remedy = f"no configuration can be read there ({reason}); name a hub id, a folder or a config.json"
         if offline:
             remedy = f"could not be read from the hub ({offline}), nor is it in the local cache; name a config.json"
         raise UserError(Problem("model_name_or_path", name, remedy)) from error
+    remedy = "is pruned already, its layers differ in width; name the model that it was made from"
+    raise UserError(Problem("model_name_or_path", name, remedy))
 
 
 def plan(
@@ -92,7 +95,7 @@ def plan(
     for ds in resolved.values():
         if (key := _shape_key(ds)) in shapes:
             continue
-        built = skeleton(copy.deepcopy(model_config), config, torch.bfloat16 if ds.dtype == "bf16" else torch.float32)
+        built = skeleton(copy.deepcopy(model_config), config, ds.torch_dtype)
         if config.train.gradient_checkpointing:
             backbone.check_recomputation(built.model)
         shapes[key] = phases(built, config, ds.values["train_micro_batch_size_per_gpu"], num_labels)
@@ -128,7 +131,7 @@ def plan(
         "export_bytes": last.exported * {"float32": 4}.get(config.output.export_dtype, 2),
         "checkpoint_bytes": {"dense": first.trainable * per_master, "last": last.trainable * per_master},
         "teacher_bytes": {  # in host memory, on every rank; a language teacher's answers lie on disk
-            "logits": 0 if config.data.task_type == "causal_lm" or not is_averaged else 4 * train_examples * num_labels,
+            "logits": 0 if config.is_language or not is_averaged else 4 * train_examples * num_labels,
             "mean_weights": MASTERS * first.trainable if is_averaged else 0,
         },
         "configs": configs,

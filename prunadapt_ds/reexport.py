@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prunadapt_ds import backbone, card, distributed, export, files, formats, graphs, unfinished
+from prunadapt_ds import backbone, card, distributed, files, formats, graphs, proof, unfinished
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import EXPORT_DTYPES
 from prunadapt_ds.entry import guarded
@@ -87,8 +87,14 @@ def check(run_dir: Path, kinds: Sequence[str], dtype: str | None, *, is_finished
 
 
 def make_all(run_dir: Path, kinds: Sequence[str], dtype: str | None, status: str) -> None:
-    for kind in kinds:
-        make(run_dir, kind, dtype, status)
+    if not kinds:
+        return
+    lock = files.OwnedFolder(run_dir)  # or another export's entry in the report would be lost
+    try:
+        for kind in kinds:
+            make(run_dir, kind, dtype, status)
+    finally:
+        lock.release()
 
 
 def make(run_dir: Path, kind: str, dtype: str | None, status: str) -> None:
@@ -123,7 +129,7 @@ def make(run_dir: Path, kind: str, dtype: str | None, status: str) -> None:
         formats.convert(kind, compact, kept, folder)
         prove(compact, folder)
         if dtype is not None:
-            export.cast(folder, getattr(torch, dtype))
+            formats.cast(folder, getattr(torch, dtype))
     if (compact / "README.md").is_file():
         text = (compact / "README.md").read_text(encoding="utf-8")
         files.replace(folder / "README.md", card.remade(text, kind))
@@ -162,13 +168,11 @@ def prove(compact: Path, folder: Path) -> None:
     """Both folders, loaded by a fresh process, compute the same on random rows."""
     rows = {"random": random_rows(compact)}
     pair = [
-        export.Reload(
-            path, rows, 16, distributed.device(), "auto_map" in json.loads((path / "config.json").read_text())
-        )
+        proof.Reload(path, rows, 16, distributed.device(), "auto_map" in json.loads((path / "config.json").read_text()))
         for path in (compact, folder)
     ]
-    found = [answer.logits["random"] for answer in export.reload_in_fresh_process(*pair)]
-    parity = export.compare_logits({"random": (found[0], found[1])})
+    found = [answer.logits["random"] for answer in proof.reload_in_fresh_process(*pair)]
+    parity = proof.compare_logits({"random": (found[0], found[1])})
     if not parity["max_abs_logit_diff"] <= parity["tolerance"]:
         raise ParityError(f"{folder} differs from {compact} by {parity['max_abs_logit_diff']:.2e} in its logits")
 

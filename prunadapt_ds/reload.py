@@ -45,16 +45,23 @@ def summary(logits: Any, attention_mask: Any, labels: Any) -> Any:
 
 
 def predict(
-    model: Any, rows: list[dict[str, list[int]]], pad_token_id: int, batch_size: int, device: Any, labels: Any = None
+    model: Any,
+    rows: list[dict[str, list[int]]],
+    pad_token_id: int,
+    batch_size: int,
+    device: Any,
+    most_tokens: int,
+    labels: Any = None,
 ) -> Any:
-    """`summary` of all rows in their order, float32 [N, C]; rows of like length share a batch."""
+    """`summary` of all rows in their order, float32 [N, C]; rows of like length share a batch. `most_tokens`: the model takes."""
     import torch
 
     logits = None
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        longest = -(-max(len(rows[i]["input_ids"]) for i in chosen) // 8) * 8
+        longest = max(len(rows[i]["input_ids"]) for i in chosen)
+        longest = max(longest, min(-(-longest // 8) * 8, most_tokens))
         inputs = {}
         for column in rows[0]:
             fill = pad_token_id if column == "input_ids" else 0
@@ -127,8 +134,6 @@ def answer(request: dict[str, Any]) -> None:
 
     auto_class = getattr(transformers, request["auto_class"])
     device = torch.device(request["device"])
-    if request["threads"]:
-        torch.set_num_threads(request["threads"])
 
     def load(dtype: str) -> Any:
         if request["adapter_of"]:
@@ -146,7 +151,9 @@ def answer(request: dict[str, Any]) -> None:
     result: dict[str, Any] = {}
     for name, rows in request["rows"].items():
         labels = request["labels"].get(name)
-        tensors[name] = predict(model, rows, request["pad_token_id"], request["batch_size"], device, labels)
+        tensors[name] = predict(
+            model, rows, request["pad_token_id"], request["batch_size"], device, request["most_tokens"], labels
+        )
     save_file(tensors, request["logits"])
     if request["latency"]:
         dtype = request["latency"]["dtype"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prunadapt_ds import files
+from prunadapt_ds.hub import could_be_id
 
 SCHEMA_VERSION = 1
 
@@ -150,9 +151,7 @@ def _share(kept: float | None, dense: float | None) -> str:
 
 def short_model(model: str) -> str:
     """A folder's own name instead of its path; a name on the hub, which has one slash at most, as it is."""
-    plain = model.rstrip("/")
-    is_path = plain.startswith(("/", ".", "~")) or plain.count("/") > 1
-    return plain.rpartition("/")[2] if is_path else model
+    return model if could_be_id(model) else model.rstrip("/").rpartition("/")[2]
 
 
 Row = tuple[str, ...]

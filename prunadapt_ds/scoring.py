@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prunadapt_ds import backbone, distributed, export, files
+from prunadapt_ds import backbone, distributed, files, formats
 from prunadapt_ds import labels as labels_of
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import Config, DataOptions, parse
@@ -65,7 +65,7 @@ def run(config: Config) -> dict[str, float]:
             "no task was named, so these are scores on the built-in sample; see --task_name, --train_file",
             file=sys.stderr,
         )
-    is_language = config.data.task_type == "causal_lm"
+    is_language = config.is_language
     data = distributed.together(lambda: load_language(config.data) if is_language else load_task(config.data, 0))
     model, tokenizer = distributed.together(
         lambda: load_folder(
@@ -97,8 +97,16 @@ def run(config: Config) -> dict[str, float]:
     if "output_dir" in config.given:
         file = Path(config.output.output_dir) / "scores.json"
         text = json.dumps(measures, indent=2) + "\n"
-        distributed.on_rank_0(f"writing {file}", lambda: files.replace(file, text))
+        distributed.on_rank_0(f"writing {file}", lambda: _write(file, text))
     return measures
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        files.replace(file, text)
+    except OSError as error:
+        remedy = f"scores.json cannot be written there ({error.strerror})"
+        raise UserError(Problem("output_dir", str(file.parent), remedy)) from error
 
 
 def scored_length(name: str) -> int:
@@ -168,10 +176,8 @@ def load_folder(name: str, trust: bool, *, task: Task | None = None, is_language
             pruned = _pruned_class(source)
             if pruned is None:
                 loader, options = auto_class, {"trust_remote_code": trust}
-            elif export.auto_class_for(pruned.__name__) != auto_class.__name__:
-                kind = (
-                    "classifies, and models no language" if is_language else "models language, and classifies nothing"
-                )
+            elif formats.auto_class_for(pruned.__name__) != auto_class.__name__:
+                kind = "is a classifier, no language model" if is_language else "is a language model, not a classifier"
                 raise refuse(f"{kind}; name a folder of the other kind, or another --task_type")
             else:
                 loader, options = pruned, {}
@@ -239,6 +245,12 @@ def _pruned_class(folder: str) -> Any:
 def _with_adapter(auto_class: Any, base: str, folder: str, numbers: dict[str, int]) -> Any:
     from peft import PeftModel
 
-    options = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True, **numbers}
     with backbone.quiet():
-        return PeftModel.from_pretrained(auto_class.from_pretrained(str(backbone.folder_of(base)), **options), folder)
+        model = auto_class.from_pretrained(
+            str(backbone.folder_of(base)),
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            **numbers,
+        )
+        return PeftModel.from_pretrained(model, folder)

@@ -164,24 +164,11 @@ def add_trainables(session: Session, cut_to: PruningPlan | None = None) -> None:
     `cut_to`: what a dense model must physically become before that, when a run goes on that has shrunk.
     """
     config, loaded = session.config, session.backbone
-    method = config.prune.method
-    if method == "full":
-        loaded.model.requires_grad_(True)
-    else:
-        adapters.add_lora(
-            loaded.model,
-            loaded.layout,
-            still_there(loaded.model, session.lora_targets),
-            r=config.lora.r,
-            lora_alpha=config.lora.lora_alpha,
-            lora_dropout=config.lora.lora_dropout,
-            rank_per_layer=session.rank_per_layer,
-        )
+    targets = still_there(loaded.model, session.lora_targets)
+    adapters.prepare(loaded.model, loaded.layout, targets, config, session.rank_per_layer)
     if session.given is not None:
         given_adapter.load(session.given, loaded)
-    if config.lora.train_norms:
-        adapters.train_norms(loaded.model)
-    if method == "prunadapt":
+    if config.prune.method == "prunadapt":
         attach_gates(session, config.prune.criterion)
     if cut_to is not None:
         cut(loaded.model, loaded.layout, cut_to)

@@ -124,7 +124,7 @@ def read_data(config: Config) -> TaskData:
     """The task's examples, or raise on every rank what one of them could not read."""
     if distributed.rank() != 0:
         datasets.disable_progress_bars()
-    if config.data.task_type == "causal_lm":
+    if config.is_language:
         return distributed.together(lambda: load_language(config.data))
     return distributed.together(lambda: load_task(config.data, config.train.seed))
 
@@ -144,7 +144,7 @@ def load_model(config: Config, ds: DsConfig, data: TaskData) -> backbone.Backbon
         num_labels=data.num_labels,
         label_names=data.label_names,
         is_regression=data.is_regression,
-        dtype=torch.bfloat16 if ds.dtype == "bf16" else torch.float32,
+        dtype=ds.torch_dtype,
         device=distributed.device(),
         seq_length=config.data.max_seq_length,
         trust_remote_code=config.model.trust_remote_code,
@@ -234,7 +234,7 @@ def measured(
             batch_size=timing["batch_size"],
             seq_length=timing["seq_length"],
             neuron_multiple=config.prune.neuron_multiple,
-            dtype=torch.bfloat16 if ds.dtype == "bf16" else torch.float32,
+            dtype=ds.torch_dtype,
             device=device,
             name=distributed.device_name(device),
         ).to_dict(),

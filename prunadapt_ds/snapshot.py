@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunadapt_ds import distributed, gates, state, token_teacher
-from prunadapt_ds import engine as engines
+from prunadapt_ds import distributed, gates, memory, state, token_teacher
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.checkpoint import Checkpoint
 from prunadapt_ds.errors import PrunadaptError
@@ -101,7 +100,9 @@ def place(session: Session) -> dict[str, Any]:
     return {
         "zero_stage": session.ds.stage,
         "device": distributed.device_name(session.device),
-        "memory": {"frozen_shard_bytes": int(distributed.dist_max(engines.frozen_shard_bytes(session.model)))},
+        "memory": {
+            "frozen_shard_bytes": int(distributed.dist_max(memory.parameter_bytes(session.model, only_frozen=True)))
+        },
     }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from prunadapt_ds import answers, distributed, files
 from prunadapt_ds.data import TASKS, BlindSet, Task, stream_blind, unknown_task
 from prunadapt_ds.errors import Problem, PrunadaptError, UserError
+from prunadapt_ds.hub import could_be_id
 
 HEADER = "index\tprediction"
 
@@ -106,8 +107,8 @@ def find_sources(run_root: str | None, task_models: Sequence[str]) -> list[Sourc
             wrong.append(Problem("task_models", word, remedy))
         elif name in found:
             wrong.append(Problem("task_models", word, f"names {name} twice"))
-        elif not Path(folder).is_dir() and (folder.startswith((".", "/", "~")) or folder.count("/") > 1):
-            wrong.append(Problem("task_models", word, "there is no such folder"))  # nor can it be a hub id
+        elif not Path(folder).is_dir() and not could_be_id(folder):
+            wrong.append(Problem("task_models", word, "there is no such folder"))
         else:
             found[name] = Source(TASKS[name], folder)
     if run_root is not None and not Path(run_root).is_dir():

@@ -253,8 +253,8 @@ def decide_and_cut(session: Session, pruning: PruningSchedule, step: int) -> Non
         seconds = time.perf_counter() - start
         session.tracker.say(f"step {step}: shrunk to {1 - plan.sparsity(prune.budget):.1%} in {seconds:.1f} s")
     if prune.save_scores:
-        samples = [i for s in range(pruning.window_start(step), step) for i in session.sampler.step_samples(s)]
-        save_sums(window, session.output_dir / "scores", step, samples)
+        seen = (i for s in range(pruning.window_start(step), step) for i in session.sampler.step_samples(s))
+        save_sums(window, session.output_dir / "scores", step, [session.train_rows.places[i] for i in seen])
 
 
 def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> bool:

@@ -1,5 +1,5 @@
-"""What DeepSpeed 0.19 has to be told, or cured of, where ZeRO-3 meets adapters, passes without a backward, and engines that are
-built again. Everything that knows of its insides is here.
+"""Settings and workarounds for DeepSpeed 0.19 where ZeRO-3 meets adapters, forward-only passes, and engines that are rebuilt.
+Everything that relies on its internals is here.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ import transformers  # noqa: F401
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
 
-import prunadapt_ds.export
 import prunadapt_ds.latency
 import prunadapt_ds.pages
+import prunadapt_ds.proof
 import prunadapt_ds.reexport
 import prunadapt_ds.train
 from tests.distributed import stranger
@@ -30,7 +30,7 @@ from tests.distributed import stranger
 torch.set_num_threads(1)
 
 if stranger.ADDRESS in os.environ:
-    prunadapt_ds.export.run_script = stranger.run_script
+    prunadapt_ds.proof.run_script = stranger.run_script
 
 # What a test times is nobody's figure: a few small passes do.
 prunadapt_ds.latency.SETTING.update(batch_size=2, seq_length=16, repeats=2)

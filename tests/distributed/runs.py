@@ -101,10 +101,12 @@ def is_slice(values, whole):
 
 def _frozen_share(model):
     """Frozen bytes on this rank, of all frozen bytes."""
-    from prunadapt_ds.engine import frozen_shard_bytes
+    from prunadapt_ds.memory import parameter_bytes
 
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    return frozen_shard_bytes(model) / sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in frozen)
+    return parameter_bytes(model, only_frozen=True) / sum(
+        getattr(p, "ds_numel", p.numel()) * p.element_size() for p in frozen
+    )
 
 
 def _lines(session):

@@ -26,7 +26,7 @@ def start(folder):
 
 
 def run_script(script, arguments, environment, folder):
-    """As `export.run_script`."""
+    """As `proof.run_script`."""
     while not os.path.exists(os.environ[ADDRESS]):  # it is still importing
         time.sleep(0.05)
     with socket.socket(socket.AF_UNIX) as connection:

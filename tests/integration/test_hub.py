@@ -146,12 +146,13 @@ def models(folder: Path) -> dict[str, dict[str, bytes]]:
     adapter = get_peft_model(AutoModelForSequenceClassification.from_pretrained(whole), lora)
     adapter.peft_config["default"].base_model_name_or_path = "some/whole"
     adapter.save_pretrained(folder / "adapter")
+    (page := folder / "README.md").write_text("A model.")
     model = tiny_model("bert")
     layout, structure = layout_and_structure(model, 16)
     plan = PruningPlan.from_mask(structure, torch.arange(structure.num_units) % 3 > 0)
     export.export(model, layout, plan, tiny_tokenizer(folder / "tokenizer"), folder / "compact")
     return {
-        f"models/some/{kind.name}": {file.name: file.read_bytes() for file in sorted(kind.iterdir())}
+        f"models/some/{kind.name}": {file.name: file.read_bytes() for file in (*sorted(kind.iterdir()), page)}
         for kind in (whole, parts, pickled, folder / "adapter", folder / "compact")
     }
 
@@ -377,7 +378,7 @@ def test_two_ranks_load_a_model_of_the_hub_and_again_when_it_is_gone(hub, tmp_pa
 @pytest.mark.parametrize(
     ("missing", "said"),
     [
-        ("config.json", "has no config.json"),
+        ("config.json", "set HF_HOME"),
         ("tokenizer.json", "has no tokenizer"),
         ("model.safetensors", "set HF_HOME"),
     ],
@@ -423,10 +424,25 @@ def test_adapters_and_pruned_models_of_the_hub_are_scored_as_such(hub, home, end
 def test_pickled_weights_of_the_hub_are_refused_and_the_command_that_is_told_converts_them(hub, tmp_path):
     out = load_model("some/pickled", hub, tmp_path)
     assert "has no *.safetensors" in out["error"] and not list(tmp_path.rglob("*.bin"))
-    command = out["error"].partition("convert them with: ")[2].partition(" and name that folder")[0]
+    command = out["error"].partition("name that: ")[2]
     python = f'"{sys.executable}" {command.removeprefix("python ")}'
     subprocess.run(python, shell=True, env=environment(hub, tmp_path), cwd=tmp_path, check=True, timeout=120)
-    assert load_model(str(tmp_path / "pickled"), hub, tmp_path).get("layers") == 3
+    assert load_model(str(tmp_path / "pickled-safetensors"), hub, tmp_path).get("layers") == 3
+
+
+BY_TRANSFORMERS = """
+import sys
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+for kind in (AutoModelForSequenceClassification, AutoTokenizer):
+    kind.from_pretrained(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("kind", ["whole", "parts"])
+def test_what_transformers_has_cached_is_taken_when_the_hub_is_gone(hub, tmp_path, kind):
+    command = [sys.executable, "-c", BY_TRANSFORMERS, f"some/{kind}"]
+    subprocess.run(command, env=environment(hub, tmp_path), check=True, timeout=120)
+    assert load_model(f"some/{kind}", "http://127.0.0.1:9", tmp_path).get("layers") == 3
 
 
 def test_a_cached_model_is_there_when_the_hub_is_gone(tmp_path):

@@ -38,10 +38,9 @@ def run(base, output, *, world_size=2, model_type="bert", data="data", **options
     argv = arguments(
         base,
         output,
-        model_name_or_path=base / model_type,
         train_file=base / data / "train.csv",
         validation_file=base / data / "validation.csv",
-        **{"batch": 8, "max_steps": 10, "logging_steps": 5, **options},
+        **{"model_name_or_path": base / model_type, "batch": 8, "max_steps": 10, "logging_steps": 5, **options},
     )
     assert run_ranks(runs.whole_run, world_size, argv) == [0] * world_size
     assert not [p for p in output.rglob("*") if p.stat().st_mode & 0o022], "others may write, the umask was 000"
@@ -149,7 +148,12 @@ def test_peft_loads_the_adapter(base, tmp_path):
 
 
 def peft_loads_the_adapter(base, tmp_path, model_type):
-    report = run(base, tmp_path / "out", model_type=model_type, method="lora", export_formats="adapter", world_size=2)
+    model = os.path.relpath(base / model_type)  # which nobody finds from another folder
+    report = run(
+        base, tmp_path / "out", method="lora", export_formats="adapter", world_size=2, model_name_or_path=model
+    )
+    written = json.loads((tmp_path / "out" / "exports" / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str((base / model_type).resolve())
     assert report["parity"]["max_abs_logit_diff"] <= report["parity"]["tolerance"]
     names = {p.name for p in (tmp_path / "out" / "exports" / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "labels.json"} <= names

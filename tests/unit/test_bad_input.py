@@ -17,6 +17,7 @@ import pytest
 from prunadapt_ds import compare, export, gates, glue_table, reexport, scoring
 from prunadapt_ds import report as reports
 from prunadapt_ds.config import OPTIONS
+from prunadapt_ds.files import OwnedFolder
 from prunadapt_ds.options import MOST
 from prunadapt_ds.train import main
 from tests.tiny import tiny_data, tiny_folder, tiny_glue, tiny_language_folder, tiny_model, tiny_tokenizer
@@ -668,7 +669,7 @@ SCORED_CASES = {
     "a damaged structure": (lambda f: edit(f, pruned_structure={"layout": {}, "kept": []}), "cannot be loaded"),
     "a language model of ours": (
         lambda f: edit(f, pruned_structure={}, architectures=["PrunedLlamaForCausalLM"]),
-        "models language, and classifies nothing",
+        "is a language model, not a classifier",
     ),
     "a structure of no class": (lambda f: edit(f, pruned_structure={}, architectures=["json"]), "cannot be loaded"),
     "code of its own": (lambda f: edit(f, model_type="odd", auto_map=REMOTE), "say --trust_remote_code to run it"),
@@ -710,6 +711,9 @@ def test_what_is_not_for_scoring(base, place, classifier):
     refused(place, argv, ("validation_file", "no such file"), program=scoring.main)
     argv = scored(base, classifier, task_name="mnli", data_dir=base / "glue", train_file=None, validation_file=None)
     refused(place, argv, ("data_dir", "MNLI"), program=scoring.main)
+    (place / "file").write_text("")
+    argv = scored(base, classifier, output_dir="file/out")
+    refused(place, argv, ("output_dir", "cannot be written there (Not a directory)"), program=scoring.main)
     assert said_by(scoring.main, scored(base, classifier))[0] == 0, "the folder itself is right"
 
 
@@ -780,6 +784,14 @@ def test_a_format_that_cannot_say_the_plan(place, finished):
     argv = ["--run_dir", "run", "--export_formats", "compact", "torch_export", "--export_dtype", "float16"]
     words = ("export_dtype", "written in float32"), ("export_formats", "the run is finished")
     refused(place, argv, *words, program=reexport.main)
+
+
+def test_two_exports_of_a_run_do_not_write_its_report_at_once(place, finished):
+    shutil.copytree(finished, place / "run")
+    lock = OwnedFolder(place / "run")
+    argv = ["--run_dir", "run", "--export_formats", "padded"]
+    refused(place, argv, ("output_dir", "another"), program=reexport.main)
+    lock.release()
 
 
 def test_runs_to_compare(place):

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.objective import distillation_loss, explained, losses_and_distillation, sample_losses, trust
+from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.fast
 _DRAW = random.Random(0)
@@ -56,6 +57,26 @@ def test_rows_are_those_of_the_dataset_in_one_array():
         labels = rows.labels.tolist() if rows.token_labels is None else list(rows.token_labels)
         assert labels == [given[i]["labels"] for i in chosen]
         assert len(rows.head(2)) == 2 and rows.tokens["input_ids"].values.dtype == "int32"
+
+
+def test_padding_stays_within_what_the_model_takes(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path)
+    tokenizer.model_max_length = 30
+    lengths = (3, 17, 25, 30)
+    rows = Rows(
+        Dataset.from_list([{"input_ids": [7] * n, "attention_mask": [1] * n, "labels": 0} for n in lengths]), tokenizer
+    )
+    for positions, width in (([0], 8), ([0, 1], 24), ([2], 30), ([0, 3], 30)):
+        inputs = rows.inputs(positions)
+        assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (len(positions), width)
+        assert inputs["attention_mask"].sum(1).tolist() == [lengths[i] for i in positions]
+
+
+def test_rows_know_their_places_in_the_whole_split():
+    examples = [{"input_ids": [i], "attention_mask": [1], "labels": i, "index": 10 * i} for i in range(5)]
+    rows = Rows(Dataset.from_list(examples).select([4, 1, 2]), None)
+    assert rows.places == [40, 10, 20] and rows._pick([2, 0]).places == [20, 40]
+    assert Rows(Dataset.from_list(examples).remove_columns("index"), None).places == [0, 1, 2, 3, 4]
 
 
 def test_samples_of_like_length_share_a_step():

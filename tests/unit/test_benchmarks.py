@@ -84,13 +84,20 @@ def test_table_and_picture_from_a_results_folder(tmp_path):
     for method, found in (("peft", base), ("ours@0.6", ours)):
         (tmp_path / f"rte-{method}-0.json").write_text(json.dumps(found))
     methods = ("peft", "ours@0.6", "tmp")
-    two = compare_table.table(compare_table.load(tmp_path, ["rte", "mrpc"], methods), methods)
+    two, _ = compare_table.tables(compare_table.load(tmp_path, ["rte", "mrpc"], methods), methods)
     assert "average" not in two, "no average of a task that is missing"
     results = compare_table.load(tmp_path, ["rte"], methods)
-    lines = compare_table.table(results, methods).splitlines()
+    lines = compare_table.tables(results, methods)[0].splitlines()
     assert len(lines) == 2 + 2, "a line per task and method that ran"
     row = next(line for line in lines if "rte | ours@0.6" in line)
     assert "| 1.000 | 1.000 to 1.000 | 0.50 | 1.00 | 0.40 | 0.50 | 0.50 / 1.00 | 1.00 | 0.40 | 0.42 | 0.50 |" in row
+    for method, found in (("peft", base), ("ours@0.6", ours)):
+        (tmp_path / f"wnli-{method}-0.json").write_text(json.dumps(found))
+    both, averages = compare_table.tables(compare_table.load(tmp_path, ["rte", "wnli"], methods), methods)
+    rows = averages.splitlines()[2:]
+    assert [row.split(" | ")[:2] for row in rows] == [["| **average**", m] for m in methods[:2]]
+    assert "rte | ours@0.6" in both and both.count("**average**") == 2
+    assert "| 0.50 | 0.50 / 1.00 | 1.00 | 0.40 | 0.42 | 0.50 |" in rows[1]
     compare_table.draw(results, methods, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
@@ -103,7 +110,7 @@ def test_times_of_runs_that_shared_a_machine_are_nobody_s_figure(tmp_path):
         )
     methods = ("ours@0.6",)
     results = compare_table.load(tmp_path, ["rte"], methods)
-    text = compare_table.table(results, methods)
+    text, _ = compare_table.tables(results, methods)
     assert "time" not in text and "latency" not in text and "| 1.000 | 1.000 to 1.000 | 0.50 / 1.00 |" in text
     compare_table.draw(results, methods, tmp_path / "picture.png")
     assert not (tmp_path / "picture.png").exists()

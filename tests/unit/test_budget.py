@@ -92,10 +92,12 @@ def test_equal_scores_are_cut_by_index(s, seed):
 @settings(max_examples=60, deadline=None)
 @given(structures, st.integers(0, 10**6), st.integers(0, 3), st.integers(0, 20))
 def test_floors_are_kept(s, seed, heads, neurons):
-    floors = {(0, "heads"): heads, (0, "neurons"): neurons}
+    floors = {"heads": heads, "neurons": neurons}
+    floored = [replace(sub, floor=min(floors[sub.kind], sub.num_units)) for sub in s.sublayers if sub.layer == 0]
+    s = replace(s, sublayers=(*floored, *(sub for sub in s.sublayers if sub.layer)))
     scores = torch.rand(s.num_units, generator=torch.Generator().manual_seed(seed))
     try:
-        counts = decide(scores, s, 0.6 * max_sparsity(s, "params"), floors=floors).counts()[0]
+        counts = decide(scores, s, 0.6 * max_sparsity(s, "params")).counts()[0]
     except UserError:
         return
     assert counts["heads"] >= min(heads, s.sublayers[0].num_units)
@@ -189,10 +191,41 @@ def test_depth_and_width_meet_the_budget(layers, groups, seed, share, budget):
         decide(scores, s, max_sparsity(s, budget) + 0.01, budget=budget, uniform=True)
 
 
-def test_between_what_widths_reach_and_a_layer_less_the_layer_goes():
+def test_between_what_widths_reach_and_a_layer_less_the_nearest_is_taken():
     s = replace(uniformly(structure(layers=2, neurons=8)), skips=True)  # nothing of a layer may go but all of it
-    counts = decide(torch.ones(s.num_units), s, 0.1, uniform=True).counts()
-    assert [(c["heads"], c["neurons"]) for c in counts] == [(0, 0), (4, 8)]
+    for target, left in ((0.2, [(4, 8), (4, 8)]), (0.3, [(0, 0), (4, 8)])):
+        counts = decide(torch.ones(s.num_units), s, target, uniform=True).counts()
+        assert [(c["heads"], c["neurons"]) for c in counts] == left
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 6), st.integers(4, 8), st.integers(0, 10**6), st.floats(0, 1), st.sampled_from([60, 600]))
+def test_what_is_gone_stays_gone_and_depth_does_not_overshoot_for_it(layers, groups, seed, share, neuron_cost):
+    s = replace(uniformly(structure(layers=layers, neurons=8 * groups, neuron_cost=neuron_cost)), skips=True)
+    generator = torch.Generator().manual_seed(seed)
+    dense, group = s.dense_cost("params"), layers * int(s.sublayers[1].costs("params")[8])
+    gone, present = torch.zeros(s.num_units, dtype=torch.bool), dense
+    for part in (0.3, 0.6, 0.8, 0.9, 1.0):
+        wanted = (1 - part * share * max_sparsity(s, "params")) * dense
+        plan = decide(torch.rand(s.num_units, generator=generator), s, 1 - wanted / dense, gone=gone, uniform=True)
+        assert not (plan.mask() & gone).any()
+        assert abs(plan.cost("params") - wanted) <= max(group, abs(present - wanted)) + 1
+        gone, present = ~plan.mask(), plan.cost("params")
+
+
+def test_a_layer_stays_where_it_would_overshoot_with_what_is_gone():
+    """Of full layers three would do; of layers that have lost a quarter of their neurons it must be four."""
+    s = replace(uniformly(structure(layers=4, neurons=128, neuron_cost=150)), skips=True)
+    scores, gone = torch.ones(s.num_units), torch.zeros(s.num_units, dtype=torch.bool)
+    for sub in s.sublayers:
+        scores[sub.span] = 1e-3 if sub.layer == 2 else 1.0
+        if sub.kind == "neurons":
+            gone[sub.start : sub.start + 32] = True
+    wanted = 70_000
+    target = 1 - wanted / s.dense_cost("params")
+    assert decide(scores, s, target, uniform=True).skipped == {2}
+    plan = decide(scores, s, target, gone=gone, uniform=True)
+    assert not plan.skipped and abs(plan.cost("params") - wanted) <= 2 * 8 * 150
 
 
 def test_the_least_important_layers_go_where_that_costs_less():

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunadapt_ds import checkpoint, export, files, resume, setup, snapshot, unfinished
+from prunadapt_ds import checkpoint, files, formats, resume, setup, snapshot, unfinished
 from prunadapt_ds.config import OPTIONS, parse
 from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.files import LOCK_NAME, OwnedFolder, replace
@@ -285,9 +285,9 @@ def test_a_cast_folder_is_readable_whenever_its_writer_dies(tmp_path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(files.os, "replace", full)
         with pytest.raises(OSError, match="No space"):
-            export.cast(tmp_path, torch.bfloat16)
+            formats.cast(tmp_path, torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "float32"}
-    export.cast(tmp_path, torch.bfloat16)
+    formats.cast(tmp_path, torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "bfloat16"}
     assert load_file(tmp_path / "model.safetensors")["w"].dtype == torch.bfloat16
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from prunadapt_ds import doctor, launchers
-from prunadapt_ds.config import parse
 from prunadapt_ds.doctor import Rank, problems
 
 pytestmark = pytest.mark.fast
@@ -42,9 +41,9 @@ def test_what_is_wrong_is_said_once(ranks, said, monkeypatch):
 def test_the_page_ends_with_what_is_wrong(monkeypatch):
     monkeypatch.setenv(launchers.LAUNCHER_VARIABLE, "python")
     monkeypatch.setattr(doctor, "backend", lambda: "gloo")
-    page = doctor.describe(parse([]), [CPU], {1024: 0.001}, ["no compiler", "full"])
+    page = doctor.describe([CPU], {1024: 0.001}, ["no compiler", "full"])
     assert page[-2:] == ["wrong: no compiler", "wrong: full"] and "nothing wrong" not in page
-    assert doctor.describe(parse([]), [CPU], {1024: 0.001}, [])[-1] == "nothing wrong"
+    assert doctor.describe([CPU], {1024: 0.001}, [])[-1] == "nothing wrong"
 
 
 def test_what_a_rank_sees_by_itself(tmp_path, monkeypatch):
@@ -54,6 +53,8 @@ def test_what_a_rank_sees_by_itself(tmp_path, monkeypatch):
         "no C++ compiler (no-such-compiler)",
         "ninja is not on the PATH",
     ]
+    (tmp_path / "file").write_text("")
+    assert doctor.folder_problems(tmp_path / "file" / "out")[0].endswith("file is a file")
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
     assert doctor.folder_problems(tmp_path / "new" / "out") == [
         f"--output_dir {tmp_path / 'new' / 'out'}: {tmp_path} cannot be written to by this user"

@@ -98,7 +98,7 @@ CASES = {
     "ranks that differ": (lambda f: changed(f, rank_pattern={"query": 2}), "rank_pattern"),
     "biases": (lambda f: changed(f, bias="all"), "bias='all'"),
     "a base that was rewritten": (lambda f: changed(f, init_lora_weights="pissa_niter_4"), "init_lora_weights"),
-    "another method": (lambda f: changed(f, peft_type="IA3"), "holds IA3 weights"),
+    "another method": (lambda f: changed(f, peft_type="IA3"), "has IA3 weights"),
     "no rank": (lambda f: changed(f, r=None), "r=None"),
     "pickled": (pickled, "pickled ones are never loaded"),
     "no weights": (lambda f: (f / given_adapter.WEIGHTS).unlink(), "has no adapter_model.safetensors"),

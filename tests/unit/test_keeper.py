@@ -33,6 +33,7 @@ def run(monkeypatch):
                 device=torch.device("cpu"),
                 tracker=SimpleNamespace(problem=""),
                 config=SimpleNamespace(output=output),
+                train_rows=SimpleNamespace(places=range(100, 200)),  # a subset's, in the whole split
             )
             monkeypatch.setattr(keepers.time, "monotonic", lambda: self.now)
             monkeypatch.setattr(keepers.resume, "save", self.save)
@@ -103,7 +104,7 @@ def test_a_bad_loss_is_known_one_step_later_with_its_step_and_samples(run, bad):
     run.session.config.output.checkpoint_steps = 4
     run.steps(4)
     run.step((0.5, bad))
-    with pytest.raises(PrunadaptError, match=r"at step 5, on training samples 9 \(counted from 0\).*step-4"):
+    with pytest.raises(PrunadaptError, match=r"at step 5, on training samples 109 \(counted from 0\).*step-4"):
         run.step((bad, bad))
     assert run.saved == [4]
 

@@ -221,6 +221,12 @@ def test_mistakes_are_said_together(tmp_path, capsys, monkeypatch):
     assert code == 2 and "decoder" in said
     code, _, said = run(capsys, "--model_name_or_path", str(tmp_path / "bert.json"), "--target_sparsity", "0.999")
     assert code == 2 and "at most" in said
+    config = tiny_config("bert")
+    config.pruned_structure = {"kept": []}
+    config.save_pretrained(tmp_path / "pruned")
+    for path in ("pruned", "pruned/config.json"):
+        code, _, said = run(capsys, "--model_name_or_path", str(tmp_path / path))
+        assert code == 2 and "is pruned already" in said
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,124 @@
+"""The proof of an export: a fresh process without this package loads a folder and must compute the same logits.
+
+What runs there is `reload.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunadapt_ds import reload
+from prunadapt_ds.batches import Rows
+from prunadapt_ds.errors import ParityError
+from prunadapt_ds.formats import auto_class_of
+
+TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
+
+
+@dataclass(frozen=True)
+class Reload:
+    """A folder and what a fresh process is to compute from it.
+
+    `latency`: {"batch_size", "seq_length", "repeats", "dtype"} to time it against the dense stock model as well.
+    `adapter_of`: the folder is a PEFT adapter of this base: {"model", "auto_class", "num_labels", "pad_token_id"}.
+    """
+
+    folder: Path
+    datasets: dict[str, Rows]
+    batch_size: int
+    device: torch.device
+    needs_remote_code: bool = False
+    dtype: str = "float32"
+    latency: dict[str, Any] | None = None
+    adapter_of: dict[str, Any] | None = None
+
+    def request(self, scratch: Path) -> dict[str, Any]:
+        """As reload.py reads it; answers are written to `scratch`."""
+        rows = next(iter(self.datasets.values()))
+        return {
+            "folder": str(self.folder.resolve()),
+            "rows": {name: [rows.row(i) for i in range(len(rows))] for name, rows in self.datasets.items()},
+            "labels": {
+                n: list(rows.token_labels) for n, rows in self.datasets.items() if rows.token_labels is not None
+            },
+            "auto_class": self.adapter_of["auto_class"] if self.adapter_of else auto_class_of(self.folder),
+            "needs_remote_code": self.needs_remote_code,
+            "pad_token_id": rows.tokenizer.pad_token_id,
+            "most_tokens": rows.tokenizer.model_max_length,
+            "batch_size": self.batch_size,
+            "device": str(self.device),
+            "dtype": self.dtype,
+            "latency": self.latency,
+            "adapter_of": self.adapter_of,
+            "logits": str(scratch / "logits.safetensors"),
+            "result": str(scratch / "result.json"),
+        }
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What a fresh process computed from an exported folder: logits float32 [N, C] per dataset, and timings."""
+
+    logits: dict[str, Tensor]
+    latency: dict[str, Any] | None
+
+
+def reload_in_fresh_process(*reloads: Reload) -> list[Reloaded]:
+    """Load each folder in a new Python process that does not import this package, and predict.
+
+    One process for all: most of its time it imports. Folders of stock classes come first, before any code of a folder's own.
+    Raises ParityError with the process's last words if it fails.
+    """
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        order = sorted(range(len(reloads)), key=lambda i: reloads[i].needs_remote_code)
+        for i in order:
+            (scratch / str(i)).mkdir()
+            (scratch / str(i) / "request.json").write_text(json.dumps(reloads[i].request(scratch / str(i))))
+        script = shutil.copyfile(Path(reload.__file__), scratch / "reload.py")
+        drop = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
+        environment = {k: v for k, v in os.environ.items() if k not in drop}
+        environment |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        requests = [str(scratch / str(i) / "request.json") for i in order]
+        done = run_script(script, requests, environment, scratch)
+        if done.returncode != 0:
+            failed = next((i for i in order if not (scratch / str(i) / "result.json").exists()), order[-1])
+            folder = reloads[failed].folder
+            raise ParityError(f"the exported folder {folder} could not be reloaded:\n{done.stderr[-3000:]}")
+        answers = [scratch / str(i) for i in range(len(reloads))]
+        return [
+            Reloaded(load_file(a / "logits.safetensors"), json.loads((a / "result.json").read_text()).get("latency"))
+            for a in answers
+        ]
+
+
+def run_script(
+    script: Path, arguments: list[str], environment: dict[str, str], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """A Python process of its own, in `folder`."""
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+
+def compare_logits(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """The report's parity block over all datasets: (trained, exported) logits, float32 [N, C] twice. NaN is infinite."""
+    trained, exported = (torch.cat([pair[i].flatten() for pair in pairs.values()]) for i in (0, 1))
+    difference = float((trained - exported).abs().nan_to_num(nan=torch.inf).max())
+    return {
+        "max_abs_logit_diff": difference if difference < torch.inf else sys.float_info.max,
+        "tolerance": TOLERANCE * max(1.0, float(trained.abs().max())),
+        "examples": sum(len(logits) for logits, _ in pairs.values()),
+    }
