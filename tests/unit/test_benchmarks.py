@@ -97,7 +97,7 @@ def test_table_and_picture_from_a_results_folder(tmp_path):
     rows = averages.splitlines()[2:]
     assert [row.split(" | ")[:2] for row in rows] == [["| **average**", m] for m in methods[:2]]
     assert "rte | ours@0.6" in both and both.count("**average**") == 2
-    assert "| 0.50 | 0.50 / 1.00 | 1.00 | 0.40 | 0.42 | 0.50 |" in rows[1]
+    assert "| 0.40 | 0.50 / 1.00 | 1.00 | 0.40 | 0.42 | 0.50 |" in rows[1]
     compare_table.draw(results, methods, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
