@@ -1,9 +1,9 @@
 """The teacher of a language model: of each learnt token the k likeliest words and their log-probabilities, on disk.
 
 All logits of a training set are N x T x V numbers, which fit nowhere. What a teacher thinks beyond its first few words is one
-number: how much is left for all the others. Each rank writes what it computed into a file of its own, and reads back from
-all of them the few rows that a batch needs, so that the folder must be one that all ranks see, as `output_dir` is. Files appear
-whole or not at all, the index knows those of the ranks, and a checkpoint knows the index.
+number: how much is left for all the others. Each rank writes what it computes into files of its own, a part at a time, and
+reads back from all of them the few rows that a batch needs, so that the folder must be one that all ranks see, as
+`output_dir` is. Files appear whole or not at all, the index knows them all, and a checkpoint knows the index.
 
 Legend: B samples, T tokens, V vocabulary, M learnt tokens of a batch, k words.
 """
@@ -28,8 +28,9 @@ from prunadapt_ds.objective import TopWords
 
 FOLDER = "teacher"  # in `output_dir`, as long as the run is not complete
 INDEX = "index.safetensors"  # written last: where it is, everything is
-FILES = "files"  # of the index's metadata: bytes and sha256 of every rank's file
+FILES = "files"  # of the index's metadata: bytes and sha256 of every part
 BYTES_PER_WORD = 6  # a number of the vocabulary in 4 bytes, a log-probability in 2
+PART_BYTES = 2**28  # of a part at least, before it is written: what a rank holds in memory meanwhile
 
 
 def num_bytes(rows: Rows, k: int) -> int:
@@ -69,21 +70,65 @@ class TokenTeacher:
         words, log_probs = (torch.cat(column) for column in zip(*parts, strict=True))
         return TopWords(words.long(), log_probs.float())
 
-    def _opened(self, rank: int) -> Any:
+    def _opened(self, number: int) -> Any:
         from safetensors import safe_open
 
-        if rank not in self._files:
-            self._files[rank] = safe_open(self.folder / shard(rank), framework="pt")
-        return self._files[rank]
+        if number not in self._files:
+            self._files[number] = safe_open(self.folder / part(number), framework="pt")
+        return self._files[number]
 
     def open_all(self) -> None:
         """Raises what opening raises, rather than in the middle of a step that other ranks take too."""
-        for rank in self.of.unique().tolist():
-            self._opened(rank)
+        for number in self.of.unique().tolist():
+            self._opened(number)
 
 
-def shard(rank: int) -> str:
-    return f"rank-{rank}.safetensors"
+def part(number: int) -> str:
+    return f"part-{number}.safetensors"
+
+
+class _Parts:
+    """This rank's answers on their way to its files, which are numbered by turns with those of other ranks.
+
+    A write that fails is said at the end: until then other ranks count on this one.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.number = folder, distributed.rank()
+        self.failure: UserError | None = None
+        self.words: list[Tensor] = []
+        self.log_probs: list[Tensor] = []
+        self.end = 0  # tokens of the present part
+        self.written: dict[str, dict[str, Any]] = {}  # bytes and sha256, by file
+
+    def add(self, words: Tensor, log_probs: Tensor) -> None:
+        """[M, k] each."""
+        self.words.append(words.int().cpu())
+        self.log_probs.append(log_probs.half().cpu())
+        self.end += len(words)
+
+    @property
+    def is_full(self) -> bool:
+        return self.end * self.words[-1].shape[1] * BYTES_PER_WORD >= PART_BYTES
+
+    def write(self) -> None:
+        """The present part; the next one begins."""
+        with watchdog.resting():
+            try:
+                if self.failure is None and self.end:
+                    tensors = {"words": torch.cat(self.words), "log_probs": torch.cat(self.log_probs)}
+                    self.written[part(self.number)] = _save(tensors, self.folder / part(self.number))
+            except UserError as error:
+                self.failure = error
+        self.words, self.log_probs, self.end = [], [], 0
+        self.number += distributed.world_size()
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """What was written. Raises UserError where there was no room."""
+        self.write()
+        if self.failure is not None:
+            raise self.failure
+        return self.written
 
 
 def bring(source: Path, folder: Path) -> None:
@@ -97,22 +142,21 @@ def write(engine: Any, rows: Rows, k: int, batch_size: int, device: torch.device
     """Let `engine` answer every row, and keep its k likeliest words of each learnt token. Collective."""
     remove(folder)
     distributed.on_rank_0("making the teacher's folder", folder.mkdir)
-    words, log_probs, place = [], [], torch.zeros(3, len(rows), dtype=torch.long)
-    end = 0
+    parts, place = _Parts(folder), torch.zeros(3, len(rows), dtype=torch.long)
     for batch, _, logits in forward_passes(engine, rows, batch_size, device):
         labels = rows.padded_labels(batch or [0], logits.shape[1])
         assert labels is not None
         real = labels[: len(batch), 1:] >= 0
         top = logits[: len(batch), :-1][real.to(device)].float().log_softmax(-1).topk(min(k, logits.shape[-1]))
-        words.append(top.indices.int().cpu())
-        log_probs.append(top.values.half().cpu())
-        for position, count in zip(batch, real.sum(1).tolist(), strict=True):
-            place[:, position] = torch.tensor([distributed.rank(), end, count])
-            end += count
+        ends = parts.end + real.sum(1).cumsum(0)
+        for position, end, count in zip(batch, ends.tolist(), real.sum(1).tolist(), strict=True):
+            place[:, position] = torch.tensor([parts.number, end - count, count])
+        parts.add(top.indices, top.values)
+        if parts.is_full:
+            parts.write()
+    mine = distributed.together(parts.finish)
     with watchdog.resting():
-        tensors = {"words": torch.cat(words), "log_probs": torch.cat(log_probs)}
-        mine = distributed.together(lambda: _save(tensors, folder / shard(distributed.rank())))
-        written = {shard(rank): found for rank, found in enumerate(distributed.all_gather_objects(mine))}
+        written = {name: found for of_rank in distributed.all_gather_objects(mine) for name, found in of_rank.items()}
         of, start, count = distributed.dist_sum(place.to(device)).cpu()  # every row was answered by one rank
         index = {"of": of.clone(), "start": start.clone(), "count": count.clone()}
         identity = distributed.on_rank_0(
@@ -149,7 +193,7 @@ def remove(folder: Path) -> None:
 def open_again(folder: Path, identity: Mapping[str, Any]) -> TokenTeacher:
     """What an earlier process of the run has written, with the index that it knows by `identity`.
 
-    Every byte is checked, the ranks' files by turns. Raises UserError where something is gone, or is not what was written.
+    Every byte is checked, the parts by turns. Raises UserError where something is gone, or is not what was written.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -115,12 +115,12 @@ def test_a_teacher_of_words_is_the_same_for_every_split(tmp_path):
     """Two ranks learn from it what one does; each has written its own file."""
     found = {}
     for name, ranks, options in (("one", 1, {"distill_top_k": 32}), ("two", 2, {"distill_top_k": 32})):
-        argv = language_arguments(tmp_path / name, "llama", batch=8 // ranks, **options)
+        argv = language_arguments(tmp_path / name, "llama", batch=8 // ranks, per_device_eval_batch_size=4, **options)
         found[name] = run_ranks(runs.fit, ranks, argv)[0]
     assert found["one"]["losses"] == pytest.approx(found["two"]["losses"], rel=1e-4)
     assert found["one"]["plan_hash"] == found["two"]["plan_hash"]
     ranks = sorted(file.name for file in (tmp_path / "two" / "out" / "teacher").iterdir())
-    assert ranks == ["index.safetensors", "rank-0.safetensors", "rank-1.safetensors"]
+    assert ranks == ["index.safetensors", "part-0.safetensors", "part-1.safetensors"]
 
 
 @pytest.mark.full

@@ -40,7 +40,7 @@ def test_a_teacher_comes_along(tmp_path):
     token_teacher.bring(source, folder)
     assert not folder.exists(), "there is none"
     source.mkdir(parents=True)
-    for name in ("rank-0.safetensors", token_teacher.INDEX):
+    for name in ("part-0.safetensors", token_teacher.INDEX):
         (source / name).write_text(name)
     token_teacher.bring(source, folder)
     assert {p.name: p.read_text() for p in folder.iterdir()} == {p.name: p.name for p in source.iterdir()}
@@ -226,8 +226,10 @@ def test_of_few_words_the_others_are_one_outcome():
     assert float(unknown) == pytest.approx(-math.log(0.3)), "a teacher that does not name the word is not followed"
 
 
-def test_the_teacher_s_words_are_found_again(rows, tmp_path):
+@pytest.mark.parametrize("size", [token_teacher.PART_BYTES, 100])
+def test_the_teacher_s_words_are_found_again(rows, tmp_path, monkeypatch, size):
     """By any rows in any order, and by a later process; each token's own, with the likeliest first."""
+    monkeypatch.setattr(token_teacher, "PART_BYTES", size)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
     folder = tmp_path / "teacher"
@@ -242,15 +244,17 @@ def test_the_teacher_s_words_are_found_again(rows, tmp_path):
             expected.append(logits[:, :-1][batch.labels[:, 1:] >= 0].log_softmax(-1).topk(3))
         assert torch.equal(found.words, torch.cat([top.indices for top in expected]))
         torch.testing.assert_close(found.log_probs, torch.cat([top.values for top in expected]), rtol=2e-3, atol=2e-3)
-    on_disk = sum(file.stat().st_size for file in folder.glob("rank-*"))
-    assert token_teacher.num_bytes(rows, 3) <= on_disk <= token_teacher.num_bytes(rows, 3) + 500
+    on_disk = sum(file.stat().st_size for file in folder.glob("part-*"))
+    parts = len(list(folder.glob("part-*")))
+    assert (parts > 2) == (size == 100)
+    assert token_teacher.num_bytes(rows, 3) <= on_disk <= token_teacher.num_bytes(rows, 3) + 500 * parts
 
 
 DAMAGES = ["gone", "cut short", "flipped"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", [token_teacher.INDEX, token_teacher.shard(0)])
+@pytest.mark.parametrize("name", [token_teacher.INDEX, token_teacher.part(0)])
 def test_a_teacher_that_is_not_whole_is_refused_before_any_step(rows, tmp_path, name, damage):
     model, folder = AutoModelForCausalLM.from_config(tiny_config("llama")).eval(), tmp_path / "teacher"
     identity = token_teacher.write(model, rows, 3, 2, torch.device("cpu"), folder).identity
@@ -270,7 +274,7 @@ def test_a_teacher_s_files_appear_whole(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "sync", lambda path: (synced.append(path.name), plain(path)))
     model, folder = AutoModelForCausalLM.from_config(tiny_config("llama")).eval(), tmp_path / "teacher"
     token_teacher.write(model, rows, 3, 2, torch.device("cpu"), folder)
-    shard, index = token_teacher.shard(0), token_teacher.INDEX
+    shard, index = token_teacher.part(0), token_teacher.INDEX
     assert synced == [f".{shard}.tmp", "teacher", f".{index}.tmp", "teacher"]
     assert {p.name for p in folder.iterdir()} == {shard, index}
 
