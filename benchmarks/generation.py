@@ -22,7 +22,7 @@ from statistics import median
 import random_llama
 from ranks import ENVIRONMENT, ROOT, deepspeed
 
-from prunadapt_ds.cli import prepare_environment
+from prunadapt_ds.environment import prepare_environment
 
 prepare_environment()
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from prunadapt_ds.cli import prepare_environment
+from prunadapt_ds.environment import prepare_environment
 
 prepare_environment()
 

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from prunadapt_ds.cli import prepare_environment
+from prunadapt_ds.environment import prepare_environment
 
 prepare_environment()
 

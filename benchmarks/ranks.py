@@ -24,7 +24,7 @@ def words_of_a_rank() -> list[str] | None:
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     if words[:1] != ["--measure"]:
         return None
-    from prunadapt_ds.cli import prepare_environment
+    from prunadapt_ds.environment import prepare_environment
 
     prepare_environment()
     return words[1:]

@@ -113,7 +113,7 @@ def fold_folder(data_dir: Path, work: Path, task: str, fold: int) -> Path:
 
 def one_run(argv: list[str], result: Path) -> None:
     """Inside a worker's process: train without export, write the last step's score on the fold."""
-    from prunadapt_ds.cli import prepare_environment
+    from prunadapt_ds.environment import prepare_environment
 
     prepare_environment()
     from prunadapt_ds import train

@@ -10,7 +10,7 @@ import itertools
 import sys
 from pathlib import Path
 
-from prunadapt_ds.cli import prepare_environment
+from prunadapt_ds.environment import prepare_environment
 
 prepare_environment()
 

@@ -6,7 +6,7 @@ deepspeed examples/own_loop.py [MODEL [OUTPUT]]      (two CPU ranks: deepspeed -
 import sys
 from pathlib import Path
 
-from prunadapt_ds.cli import prepare_environment
+from prunadapt_ds.environment import prepare_environment
 
 prepare_environment()
 

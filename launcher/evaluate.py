@@ -2,11 +2,11 @@
 
 import sys
 
-from prunadapt_ds.cli import prepare_environment
+from prunadapt_ds.environment import prepare_environment
 
 prepare_environment()  # before torch and deepspeed are imported
 
-from prunadapt_ds.scoring import main  # noqa: E402
+from prunadapt_ds.evaluate_command import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from prunadapt_ds.cli import prepare_environment
+from prunadapt_ds.environment import prepare_environment
 
 prepare_environment()  # before torch and deepspeed are imported
 

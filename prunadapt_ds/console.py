@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prunadapt_ds.cli import prepare_environment
+from prunadapt_ds.environment import prepare_environment
 from prunadapt_ds.errors import Problem, UserError
 
 
@@ -27,7 +27,7 @@ class Command:
 COMMANDS = (
     Command("train", "train", "prune while fine-tuning, export a smaller model, report"),
     Command("plan", "plan_command", "bytes, communication and seconds of a run, from the model's configuration alone"),
-    Command("evaluate", "scoring", "score a folder on a task"),
+    Command("evaluate", "evaluate_command", "score a folder on a task"),
     Command("predict", "predict", "answers of a folder for a file or standard input; GLUE's submission"),
     Command("export", "reexport", "other formats from a finished run, or an interrupted one's checkpoint"),
     Command("compare", "compare", "any number of runs as one table and one page"),

@@ -32,7 +32,7 @@ from prunadapt_ds import (
 )
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
-from prunadapt_ds.evaluate import predict, upcast_parameters
+from prunadapt_ds.logits import predict, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
 from prunadapt_ds.session import PHASES, Session, eval_batch, evaluate, measures
 from prunadapt_ds.watchdog import milestone

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prunadapt_ds.cli import STARTED
+from prunadapt_ds.environment import STARTED
 from prunadapt_ds.errors import LaunchError, Problem
 
 RENDEZVOUS_VARIABLE = "PRUNADAPT_RENDEZVOUS_SECONDS"

@@ -19,8 +19,8 @@ from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.config import Config
 from prunadapt_ds.data import TaskData, measures_of
 from prunadapt_ds.ds_config import DsConfig
-from prunadapt_ds.evaluate import predict
 from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
+from prunadapt_ds.logits import predict
 from prunadapt_ds.models.structure import layers_of
 from prunadapt_ds.report import LIVE_PARTS
 from prunadapt_ds.schedule import default_learning_rate

@@ -23,7 +23,7 @@ from torch import Tensor
 from prunadapt_ds import distributed, files, watchdog
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.evaluate import forward_passes
+from prunadapt_ds.logits import forward_passes
 from prunadapt_ds.objective import TopWords
 
 FOLDER = "teacher"  # in `output_dir`, as long as the run is not complete

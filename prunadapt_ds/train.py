@@ -21,10 +21,10 @@ from prunadapt_ds.budget import decide
 from prunadapt_ds.config import Config, parse
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import PrunadaptError
-from prunadapt_ds.evaluate import predict
 from prunadapt_ds.finish import finish, report_unfinished
 from prunadapt_ds.importance import CRITERIA, save_sums
 from prunadapt_ds.keeper import Keeper
+from prunadapt_ds.logits import predict
 from prunadapt_ds.objective import explained
 from prunadapt_ds.one_shot import prune_once, score_only
 from prunadapt_ds.pulse import StopSignals

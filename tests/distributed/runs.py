@@ -196,10 +196,10 @@ def first_logits(argv):
 
 def scored(argv):
     """The real scoring of a folder: its measures."""
-    from prunadapt_ds import scoring
+    from prunadapt_ds import evaluate_command
     from prunadapt_ds.config import parse
 
-    return scoring.run(parse(argv))
+    return evaluate_command.run(parse(argv))
 
 
 def predicted(argv, said=None):
@@ -356,7 +356,7 @@ def recover_logits(lengths, batch_size):
     """Distributed prediction with a model that returns its row's number: every row once, in order."""
     from types import SimpleNamespace
 
-    from prunadapt_ds.evaluate import predict
+    from prunadapt_ds.logits import predict
 
     class Echo(torch.nn.Module):
         def forward(self, row):
@@ -376,7 +376,7 @@ def shrink_in_training(argv):
 
     from prunadapt_ds import engine as engines
     from prunadapt_ds import export, state, train
-    from prunadapt_ds.evaluate import predict
+    from prunadapt_ds.logits import predict
     from prunadapt_ds.models.structure import full_shape
     from prunadapt_ds.objective import task_loss
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.fast
 PACKAGE = ROOT / "prunadapt_ds"
 # A module may import modules of lower floors, or of its own subpackage.
 FLOORS = (
-    {"errors", "cli", "hub", "resources"},
+    {"errors", "environment", "hub", "resources"},
     {"launchers", "options"},
     {
         "files",
@@ -30,7 +30,7 @@ FLOORS = (
     {"formats", "tracing", "zero3"},
     {"streaming"},
     {"batches", "backbone", "adapters", "gates", "latency"},
-    {"importance", "evaluate"},
+    {"importance", "logits"},
     {"budget", "tmp"},
     {"resize"},
     {"engine", "state"},
@@ -48,7 +48,7 @@ FLOORS = (
         "token_teacher",
     },
     {"tracking"},
-    {"card", "session", "graphs", "scoring", "adapter_folder", "pages"},
+    {"card", "session", "graphs", "evaluate_command", "adapter_folder", "pages"},
     {"setup", "step", "snapshot"},
     {"finish", "resume", "compare", "answers", "planner", "one_shot"},
     {"keeper", "submission", "plan_command", "unfinished"},

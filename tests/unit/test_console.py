@@ -54,7 +54,7 @@ def test_help_lists_every_command_and_needs_no_torch():
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
 def test_large_tensors_rest_on_huge_pages():
     code = (
-        "from prunadapt_ds.cli import prepare_environment; prepare_environment()\n"
+        "from prunadapt_ds.environment import prepare_environment; prepare_environment()\n"
         "import torch; tensor = torch.zeros(4 << 20); at, here = tensor.data_ptr() + (4 << 20), False\n"
         "for line in open('/proc/self/smaps'):\n"
         "    first, *rest = line.split()\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunadapt_ds import answers, distributed, predict, scoring
+from prunadapt_ds import answers, distributed, evaluate_command, predict
 from prunadapt_ds.batches import evaluation_batches
 from prunadapt_ds.errors import Problem, UserError
 from tests.tiny import tiny_data, tiny_model, tiny_tokenizer
@@ -116,13 +116,13 @@ def test_inputs_are_cut_as_the_run_cut_them(base, exported, tmp_path, capsys):
 def test_where_the_length_of_a_run_stands(exported, tmp_path, monkeypatch):
     folder = exported / "exports" / "compact"
     monkeypatch.chdir(folder)
-    assert scoring.run_length(folder) == scoring.run_length(Path(".")) == 8
+    assert evaluate_command.run_length(folder) == evaluate_command.run_length(Path(".")) == 8
     for text in ("[", "{}", "[]", '{"max_seq_length": "8"}', "[" * 100_000):
         (exported / "run.json").write_text(text)
-        assert scoring.run_length(folder) == 9
+        assert evaluate_command.run_length(folder) == 9
     (exported / "report.json").write_text('{"macs": {"seq_length": null}}')
-    assert scoring.run_length(folder) is None and scoring.scored_length(str(folder)) == 128
-    assert scoring.run_length(tmp_path) is None and scoring.run_length(Path("org/model")) is None
+    assert evaluate_command.run_length(folder) is None and evaluate_command.scored_length(str(folder)) == 128
+    assert evaluate_command.run_length(tmp_path) is None and evaluate_command.run_length(Path("org/model")) is None
 
 
 def test_a_score_reads_as_much_as_the_run_did(exported, tmp_path):
@@ -136,8 +136,8 @@ def test_a_score_reads_as_much_as_the_run_did(exported, tmp_path):
             raise UserError(Problem("seen", longest, "enough"))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scoring, "tokenize", remember)
-            scoring.main([f"--model_name_or_path={exported / 'exports' / 'compact'}", *data, *more])
+            patch.setattr(evaluate_command, "tokenize", remember)
+            evaluate_command.main([f"--model_name_or_path={exported / 'exports' / 'compact'}", *data, *more])
 
     score()
     score("--max_seq_length=32")

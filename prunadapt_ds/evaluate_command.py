@@ -27,7 +27,7 @@ from prunadapt_ds.data import (
 )
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import Problem, PrunadaptError, UserError
-from prunadapt_ds.evaluate import predict
+from prunadapt_ds.logits import predict
 from prunadapt_ds.models import modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.layouts import most_tokens
