@@ -77,7 +77,7 @@ MUTANTS = (
            f"{SHRINK}::test_every_stage_shrinks[3-1]"),
     Mutant("cut modules stay whole", "engine.py", "sharded[0].convert_to_zero_parameters(param_list=new)", "pass",
            f"{SHRINK}::test_never_more_than_one_module_is_whole"),
-    Mutant("units come back from the dead", "budget.py", "scores = scores.masked_fill(gone, -torch.inf)  # before all others",
+    Mutant("what is gone does not count as cut", "budget.py", "scores = scores.masked_fill(gone, -torch.inf)  # before all others",
            "pass", "tests/unit/test_shrink.py::test_units_that_are_gone_stay_gone"),
     Mutant("rebuilds whatever it costs", "shrink.py", "return rebuild < keep", "return rebuild < float('inf')",
            "tests/unit/test_shrink.py::test_the_rebuilds_are_the_cheapest_of_all_ways"),

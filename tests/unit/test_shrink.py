@@ -85,7 +85,7 @@ def test_units_that_are_gone_stay_gone():
     gone = ~first.mask()
     assert gone.any()
     again = decide(torch.where(gone, 1e9, 1.0), structure(), 0.6, gone=gone)
-    assert not (again.mask() & gone).any() and again.sparsity("params") > first.sparsity("params")
+    assert not (again.mask() & gone).any() and 0.5 < again.sparsity("params") < 0.7, "and count among what is cut"
     assert not (decide(scores, structure(), 0.0001, gone=gone).mask() & gone).any()
     assert decide(scores, structure(), 0.3, gone=gone).hash == first.hash
 
