@@ -272,7 +272,7 @@ def load(
     )
     family, config, tokenizer = opened.family, opened.config, opened.tokenizer
     auto_class: Any = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
-    with _refusals(model_name_or_path), quiet(), streaming(model_name_or_path) as loading:
+    with refusals(model_name_or_path), quiet(), streaming(model_name_or_path) as loading:
         model, info = auto_class.from_pretrained(
             str(folder_of(model_name_or_path)),
             config=config,
@@ -321,7 +321,7 @@ def _open(name: str, answers: Mapping[str, Any], trust_remote_code: bool, is_lan
     check(name)
     if trust_remote_code:
         say_remote_code(name)
-    with _refusals(name):
+    with refusals(name):
         folder = str(folder_of(name))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **answers)
         stock = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -338,7 +338,7 @@ def _open(name: str, answers: Mapping[str, Any], trust_remote_code: bool, is_lan
 
 
 @contextmanager
-def _refusals(name: str) -> Iterator[None]:
+def refusals(name: str) -> Iterator[None]:
     """What goes wrong while a model is loaded, as a UserError; a rank that is gone is no mistake of its user's."""
     try:
         yield

@@ -26,7 +26,7 @@ from prunadapt_ds.data import (
     tokenize_language,
 )
 from prunadapt_ds.entry import guarded
-from prunadapt_ds.errors import Problem, PrunadaptError, UserError
+from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.logits import predict
 from prunadapt_ds.models import modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES
@@ -144,72 +144,23 @@ def load_folder(name: str, trust: bool, *, task: Task | None = None, is_language
 
     task: whose classes the model must answer with; None: whatever it does. Raises UserError for what is no model of that kind.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    auto_class: Any = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
     num_labels = None if task is None else len(task.label_names) or 1
-
-    def refuse(remedy: str) -> UserError:
-        return UserError(Problem("model_name_or_path", name, remedy))
-
     backbone.check(name, to_train=False, or_adapter=True)
-    folder = backbone.folder_of(name)
-    source, adapter = str(folder), folder / "adapter_config.json"
-    is_adapter = adapter.is_file()
-    if is_adapter and not (folder / "adapter_model.safetensors").is_file():
-        raise refuse(
-            "the adapter has no adapter_model.safetensors; pickled ones are never loaded, save it again with PEFT"
-        )
     if trust:
         backbone.say_remote_code(name)
-    try:
-        if is_adapter:
-            base = files.read_object(adapter, refuse)["base_model_name_or_path"]
-            backbone.check(base, to_train=False)
-            count = adapter_outputs(folder) if num_labels is None and not is_language else num_labels
-            model = _with_adapter(auto_class, base, source, {} if count is None else {"num_labels": count})
-            if not is_language:
-                labels_of.read(model.config, folder)
-            if not backbone.has_tokenizer(folder):  # PEFT saves none
-                source = str(backbone.folder_of(base))
+    folder = backbone.folder_of(name)
+    with backbone.refusals(name):
+        if (folder / "adapter_config.json").is_file():
+            model, with_tokenizer = _load_adapter(name, folder, num_labels, is_language=is_language)
         else:
-            pruned = _pruned_class(source)
-            if pruned is None:
-                loader, options = auto_class, {"trust_remote_code": trust}
-            elif formats.auto_class_for(pruned.__name__) != auto_class.__name__:
-                kind = "is a classifier, no language model" if is_language else "is a language model, not a classifier"
-                raise refuse(f"{kind}; name a folder of the other kind, or another --task_type")
-            else:
-                loader, options = pruned, {}
-            with backbone.quiet():
-                model, info = loader.from_pretrained(
-                    source,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                    **options,
-                )
-            if info["mismatched_keys"]:
-                name_of = min(str(key[0]) for key in info["mismatched_keys"])
-                raise refuse(f"its weights have other shapes than config.json says, e.g. {name_of}")
-            if info["missing_keys"]:
-                some = ", ".join(sorted(info["missing_keys"])[:3])
-                raise refuse(f"is not trained for this: it has no {some}")
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
-    except PrunadaptError:
-        raise
-    except Exception as error:  # as many types as there are ways to spoil a folder; no rank needs another here
-        if "trust_remote_code" in str(error):
-            raise refuse(
-                "needs code that it brings itself; read that code, and say --trust_remote_code to run it"
-            ) from error
-        reason = " ".join(str(error).split())[:300]
-        raise refuse(f"cannot be loaded: {reason or type(error).__name__}") from error
+            model, with_tokenizer = _load_model(name, folder, trust, is_language=is_language), folder
+        tokenizer = AutoTokenizer.from_pretrained(str(with_tokenizer), trust_remote_code=trust)
     if (most := most_tokens(model)) is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     if task is not None and model.config.num_labels != num_labels:
-        raise refuse(f"answers with {model.config.num_labels} numbers, the task {task.name} has {num_labels}")
+        raise _refuse(name, f"answers with {model.config.num_labels} numbers, the task {task.name} has {num_labels}")
     doubt = "" if task is None else labels_of.doubt(backbone.class_names(model.config), task.label_names)
     if doubt and distributed.rank() == 0:
         print(f"{name}: {doubt}", file=sys.stderr)
@@ -217,6 +168,78 @@ def load_folder(name: str, trust: bool, *, task: Task | None = None, is_language
     if family is not None and family.is_decoder:
         backbone.agree_on_padding(name, model.config, tokenizer)
     return model, tokenizer
+
+
+def _refuse(name: str, remedy: str) -> UserError:
+    return UserError(Problem("model_name_or_path", name, remedy))
+
+
+def _auto_class(is_language: bool) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
+
+
+def _load_model(name: str, folder: Path, trust: bool, *, is_language: bool) -> Any:
+    """A folder of ours by the package's own class, any other by its auto class."""
+    auto_class, pruned = _auto_class(is_language), _pruned_class(folder)
+    if pruned is None:
+        loader, options = auto_class, {"trust_remote_code": trust}
+    elif formats.auto_class_for(pruned.__name__) != auto_class.__name__:
+        kind = "is a classifier, no language model" if is_language else "is a language model, not a classifier"
+        raise _refuse(name, f"{kind}; name a folder of the other kind, or another --task_type")
+    else:
+        loader, options = pruned, {}
+    with backbone.quiet():
+        model, info = loader.from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    if info["mismatched_keys"]:
+        key = min(str(key[0]) for key in info["mismatched_keys"])
+        raise _refuse(name, f"its weights have other shapes than config.json says, e.g. {key}")
+    if info["missing_keys"]:
+        raise _refuse(name, f"is not trained for this: it has no {', '.join(sorted(info['missing_keys'])[:3])}")
+    return model
+
+
+def _pruned_class(folder: Path) -> Any:
+    """Our own class for a compact folder, None for any other."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    if "pruned_structure" not in values:
+        return None
+    name = str(values["architectures"][0])
+    return getattr(modeling_prunadapt, f"Pruned{name.removeprefix('Pruned')}")
+
+
+def _load_adapter(name: str, folder: Path, num_labels: int | None, *, is_language: bool) -> tuple[Any, Path]:
+    """A base model with the adapter of `folder`, and where its tokenizer is. `num_labels`: None for as many as it has."""
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        remedy = "the adapter has no adapter_model.safetensors; pickled ones are never loaded, save it again with PEFT"
+        raise _refuse(name, remedy)
+    config = files.read_object(folder / "adapter_config.json", lambda remedy: _refuse(name, remedy))
+    base = config["base_model_name_or_path"]
+    backbone.check(base, to_train=False)
+    count = adapter_outputs(folder) if num_labels is None and not is_language else num_labels
+    with backbone.quiet():
+        model = _auto_class(is_language).from_pretrained(
+            str(backbone.folder_of(base)),
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            **({} if count is None else {"num_labels": count}),
+        )
+        model = PeftModel.from_pretrained(model, str(folder))
+    if not is_language:
+        labels_of.read(model.config, folder)
+    return model, folder if backbone.has_tokenizer(folder) else backbone.folder_of(base)  # PEFT saves none
 
 
 def adapter_outputs(folder: Path) -> int | None:
@@ -230,27 +253,3 @@ def adapter_outputs(folder: Path) -> int | None:
             return None if head is None else int(file.get_slice(head).get_shape()[0])
     except SafetensorError as error:
         raise ValueError(f"adapter_model.safetensors is damaged or cut short: {error}") from error
-
-
-def _pruned_class(folder: str) -> Any:
-    """Our own class for a compact folder, None for any other."""
-    path = Path(folder) / "config.json"
-    values = json.loads(path.read_text()) if path.is_file() else {}
-    if "pruned_structure" not in values:
-        return None
-    name = str(values["architectures"][0])
-    return getattr(modeling_prunadapt, f"Pruned{name.removeprefix('Pruned')}")
-
-
-def _with_adapter(auto_class: Any, base: str, folder: str, numbers: dict[str, int]) -> Any:
-    from peft import PeftModel
-
-    with backbone.quiet():
-        model = auto_class.from_pretrained(
-            str(backbone.folder_of(base)),
-            dtype=torch.float32,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            **numbers,
-        )
-        return PeftModel.from_pretrained(model, folder)
