@@ -178,9 +178,8 @@ def _decide_depth(
         inside = min(max(0.0, 1 - wanted / dense), max_sparsity(rest, budget))
         keep = torch.zeros_like(gone)
         keep[mine] = decide(scores[mine], rest, inside, gone=gone[mine], **how).mask()
-        miss = abs(
-            PruningPlan.from_mask(structure, keep).cost(budget) - wanted
-        )  # what is gone may force more than was asked
+        # What is gone may force more than was asked for.
+        miss = abs(PruningPlan.from_mask(structure, keep).cost(budget) - wanted)
         off = max(0.0, miss - _item_cost(rest, neuron_multiple, budget) / 2 - 1)
         tried.append((off, float(scores[~keep].sum()), keep))
         if dense < wanted:

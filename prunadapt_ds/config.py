@@ -239,18 +239,9 @@ class Config:
 
 OPTIONS = options_of(SECTIONS)
 WHILE_CUTTING = (
-    *(
-        "criterion",
-        "prune_start",
-        "prune_end",
-        "num_decisions",
-        "shrink",
-        "score_ema",
-        "save_scores",
-        "lr_scheduler_type",
-    ),
+    *("criterion", "prune_start", "prune_end", "num_decisions", "shrink", "score_ema", "save_scores"),
     *("distill_weight", "teacher_window", "distill_min_r2", "distill_top_k", "distill_fades"),
-    *("neuron_multiple", "keep_in_outer_layers"),
+    *("neuron_multiple", "keep_in_outer_layers", "lr_scheduler_type"),
 )
 
 
@@ -305,11 +296,8 @@ def _target_problems(config: Config) -> list[Problem]:
     """--target_speedup is a target by itself, and one of latency. Nothing is decided where the target is to cut nothing."""
     prune = config.prune
     found: list[Problem] = []
-    if (
-        prune.method == "prunadapt"
-        and (prune.target_sparsity == 0 or prune.target_speedup == 1)
-        and not prune.score_only
-    ):
+    cuts_nothing = prune.target_sparsity == 0 or prune.target_speedup == 1
+    if prune.method == "prunadapt" and cuts_nothing and not prune.score_only:
         remedy = "has no effect where nothing is cut (--target_sparsity 0, --target_speedup 1); leave it out"
         values = [(name, value) for section in SECTIONS for name, value in vars(getattr(config, section)).items()]
         idle = [(name, value) for name, value in values if name in WHILE_CUTTING and value != OPTIONS[name].default]

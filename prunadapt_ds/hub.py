@@ -66,9 +66,7 @@ def snapshot(name: str) -> Path:
     if reason is None:
         try:
             return _fetch(name)
-        except (
-            Exception
-        ) as error:  # a dozen types: not yours to read, no room, a cache of others, an index that is damaged
+        except Exception as error:  # a dozen types: not yours to read, no room, a cache of others, a damaged index
             reason = first_line(error)[:200]
     if (folder := _cached(name)) is not None:
         return folder

@@ -115,7 +115,7 @@ class _Parts:
         """The present part; the next one begins."""
         with watchdog.resting():
             try:
-                if self.failure is None and self.end:
+                if self.failure is None and self.words:  # a row may have no token to learn
                     tensors = {"words": torch.cat(self.words), "log_probs": torch.cat(self.log_probs)}
                     self.written[part(self.number)] = _save(tensors, self.folder / part(self.number))
             except UserError as error:

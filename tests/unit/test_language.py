@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from prunadapt_ds import adapters, files, gates, token_teacher
@@ -248,6 +249,16 @@ def test_the_teacher_s_words_are_found_again(rows, tmp_path, monkeypatch, size):
     parts = len(list(folder.glob("part-*")))
     assert (parts > 2) == (size == 100)
     assert token_teacher.num_bytes(rows, 3) <= on_disk <= token_teacher.num_bytes(rows, 3) + 500 * parts
+
+
+def test_a_row_without_a_token_to_learn_has_no_words(tmp_path):
+    one = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100] * 3}
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer", of_decoder=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = Rows(Dataset.from_list([one]), tokenizer)
+    model, folder = AutoModelForCausalLM.from_config(tiny_config("llama")).eval(), tmp_path / "teacher"
+    written = token_teacher.write(model, rows, 3, 2, torch.device("cpu"), folder)
+    assert token_teacher.open_again(folder, written.identity).answers([0]).words.shape == (0, 3)
 
 
 DAMAGES = ["gone", "cut short", "flipped"]
