@@ -91,7 +91,7 @@ class Rows:
         self.token_labels = Ragged.of(labels.combine_chunks()) if is_of_tokens else None
         self.labels = torch.zeros(len(labels)) if is_of_tokens else torch.tensor(labels.to_pylist())
         known = "index" in dataset.column_names
-        self.places: list[int] = table["index"].to_pylist() if known else list(range(len(labels)))  # in the whole split
+        self.places = table["index"].to_numpy() if known else np.arange(len(labels))  # in the whole split
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -114,7 +114,7 @@ class Rows:
         some.tokens = {name: column.pick(positions) for name, column in self.tokens.items()}
         some.lengths = [self.lengths[i] for i in positions]
         some.labels = self.labels[positions]
-        some.places = [self.places[i] for i in positions]
+        some.places = self.places[positions]
         some.token_labels = None if self.token_labels is None else self.token_labels.pick(positions)
         return some
 

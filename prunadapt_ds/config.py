@@ -238,11 +238,8 @@ class Config:
 
 
 OPTIONS = options_of(SECTIONS)
-WHILE_CUTTING = (
-    *("criterion", "prune_start", "prune_end", "num_decisions", "shrink", "score_ema", "save_scores"),
-    *("distill_weight", "teacher_window", "distill_min_r2", "distill_top_k", "distill_fades"),
-    *("neuron_multiple", "keep_in_outer_layers", "lr_scheduler_type"),
-)
+# Of the options of --method prunadapt those that mean something where nothing is cut.
+WITHOUT_CUTS = frozenset({"target_sparsity", "target_speedup", "budget", "gate_learning_rate", "uniform", "score_only"})
 
 
 TRAIN = Usage(
@@ -299,9 +296,13 @@ def _target_problems(config: Config) -> list[Problem]:
     cuts_nothing = prune.target_sparsity == 0 or prune.target_speedup == 1
     if prune.method == "prunadapt" and cuts_nothing and not prune.score_only:
         remedy = "has no effect where nothing is cut (--target_sparsity 0, --target_speedup 1); leave it out"
-        values = [(name, value) for section in SECTIONS for name, value in vars(getattr(config, section)).items()]
-        idle = [(name, value) for name, value in values if name in WHILE_CUTTING and value != OPTIONS[name].default]
-        found += [Problem(name, value, remedy) for name, value in idle]
+        idle = [
+            o
+            for o in OPTIONS.values()
+            if o.limits["needs"].get("method") == ("prunadapt",) and o.name not in WITHOUT_CUTS
+        ]
+        values = [(o, getattr(getattr(config, o.section), o.name)) for o in idle]
+        found += [Problem(o.name, value, remedy) for o, value in values if value != o.default]
     if prune.target_speedup is None:
         return found
     if "target_sparsity" in config.given:

@@ -47,7 +47,7 @@ class _Subset:
 def score_only(session: Session) -> None:
     """Write the statistics of the whole training set at the initial weights."""
     samples = list(range(len(session.train_rows)))
-    places = session.train_rows.places
+    places = session.train_rows.places.tolist()
     save_sums(score_samples(session, samples), session.output_dir / "scores", 0, places)
     session.report["status"] = "complete"
     session.tracker.close()
