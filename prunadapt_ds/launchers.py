@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import socket
 import threading
@@ -25,6 +27,8 @@ from prunadapt_ds.errors import LaunchError, Problem
 RENDEZVOUS_VARIABLE = "PRUNADAPT_RENDEZVOUS_SECONDS"
 TIMEOUT_VARIABLE = "PRUNADAPT_TIMEOUT_MINUTES"
 SETTINGS = (RENDEZVOUS_VARIABLE, TIMEOUT_VARIABLE, "PRUNADAPT_STUCK_SECONDS")  # a whole number each; docs/operations.md
+FIRST_STEP_PORT, STEP_PORTS = 10000, 64 * 313
+FIRST_HANDED_OUT = 32768  # from here on a system's ports go to whoever connects or asks for any
 RENDEZVOUS_SECONDS = 25  # from the start of the program: a failed launch is known of within half a minute
 LEAST_RENDEZVOUS_SECONDS = 8  # from when this rank is ready
 LAUNCHER_VARIABLE = "PRUNADAPT_LAUNCHER"
@@ -146,7 +150,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Place:
 
 def step_port(job: int, step: int) -> int:
     """Where all ranks of a step come to without having met; another for any step of 313 neighbouring jobs with 64 steps each."""
-    return 10000 + 64 * (job % 313) + step % 64  # below 32768, from where systems hand ports out
+    return FIRST_STEP_PORT + (64 * job + step % 64) % STEP_PORTS
 
 
 def first_host(nodelist: str) -> str:
@@ -179,10 +183,17 @@ def _from_mpi(environ: Mapping[str, str]) -> Place:
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
+    """A port of this host that nobody listens on, and that no system hands out before rank 0 has imported torch and does."""
+    usual = random.SystemRandom().sample(
+        range(FIRST_STEP_PORT + STEP_PORTS, FIRST_HANDED_OUT), 100
+    )  # whatever the run's seed
+    for port in (*usual, 0):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("", port))
+            return int(s.getsockname()[1])
+    raise LaunchError(
+        Problem("MASTER_PORT", None, f"no port of {socket.gethostname()} is free; end what listens there")
+    )
 
 
 def rendezvous(place: Place) -> Any:

@@ -1,12 +1,12 @@
 """Ranks as plain processes, each with the variables that a launcher would set for it."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
+from prunadapt_ds import launchers
 from tests.conftest import ROOT
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -30,9 +30,7 @@ def environment(**more):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return str(s.getsockname()[1])
+    return str(launchers.free_port())
 
 
 def place(rank, **more):

@@ -17,6 +17,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from prunadapt_ds.launchers import free_port
+
 NODES, CPUS, GPUS = 2, 64, 8  # per node, whatever the machine has
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch")
 PACKAGES = "slurm-wlm munge openmpi-bin libopenmpi-dev"
@@ -130,12 +132,15 @@ class Cluster:
     def _configure(self) -> None:
         host, folder = socket.gethostname().split(".")[0], self.folder
         (folder / "controller").mkdir()
-        ports = _free_ports(NODES + 1)
-        lines = [CONFIG.format(host=host, folder=folder, controller_port=ports[0])]
+        ports = set[int]()
+        while len(ports) < NODES + 1:
+            ports.add(free_port())
+        controller, *nodes = ports
+        lines = [CONFIG.format(host=host, folder=folder, controller_port=controller)]
         for i in range(NODES):
             (folder / f"node{i}").mkdir()
             lines.append(
-                f"NodeName=node{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i + 1]} Sockets=1 "
+                f"NodeName=node{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={nodes[i]} Sockets=1 "
                 f"CoresPerSocket={CPUS} ThreadsPerCore=1 RealMemory=64000 Gres=gpu:{GPUS} State=UNKNOWN\n"
             )
         (folder / "slurm.conf").write_text("".join(lines))
@@ -192,17 +197,6 @@ class Cluster:
                 seen = {name: values["JobState"] for name, values in jobs.items()}
                 raise TimeoutError(f"job {job} after {timeout:.0f} s: {seen}")
             time.sleep(0.3)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 if __name__ == "__main__":  # a cluster to play with

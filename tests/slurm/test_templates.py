@@ -90,17 +90,18 @@ def glue(cluster, variables, tmp_path_factory):
 
 
 @ci
-def test_array_of_tasks_and_the_table(glue):
+def test_array_of_tasks_and_the_table(cluster, glue):
     folder, root, array, ended, gathered = glue
-    assert {name: job["JobState"] for name, job in ended.items()} == {f"{array}_0": "COMPLETED", f"{array}_1": "FAILED"}
+    logs = [(folder / f"{i}.log").read_text() for i in (0, 1)]
+    states = {name: job["JobState"] for name, job in ended.items()}
+    assert states == {f"{array}_0": "COMPLETED", f"{array}_1": "FAILED"}, f"{logs[0]}\n{cluster.story(array)}"
     (job,) = gathered.values()
     assert job["ExitCode"] == "1:0", "a table with holes says so"
     for task in ("rte", "wnli"):
         report = report_of(root / task / "seed0")
         assert report["status"] == "complete" and report["world_size"] == 2
-    first, second = ((folder / f"{i}.log").read_text() for i in (0, 1))
-    assert "2 ranks" in first and first.count("exit code 0") == 2 and "exit code 2" in second
-    assert first.count("step 1/") == 2, "every line once, whatever the number of ranks"
+    assert "2 ranks" in logs[0] and logs[0].count("exit code 0") == 2 and "exit code 2" in logs[1]
+    assert logs[0].count("step 1/") == 2, "every line once, whatever the number of ranks"
     table = (root / "glue.md").read_text()
     assert "average of what is there, **not of all**" in table
     assert "mrpc, seed 0: failed. exit code 2: data_dir=" in table and "no such file" in table

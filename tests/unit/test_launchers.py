@@ -1,5 +1,7 @@
 """What launchers say in the environment: read, checked, never guessed."""
 
+import random
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +13,7 @@ from prunadapt_ds.launchers import (
     check_settings,
     find,
     first_host,
+    free_port,
     number,
     refuse_shared_gpu,
     rendezvous_deadline,
@@ -78,6 +81,25 @@ def test_steps_of_neighbouring_jobs_have_ports_of_their_own():
     """Elements of an array share a node, and each is at another of its steps."""
     ports = {step_port(job, step) for job in range(70000, 70313) for step in range(64)}
     assert len(ports) == 313 * 64 and min(ports) >= 10000 and max(ports) < 32768
+
+
+def test_a_free_port_is_one_that_the_system_hands_to_nobody():
+    random.seed(0)
+    first = {free_port() for _ in range(20)}
+    random.seed(0)
+    again = {free_port() for _ in range(20)}
+    assert first != again, "two runs with one seed"
+    last_step_port = max(step_port(job, 63) for job in range(313))
+    assert all(last_step_port < port < 32768 for port in first | again)
+
+
+def test_a_port_that_somebody_listens_on_is_not_free(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(random.SystemRandom, "sample", lambda self, ports, count: [port])
+        assert free_port() != port
 
 
 @pytest.mark.parametrize("now, limit, end", [(106, 25, 125), (120, 25, 128), (106, 180, 280), (106, 3, 109)])
