@@ -69,7 +69,7 @@ def phase(session: Session, sparsity: float, *, record: bool) -> dict:
 
     from prunadapt_ds import distributed, train
 
-    with train.watched(session, 0):  # counts what lives, and warms up
+    with train.watched(session, 0, record=record):  # counts what lives, and warms up
         train.train_step(session, 0, record=record)
     session.peak.reset()
     starts = []

@@ -102,8 +102,9 @@ def measure(argv: list[str], result: Path) -> None:
     found = {}
     prunes = session.config.prune.method == "prunadapt"
     for phase in ("dense", "last") if prunes else ("dense",):
-        with train.watched(session, 0):
-            train.train_step(session, 0, record=prunes and phase == "dense")
+        record = prunes and phase == "dense"
+        with train.watched(session, 0, record=record):
+            train.train_step(session, 0, record=record)
         parts = {
             "parameters": memory.parameter_bytes(session.model),
             "optimizer": memory.optimizer_bytes(session.engine),

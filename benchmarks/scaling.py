@@ -80,8 +80,9 @@ def measure(argv: list[str], result: Path) -> None:
         seconds = []
         for step in range(STEPS):
             start = time.perf_counter()
-            with train.watched(session, step):
-                train.train_step(session, step, record=phase == "dense")
+            record = phase == "dense"
+            with train.watched(session, step, record=record):
+                train.train_step(session, step, record=record)
             seconds.append(time.perf_counter() - start)
             calls, sent = traffic.take()
         found[phase] = {

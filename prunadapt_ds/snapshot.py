@@ -82,8 +82,8 @@ def numpy_state() -> list[Any]:
 
 
 def clocks(session: Session) -> dict[str, Any]:
-    def recent(times: StepTimes) -> dict[int, list[float]]:
-        return {size: taken[-STEP_TIMES_KEPT:] for size, taken in times.seconds.items()}
+    def recent(times: StepTimes) -> dict[str, dict[int, list[float]]]:
+        return {kind: {size: s[-STEP_TIMES_KEPT:] for size, s in sizes.items()} for kind, sizes in vars(times).items()}
 
     return {
         "seconds": session.seconds,
@@ -93,6 +93,12 @@ def clocks(session: Session) -> dict[str, Any]:
         "build": session.build_seconds,
         "rebuild": session.rebuild_seconds,
     }
+
+
+def step_times(saved: Mapping[str, Any]) -> StepTimes:
+    """What `clocks` has saved of one clock; older checkpoints do not tell steps that record from others."""
+    kinds = saved if saved.keys() <= {"plain", "recording"} else {"plain": saved}
+    return StepTimes(**{kind: {int(size): list(s) for size, s in sizes.items()} for kind, sizes in kinds.items()})
 
 
 def place(session: Session) -> dict[str, Any]:
@@ -200,8 +206,7 @@ def restore_marks(session: Session, saved: Mapping[str, Any]) -> None:
     times, marks = saved["clocks"], saved["memory"]
     session.seconds = dict(times["seconds"])
     session.cpu_seconds = dict(times["cpu_seconds"])
-    for name in ("step_times", "step_cpu_times"):
-        getattr(session, name).seconds = {int(size): list(taken) for size, taken in times[name].items()}
+    session.step_times, session.step_cpu_times = (step_times(times[name]) for name in ("step_times", "step_cpu_times"))
     session.build_seconds, session.rebuild_seconds = times["build"], times["rebuild"]
     session.live_bytes, session.peak_bytes = dict(marks["live"]), dict(marks["peak"])
     session.live_parts, session.sent_bytes = dict(marks.get("parts", {})), dict(marks.get("sent", {}))

@@ -83,16 +83,19 @@ def teacher_answers(session: Session, batch: Batch) -> Tensor | TopWords:
 
 
 @contextlib.contextmanager
-def watched(session: Session, step: int) -> Iterator[memory.SavedActivations | None]:
-    """Time a step; on the first with an engine, and on those with longer samples than before, have what autograd saves
-    counted instead, by what is handed out."""
+def watched(session: Session, step: int, *, record: bool) -> Iterator[memory.SavedActivations | None]:
+    """Time a step, which may `record` statistics.
+
+    On the first with an engine, and on those with longer samples than before, have what autograd saves counted instead, by
+    what is handed out.
+    """
     length = max(session.train_rows.lengths[i] for i in session.sampler.step_samples(step))
     if length <= session.watched_length:
         start, cpu_start = time.perf_counter(), time.process_time()
         yield None
         size = session.present.cost("macs")
-        session.step_times.add(size, time.perf_counter() - start)
-        session.step_cpu_times.add(size, time.process_time() - cpu_start)
+        session.step_times.add(size, time.perf_counter() - start, records=record)
+        session.step_cpu_times.add(size, time.process_time() - cpu_start, records=record)
         return
     saved = memory.SavedActivations()
     yield saved

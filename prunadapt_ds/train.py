@@ -31,7 +31,7 @@ from prunadapt_ds.pulse import StopSignals
 from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
 from prunadapt_ds.session import Session, add_trainables, build_engine, eval_batch, evaluate
 from prunadapt_ds.setup import setup
-from prunadapt_ds.shrink import pays_now, shrink
+from prunadapt_ds.shrink import StepTimes, pays_now, shrink
 from prunadapt_ds.step import train_step, watched
 from prunadapt_ds.teacher import WeightAverage, averaged
 from prunadapt_ds.token_teacher import TokenTeacher, num_bytes
@@ -127,7 +127,7 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
         phase = pruning.phase(step) if pruning else "dense"
         learning_rates = engines.set_learning_rates(session.engine, rates.factor(step))
         record = pruning is not None and pruning.records_after(step)
-        with session.timed(f"{phase}_phase"), watched(session, step) as saved:
+        with session.timed(f"{phase}_phase"), watched(session, step, record=record) as saved:
             teaching = distill_weight(session, pruning, step)
             losses = train_step(session, step, record=record, distill_weight=teaching, saved=saved)
         session.step = done = step + 1
@@ -264,7 +264,7 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
     if session.plan.hash == session.present.hash or when == "never":
         return False
     times = session.weighed_times()
-    if when == "always" or not times.seconds:
+    if when == "always" or times == StepTimes():
         return when == "always"
     if step in session.rebuilt:  # decided already, before the run was interrupted
         return session.rebuilt[step]

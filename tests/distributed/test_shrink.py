@@ -60,6 +60,14 @@ def test_learning_rates_go_on_where_they_were(shrunk):
     )
 
 
+def test_steps_that_record_are_timed_apart(shrunk):
+    """Steps 4 to 7 of 12 record, of which one has no new engine and no longer samples to be counted."""
+    for result in shrunk:
+        (between,) = result["timed"]["recording"]
+        dense, last = result["timed"]["plain"]
+        assert dense == result["dense_size"] > between > last
+
+
 def test_tensors_in_the_engine_have_the_plan_s_shapes(shrunk):
     for shrink in shrunk[0]["seen"]:
         for row in shrink["counts"]:

@@ -20,6 +20,7 @@ from prunadapt_ds.config import OPTIONS, parse
 from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.files import LOCK_NAME, OwnedFolder, replace
 from prunadapt_ds.importance import Recorder
+from prunadapt_ds.shrink import StepTimes
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.fast
@@ -505,13 +506,26 @@ def test_a_decision_of_the_clock_is_repeated_not_made_again(tmp_path, decided):
         backbone=SimpleNamespace(structure=None),
         plan=SimpleNamespace(hash="new"),
         present=SimpleNamespace(hash="old"),
-        weighed_times=lambda: SimpleNamespace(seconds={100: [1.0]}),
+        weighed_times=lambda: StepTimes({100: [1.0]}),
         rebuilt={6: decided},
     )
     resume.note_rebuilds(session)
     session.rebuilt = resume.noted_rebuilds(config)
     assert train.pays_to_shrink(session, SimpleNamespace(decision_steps=(6, 8)), 6) is decided
     assert resume.noted_rebuilds(parse(["--output_dir", str(tmp_path / "none")])) == {}
+
+
+@pytest.mark.parametrize(
+    "saved, found",
+    [
+        ({"plain": {"100": [1.0]}, "recording": {"50": [0.7]}}, StepTimes({100: [1.0]}, {50: [0.7]})),
+        ({"100": [1.0], "50": [0.7]}, StepTimes({100: [1.0], 50: [0.7]})),
+        ({}, StepTimes()),
+    ],
+    ids=["as written", "of before steps that record were told from others", "none"],
+)
+def test_the_times_of_steps_come_back(saved, found):
+    assert snapshot.step_times(saved) == found
 
 
 @pytest.mark.parametrize(

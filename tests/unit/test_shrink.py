@@ -69,6 +69,27 @@ def test_sizes_near_each_other_decide_little():
     assert 1.0 < slower.predict(20) == slower.predict(100) < 1.2, "nor is it ever taken to be slower"
 
 
+def test_what_recording_adds_tells_nothing_about_sizes():
+    dense = {100: [1.0] * 50}
+    alone = StepTimes(dense | {50: [0.6] * 9})
+    apart = StepTimes(dense, {100: [1.3] * 9, 50: [0.9] * 9})
+    saved = alone.predict(100) - alone.predict(50)
+    assert apart.predict(100) - apart.predict(50) == pytest.approx(saved, rel=0.1)
+    only = StepTimes({}, {100: [1.3] * 9})
+    assert only.predict(50) == pytest.approx(0.65), "a run that prunes from its first step on"
+
+
+def test_first_and_last_steps_are_compared_within_their_kind():
+    times = StepTimes()
+    assert times.ends() == (None, None)
+    for size, seconds, records in ((100, 1.0, False), (100, 1.3, True), (50, 0.8, True)):
+        times.add(size, seconds, records=records)
+    assert times.ends() == (1.3, 0.8), "the last size had no other"
+    times.add(50, 0.5)
+    assert times.ends() == (1.0, 0.5)
+    assert StepTimes({100: [1.0]}, {50: [0.8]}).ends() == (1.0, 0.8), "or of what there is"
+
+
 def test_predictions_do_not_hang_on_the_unit_of_size():
     small, large = (StepTimes({100 * unit: [2.0] * 9, 60 * unit: [1.5] * 9}) for unit in (1, 10**9))
     assert large.predict(30 * 10**9) == pytest.approx(small.predict(30))
