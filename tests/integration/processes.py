@@ -33,12 +33,15 @@ def free_port():
     return str(launchers.free_port())
 
 
+PORT = free_port()  # of ranks that are told no other
+
+
 def place(rank, **more):
     """Variables of one of two ranks on this host; None takes one away."""
     usual = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29941",
+        "MASTER_PORT": PORT,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
     }

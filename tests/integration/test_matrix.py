@@ -11,6 +11,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_laws import arguments
 from tests.distributed.test_shrink import arguments as shrinking
 from tests.distributed.test_shrink import check
+from tests.integration.processes import free_port
 from tests.integration.test_runs import TRAINABLE, another_criterion, base, launch, peft_loads_the_adapter, run  # noqa: F401
 from tests.tiny import tiny_folder
 
@@ -96,7 +97,7 @@ def test_real_glue(tmp_path, glue_dir, task):
 
 
 def sample_run(output, *options):
-    done = launch(["deepspeed", "--num_accelerators", "2", "--master_port", "29617", "launcher/train.py",
+    done = launch(["deepspeed", "--num_accelerators", "2", "--master_port", free_port(), "launcher/train.py",
                    "--ds_config", ROOT / "ds_configs" / "zero3.json", "--output_dir", output, *options], timeout=580)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((output / "report.json").read_text())

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.integration.processes import free_port
 
 pytestmark = pytest.mark.full
 
@@ -136,8 +137,8 @@ def test_the_installed_command(installed, tmp_path):
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["deepspeed", "--num_accelerators", "2", "--master_port", "29637", "--module"],
-        ["torchrun", "--nproc-per-node", "2", "--master_port", "29637", "-m"],
+        ["deepspeed", "--num_accelerators", "2", "--master_port", free_port(), "--module"],
+        ["torchrun", "--nproc-per-node", "2", "--master_port", free_port(), "-m"],
     ],
 )
 def test_every_launcher_runs_the_module(launcher, tmp_path):

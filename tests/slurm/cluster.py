@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import socket
@@ -53,6 +54,7 @@ SlurmdParameters=config_overrides
 SwitchType=switch/none
 InactiveLimit=0
 MinJobAge=3600
+FirstJobId={first_job}
 KillWait=10
 GresTypes=gpu
 PreemptType=preempt/partition_prio
@@ -136,7 +138,8 @@ class Cluster:
         while len(ports) < NODES + 1:
             ports.add(free_port())
         controller, *nodes = ports
-        lines = [CONFIG.format(host=host, folder=folder, controller_port=controller)]
+        first_job = random.SystemRandom().randrange(1, 2**20)  # ranks meet at a port made of it: clusters must differ
+        lines = [CONFIG.format(host=host, folder=folder, controller_port=controller, first_job=first_job)]
         for i in range(NODES):
             (folder / f"node{i}").mkdir()
             lines.append(
