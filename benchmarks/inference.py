@@ -20,7 +20,7 @@ prepare_environment()
 import torch  # noqa: E402
 from transformers import AutoModelForSequenceClassification  # noqa: E402
 
-from prunadapt_ds.backbone import locate  # noqa: E402
+from prunadapt_ds.model_folder import locate  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -28,7 +28,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from prunadapt_ds import adapters, backbone, distributed, memory  # noqa: E402
+from prunadapt_ds import adapters, backbone, distributed, memory, model_folder  # noqa: E402
 from prunadapt_ds.batches import PAD_TO_MULTIPLE_OF  # noqa: E402
 from prunadapt_ds.config import parse  # noqa: E402
 from prunadapt_ds.data import compute_metrics, load_metric, load_task, tokenize  # noqa: E402
@@ -124,7 +124,7 @@ def main(argv):
         disable_tqdm=True,
         remove_unused_columns=True,
     )
-    name = backbone.locate(config.model.model_name_or_path)
+    name = model_folder.locate(config.model.model_name_or_path)
     model_config = AutoConfig.from_pretrained(
         name,
         num_labels=data.num_labels,

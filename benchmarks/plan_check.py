@@ -63,7 +63,7 @@ def prepare(point: Point, work: Path) -> list[str]:
     """The checkpoint, the data (every sentence longer than the limit) and the ds_config of a point; options of the trainer."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    from prunadapt_ds.backbone import locate
+    from prunadapt_ds.model_folder import locate
 
     folder = work / f"{point.family}-{point.layers}x{point.hidden}"
     if not (folder / "config.json").exists():

@@ -32,7 +32,7 @@ def write(folder: Path, shape: Shape, tokenizer: str = "sample") -> None:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from prunadapt_ds.backbone import locate
+    from prunadapt_ds.model_folder import locate
 
     config = LlamaConfig(
         num_hidden_layers=shape.layers,

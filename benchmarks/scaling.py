@@ -28,7 +28,7 @@ def model_folder(size: str, work: Path) -> str:
         return size
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    from prunadapt_ds.backbone import locate
+    from prunadapt_ds.model_folder import locate
 
     folder, (layers, hidden) = work / size, SHAPES[size]
     if not (folder / "config.json").exists():

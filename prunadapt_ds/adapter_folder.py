@@ -9,11 +9,12 @@ from torch import Tensor
 
 from prunadapt_ds import labels
 from prunadapt_ds.adapters import ADAPTER, PREFIX, is_lora
-from prunadapt_ds.backbone import Backbone, folder_of
+from prunadapt_ds.backbone import Backbone
 from prunadapt_ds.distributed import on_rank_0, rank
 from prunadapt_ds.engine import gathered
 from prunadapt_ds.files import whole_folder
 from prunadapt_ds.formats import auto_class_for
+from prunadapt_ds.model_folder import folder_of
 
 
 def write(backbone: Backbone, base: str, targets: list[str], lora: Any, folder: Path) -> None:

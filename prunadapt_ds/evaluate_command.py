@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prunadapt_ds import backbone, distributed, files, formats
+from prunadapt_ds import backbone, distributed, files, formats, model_folder
 from prunadapt_ds import labels as labels_of
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import Config, DataOptions, parse
@@ -147,10 +147,10 @@ def load_folder(name: str, trust: bool, *, task: Task | None = None, is_language
     from transformers import AutoTokenizer
 
     num_labels = None if task is None else len(task.label_names) or 1
-    backbone.check(name, to_train=False, or_adapter=True)
+    model_folder.check(name, to_train=False, or_adapter=True)
     if trust:
-        backbone.say_remote_code(name)
-    folder = backbone.folder_of(name)
+        model_folder.say_remote_code(name)
+    folder = model_folder.folder_of(name)
     with backbone.refusals(name):
         if (folder / "adapter_config.json").is_file():
             model, with_tokenizer = _load_adapter(name, folder, num_labels, is_language=is_language)
@@ -226,11 +226,11 @@ def _load_adapter(name: str, folder: Path, num_labels: int | None, *, is_languag
         raise _refuse(name, remedy)
     config = files.read_object(folder / "adapter_config.json", lambda remedy: _refuse(name, remedy))
     base = config["base_model_name_or_path"]
-    backbone.check(base, to_train=False)
+    model_folder.check(base, to_train=False)
     count = adapter_outputs(folder) if num_labels is None and not is_language else num_labels
     with backbone.quiet():
         model = _auto_class(is_language).from_pretrained(
-            str(backbone.folder_of(base)),
+            str(model_folder.folder_of(base)),
             dtype=torch.float32,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
@@ -239,7 +239,7 @@ def _load_adapter(name: str, folder: Path, num_labels: int | None, *, is_languag
         model = PeftModel.from_pretrained(model, str(folder))
     if not is_language:
         labels_of.read(model.config, folder)
-    return model, folder if backbone.has_tokenizer(folder) else backbone.folder_of(base)  # PEFT saves none
+    return model, folder if model_folder.has_tokenizer(folder) else model_folder.folder_of(base)  # PEFT saves none
 
 
 def adapter_outputs(folder: Path) -> int | None:

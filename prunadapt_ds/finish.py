@@ -15,7 +15,6 @@ from torch import Tensor
 
 from prunadapt_ds import (
     adapter_folder,
-    backbone,
     board,
     card,
     distributed,
@@ -24,6 +23,7 @@ from prunadapt_ds import (
     formats,
     graphs,
     memory,
+    model_folder,
     outline,
     pages,
     proof,
@@ -70,7 +70,7 @@ def finish(
         session.present,
     )
     if "adapter" in formats_of(session):
-        base = backbone.locate(session.config.model.model_name_or_path)
+        base = model_folder.locate(session.config.model.model_name_or_path)
         adapter_folder.write(
             session.backbone, base, session.lora_targets, session.config.lora, folder.parent / "adapter"
         )

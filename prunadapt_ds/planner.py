@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunadapt_ds import backbone, hub, tmp
+from prunadapt_ds import backbone, hub, model_folder, tmp
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.config import Config
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
@@ -39,7 +39,7 @@ def read_config(name: str, num_labels: int, *, is_language: bool, trust_remote_c
     from transformers import AutoConfig
 
     labels = {} if is_language else {"num_labels": num_labels}
-    path = Path(backbone.locate(name))
+    path = Path(model_folder.locate(name))
     if not path.exists() and (path.suffix == ".json" or not hub.could_be_id(name)):
         raise UserError(Problem("model_name_or_path", name, "there is no such file or folder"))
     offline = None if path.exists() else hub.why_offline(name)

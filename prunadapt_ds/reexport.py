@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prunadapt_ds import backbone, card, distributed, files, formats, graphs, proof, unfinished
+from prunadapt_ds import card, distributed, files, formats, graphs, model_folder, proof, unfinished
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import EXPORT_DTYPES
 from prunadapt_ds.entry import guarded
@@ -119,7 +119,7 @@ def make(run_dir: Path, kind: str, dtype: str | None, status: str) -> None:
             f"exports/compact needs other code than this version's {formats.MODELING_FILE}, and no other is run; "
             "export with the version that trained it"
         )
-    backbone.check(str(compact), to_train=False, field="run_dir")
+    model_folder.check(str(compact), to_train=False, field="run_dir")
     folder = run_dir / "exports" / kind
     kept = formats.read_plan(plan, compact)
     more: dict[str, Any] = {}

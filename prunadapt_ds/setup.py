@@ -26,6 +26,7 @@ from prunadapt_ds import (
     labels,
     latency,
     memory,
+    model_folder,
     report,
     watchdog,
 )
@@ -58,7 +59,7 @@ def setup(
     identity = {"data": same_data(data)}
     if not data.is_language:  # whose blocks of tokens are not known yet
         refuse_fewer_than_ranks(len(data.train))
-    distributed.together(lambda: backbone.check(config.model.model_name_or_path))
+    distributed.together(lambda: model_folder.check(config.model.model_name_or_path))
     adapter = config.lora.adapter_name_or_path
     given = distributed.together(lambda: given_adapter.read(adapter)) if adapter is not None else None
     distributed.start_deepspeed()
@@ -255,7 +256,7 @@ def same_data(data: TaskData) -> str:
 
 def model_identity(config: Config, given: given_adapter.GivenAdapter | None) -> dict[str, str]:
     """sha256 of what the run starts from."""
-    found = {"backbone": backbone.identity(config.model.model_name_or_path)}
+    found = {"backbone": model_folder.identity(config.model.model_name_or_path)}
     return found | ({"adapter": given.identity()} if given is not None else {})
 
 

@@ -273,7 +273,7 @@ MUTANTS = (
            f"{BAD_INPUT}::test_runs_to_export[other code]"),
     Mutant("a host alone cannot open a model", "backbone.py", "opened = distributed.together(", "opened = (lambda work: work())(",
            "tests/integration/test_hub.py::test_a_host_that_alone_lacks_a_file_ends_all_ranks[tokenizer.json-has no tokenizer]"),
-    Mutant("made-up tokenizer", "backbone.py",
+    Mutant("made-up tokenizer", "model_folder.py",
            "    if not has_tokenizer(folder):", "    if False:",
            f"{BAD_INPUT}::test_model_folders[no tokenizer]"),
     Mutant("steps of neighbouring jobs share a port", "launchers.py", "(64 * job + step % 64) % STEP_PORTS",

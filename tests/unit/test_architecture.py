@@ -27,7 +27,7 @@ FLOORS = (
         "attention",
     },
     {"ds_config", "data", "models", "entry", "objective", "outline", "figures"},
-    {"formats", "tracing", "zero3"},
+    {"formats", "tracing", "zero3", "model_folder"},
     {"streaming"},
     {"batches", "backbone", "adapters", "gates", "latency"},
     {"importance", "logits"},

