@@ -90,6 +90,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "outlier-today": {**TODAY, "criterion": "outlier"},
     "activation-norm-today": {**TODAY, "criterion": "activation_norm"},
     "uniform-today": {**TODAY, "uniform": True},
+    "frozen-norms-today": {**TODAY, "train_norms": False},
 }
 
 

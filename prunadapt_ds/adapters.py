@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from prunadapt_ds import norms
 from prunadapt_ds.config import Config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.modeling_prunadapt import Layout
@@ -45,7 +46,10 @@ def _ends_with(path: str, name: str) -> bool:
 def prepare(
     model: nn.Module, layout: Layout, targets: Sequence[str], config: Config, rank_per_layer: Mapping[int, int]
 ) -> None:
-    """Let train what `--method` says, beside the head: LoRA around `targets` and the norms, or everything. In place."""
+    """Let train what `--method` says, beside the head: LoRA around `targets` and the norms, or everything. In place.
+
+    Norms that stay frozen keep their output, see norms.py.
+    """
     if config.prune.method == "full":
         model.requires_grad_(True)
     else:
@@ -60,6 +64,7 @@ def prepare(
         )
     if config.lora.train_norms:
         train_norms(model)
+    norms.keep_outputs(model)
 
 
 def add_lora(
@@ -105,7 +110,7 @@ def add_lora(
 def train_norms(model: nn.Module) -> None:
     """Let every layer normalisation train as well."""
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+        if norms.is_norm(module):
             module.requires_grad_(True)
 
 

@@ -25,6 +25,7 @@ FLOORS = (
         "reload",
         "memory",
         "attention",
+        "norms",
     },
     {"ds_config", "data", "models", "entry", "objective", "outline", "figures"},
     {"formats", "tracing", "zero3", "model_folder"},
