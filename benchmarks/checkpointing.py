@@ -42,8 +42,8 @@ def measure(result: Path, argv: list[str]) -> None:
     (session,) = sessions
     found = {"ranks": report["world_size"], "device": report["device"], "steps": session.total_steps, "saves": saves}
     for kind, seconds, total in (
-        ("wall", session.seconds, session.train_seconds()),
-        ("cpu", session.cpu_seconds, session.train_cpu_seconds()),
+        ("wall", session.clocks.seconds, session.clocks.train_seconds()),
+        ("cpu", session.clocks.cpu_seconds, session.clocks.train_cpu_seconds()),
     ):
         found[kind] = {"train_s": total, "checkpoint_s": seconds["checkpoint"]}
     if distributed.rank() == 0:

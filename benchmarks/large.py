@@ -71,7 +71,7 @@ def phase(session: Session, sparsity: float, *, record: bool) -> dict:
 
     with train.watched(session, 0, record=record):  # counts what lives, and warms up
         train.train_step(session, 0, record=record)
-    session.peak.reset()
+    session.memory.peak.reset()
     starts = []
     for step in range(STEPS):
         starts.append(time.perf_counter())
@@ -86,7 +86,7 @@ def phase(session: Session, sparsity: float, *, record: bool) -> dict:
         "step_s": median(seconds[WARM_UP:]),
         "macs": session.present.cost("macs"),
         "live_bytes": int(distributed.dist_max(session.live())),
-        "peak_bytes": int(distributed.dist_max(session.peak.bytes())),
+        "peak_bytes": int(distributed.dist_max(session.memory.peak.bytes())),
     }
 
 

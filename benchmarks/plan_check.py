@@ -108,7 +108,7 @@ def measure(argv: list[str], result: Path) -> None:
         parts = {
             "parameters": memory.parameter_bytes(session.model),
             "optimizer": memory.optimizer_bytes(session.engine),
-            "activations": session.activation_bytes,
+            "activations": session.memory.activation_bytes,
         }
         found[phase] = {name: int(distributed.dist_max(value)) for name, value in parts.items()}
         found[phase]["live"] = int(distributed.dist_max(session.live()))

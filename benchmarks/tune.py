@@ -124,7 +124,7 @@ def one_run(argv: list[str], result: Path) -> None:
     train.add_trainables(session)
     train.fit(session)
     metrics, _ = train.evaluate(session)
-    found = {"metric": metrics, "teacher": session.report["metric"]["teacher"], "seconds": session.seconds}
+    found = {"metric": metrics, "teacher": session.report["metric"]["teacher"], "seconds": session.clocks.seconds}
     options = {name[2:]: value for name, value in zip(argv[::2], argv[1::2], strict=True) if name not in PATHS}
     result.write_text(json.dumps({**found, "options": options, "counts": session.plan.counts()}) + "\n")
 

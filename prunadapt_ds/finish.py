@@ -31,10 +31,11 @@ from prunadapt_ds import (
     watchdog,
 )
 from prunadapt_ds.batches import Rows
+from prunadapt_ds.clocks import PHASES
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.logits import predict, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
-from prunadapt_ds.session import PHASES, Session, eval_batch, evaluate, measures
+from prunadapt_ds.session import Session, eval_batch, evaluate, measures
 from prunadapt_ds.watchdog import milestone
 
 PARITY_EXAMPLES = 512  # of each validation set, compared in fp32 where the run itself was not
@@ -127,7 +128,7 @@ def parity_reference(session: Session, masked: dict[str, Tensor]) -> dict[str, T
     """fp32 logits of the masked model: those at hand, or for a bf16 run those of the first rows, parameters upcast."""
     if session.ds.dtype == "fp32" and not session.data.is_language:
         return masked
-    with session.timed("evaluation"), upcast_parameters(session.model):
+    with session.clocks.timed("evaluation"), upcast_parameters(session.model):
         return {
             name: predict(session.engine, rows, eval_batch(session), session.device)
             for name, rows in compared_rows(session).items()
@@ -232,11 +233,11 @@ def describe(session: Session) -> None:
     """Everything of the report that does not need the model's answers. Collective."""
     config, result, plan = session.config, session.report, session.plan
     structure = session.backbone.structure
-    seconds, steps = session.seconds, session.step
+    clocks, seconds, steps = session.clocks, session.clocks.seconds, session.step
     phases = {name: seconds.get(f"{name}_phase", 0.0) for name in PHASES}
-    train_s, train_cpu_s = session.train_seconds(), distributed.dist_max(session.train_cpu_seconds())
-    (dense_step, last_step), (dense_cpu, last_cpu) = session.step_times.ends(), session.step_cpu_times.ends()
-    on_cpu = session.device.type == "cpu"
+    train_s, train_cpu_s = clocks.train_seconds(), distributed.dist_max(clocks.train_cpu_seconds())
+    (dense_step, last_step), (dense_cpu, last_cpu) = clocks.steps.ends(), clocks.cpu_steps.ends()
+    on_cpu = clocks.on_cpu
     is_pruning = config.prune.method == "prunadapt"
     trainable = sum(full_numel(p) for p in session.model.parameters() if p.requires_grad)
     frozen_bytes = memory.parameter_bytes(session.model, only_frozen=True)
@@ -298,10 +299,10 @@ def describe(session: Session) -> None:
         "last_step_cpu_s": last_cpu if on_cpu else None,
     }
     result["memory"]["frozen_shard_bytes"] = int(distributed.dist_max(frozen_bytes))
-    result["communication"]["sent_bytes"] |= session.sent_bytes
-    result["memory"]["live_tensor_bytes"] |= session.live_bytes
-    result["memory"]["live_parts_bytes"] |= session.live_parts
-    result["memory"]["peak_rank_bytes"] |= session.peak_bytes
+    result["communication"]["sent_bytes"] |= session.memory.sent
+    result["memory"]["live_tensor_bytes"] |= session.memory.live
+    result["memory"]["live_parts_bytes"] |= session.memory.parts
+    result["memory"]["peak_rank_bytes"] |= session.memory.peaks
 
 
 def text_of(session: Session, name: str, index: int) -> str:

@@ -7,13 +7,16 @@ memory of the process is reported beside them, anonymous pages only, above the l
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from prunadapt_ds import distributed
 
 
 def _status_bytes(field: str) -> int:
@@ -87,6 +90,58 @@ class SavedActivations:
         self._seen.clear()
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
             yield
+
+
+@dataclass
+class MemoryMarks:
+    """What a run has held, dense and after its last shrink: the most of any rank, but for `activation_bytes`, this rank's.
+
+    `live`: counted, all together, "dense" and "after_shrink"; `parts`: likewise, by part.  `sent`: what a rank sends in a
+    step.  `peaks`: measured, "dense_phase" and "after_shrink".  `watched_length`: tokens of the longest sample in a step whose
+    activations were counted with the present engine; 0: none yet.
+    """
+
+    peak: PeakMemory
+    live: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    activation_bytes: int = 0
+    watched_length: int = 0
+
+    def note_activations(self, found: int, length: int) -> None:
+        """Of a step with samples of up to `length` tokens, which no step of this engine has had."""
+        is_first = self.watched_length == 0
+        self.activation_bytes = found if is_first else max(found, self.activation_bytes)
+        self.watched_length = length
+
+    def note_live(self, parts: Mapping[str, int], sent: int, *, is_shrunk: bool) -> None:
+        """What the busiest rank holds now, the most of each part that any rank does, and what one sends. Collective."""
+        kind = "after_shrink" if is_shrunk else "dense"
+        self.live[kind] = int(distributed.dist_max(sum(parts.values())))
+        self.sent[kind] = sent
+        self.parts[kind] = {name: int(distributed.dist_max(size)) for name, size in parts.items()}
+
+    def note_peak(self, *, is_shrunk: bool) -> None:
+        """The highest memory of any rank since the engine was built; the next mark starts here. Collective."""
+        self.peaks["after_shrink" if is_shrunk else "dense_phase"] = int(distributed.dist_max(self.peak.bytes()))
+        self.peak.reset()
+
+    def saved(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON. Collective."""
+        of_engine = {"activations": self.activation_bytes, "watched_length": self.watched_length}
+        marks = {"live": self.live, "parts": self.parts, "sent": self.sent, "peak": self.peaks}
+        return {**marks, **of_engine, "now": distributed.dist_max(self.peak.bytes())}
+
+    def restore(self, saved: Mapping[str, Any], *, is_shrunk: bool, same_batches: bool) -> None:
+        """Go on as one run's; what was counted of activations holds for micro-batches of the same size."""
+        self.live, self.peaks = dict(saved["live"]), dict(saved["peak"])
+        self.parts, self.sent = dict(saved.get("parts", {})), dict(saved.get("sent", {}))
+        self.peaks["after_shrink" if is_shrunk else "dense_phase"] = int(saved["now"])
+        self.peak.reset()
+        self.peak.before = int(saved["now"])
+        if same_batches:
+            self.activation_bytes, self.watched_length = saved["activations"], saved["watched_length"]
 
 
 def parameter_bytes(model: nn.Module, *, only_frozen: bool = False) -> int:

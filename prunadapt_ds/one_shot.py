@@ -64,7 +64,7 @@ def show(session: Session, window: WindowSums) -> None:
 def prune_once(session: Session) -> None:
     """TMP: rank heads at the initial weights, cut the least important in one shot, choose LoRA ranks by layer."""
     loaded, config = session.backbone, session.config
-    with session.timed("importance"):
+    with session.clocks.timed("importance"):
         attach_gates(session, "taylor")
         session.engine = build_engine(session)
         count = min(config.prune.tmp_scoring_examples, len(session.train_rows))
@@ -81,7 +81,7 @@ def prune_once(session: Session) -> None:
         session.plan = PruningPlan.from_mask(loaded.structure, keep)
         distributed.same_on_all_ranks("the heads that TMP keeps", session.plan.hash)
     show(session, window)
-    with session.timed("shrink"):
+    with session.clocks.timed("shrink"):
         gates.detach(loaded.model)
         session.note_peak()
         cut(loaded.model, loaded.layout, session.plan)

@@ -284,7 +284,7 @@ def save(session: Session) -> Path:
     """Write a checkpoint of the run as it is. Collective; PrunadaptError on all ranks where it cannot be written."""
     root = root_of(session.config)
     milestone(f"checkpoint-{session.step}/begin")
-    with session.timed("checkpoint"), watchdog.resting():
+    with session.clocks.timed("checkpoint"), watchdog.resting():
         tensors, saved = snapshot.collect(session)
         saved |= {"options": asked_of(session), "names": names(session.config)}
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,22 +13,20 @@ from prunadapt_ds import adapters, backbone, distributed, gates, given_adapter, 
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan
+from prunadapt_ds.clocks import Clocks
 from prunadapt_ds.config import Config
 from prunadapt_ds.data import TaskData, measures_of
 from prunadapt_ds.ds_config import DsConfig
 from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
 from prunadapt_ds.logits import predict
+from prunadapt_ds.memory import MemoryMarks
 from prunadapt_ds.models.structure import layers_of
 from prunadapt_ds.report import LIVE_PARTS
 from prunadapt_ds.schedule import default_learning_rate
-from prunadapt_ds.shrink import StepTimes, cut
+from prunadapt_ds.shrink import cut
 from prunadapt_ds.teacher import WeightAverage
 from prunadapt_ds.token_teacher import TokenTeacher
 from prunadapt_ds.tracking import Tracker
-
-PHASES = ("dense", "prune", "recover")
-# Timers whose sum is train_s.
-TRAINING = (*(f"{phase}_phase" for phase in PHASES), "teacher", "importance", "shrink", "checkpoint")
 
 
 @dataclass
@@ -48,7 +43,8 @@ class Session:
     sampler: Sampler
     total_steps: int
     tracker: Tracker
-    peak: memory.PeakMemory
+    clocks: Clocks
+    memory: MemoryMarks
     plan: PruningPlan  # what was decided
     present: PruningPlan  # what the model physically holds
     lora_targets: list[str]
@@ -57,20 +53,8 @@ class Session:
     recorder: Recorder | None = None
     rank_per_layer: dict[int, int] = field(default_factory=dict)
     engine: Any = None
-    build_seconds: float = 0.0  # of the last engine, by `clock`
     teacher: Tensor | TokenTeacher | None = None  # its logits [N, C] on the training set, or where its words are
     average: WeightAverage = field(default_factory=WeightAverage)  # of the dense phase, until it has become the teacher
-    activation_bytes: int = 0
-    live_bytes: dict[str, int] = field(default_factory=dict)  # "dense", "after_shrink": most of any rank
-    live_parts: dict[str, dict[str, int]] = field(default_factory=dict)  # likewise, by `report.LIVE_PARTS`
-    sent_bytes: dict[str, int] = field(default_factory=dict)  # likewise, of a rank in a step
-    peak_bytes: dict[str, int] = field(default_factory=dict)  # "dense_phase", "after_shrink"
-    watched_length: int = 0  # tokens of the longest sample in a step whose activations were counted with this engine
-    rebuild_seconds: float = 0.0  # of the last shrink, all of it, by `clock`
-    step_times: StepTimes = field(default_factory=StepTimes)
-    step_cpu_times: StepTimes = field(default_factory=StepTimes)
-    seconds: dict[str, float] = field(default_factory=dict)
-    cpu_seconds: dict[str, float] = field(default_factory=dict)  # of this process, all threads
     step: int = 0  # optimizer steps done
     scores: ScoreAverage | None = None
     losses: list[Tensor] = field(default_factory=list)  # [3] of each step since the last log line, see step.train_step
@@ -102,26 +86,16 @@ class Session:
 
     def note_peak(self) -> None:
         """Write down the highest memory of any rank since the engine was built; the next mark starts here. Collective."""
-        peak = int(distributed.dist_max(self.peak.bytes()))
-        self.peak_bytes["after_shrink" if self.is_shrunk else "dense_phase"] = peak
-        self.peak.reset()
+        self.memory.note_peak(is_shrunk=self.is_shrunk)
 
     def release_engine(self) -> Any:
         """The engine, which the session forgets: what takes it holds the only reference."""
         engine, self.engine = self.engine, None
         return engine
 
-    def clock(self) -> float:
-        """Seconds by which a rebuild is weighed: on a CPU the process's own, as what else runs there stretches all others."""
-        return time.process_time() if self.device.type == "cpu" else time.perf_counter()
-
-    def weighed_times(self) -> StepTimes:
-        """What steps took, by `clock`."""
-        return self.step_cpu_times if self.device.type == "cpu" else self.step_times
-
     def live_parts_now(self) -> dict[str, int]:
         """Bytes this rank holds: parameters, optimizer state, and what the last watched step saved for its backward."""
-        held = memory.parameter_bytes(self.model), memory.optimizer_bytes(self.engine), self.activation_bytes
+        held = memory.parameter_bytes(self.model), memory.optimizer_bytes(self.engine), self.memory.activation_bytes
         return dict(zip(LIVE_PARTS, held, strict=True))
 
     def live(self) -> int:
@@ -133,29 +107,8 @@ class Session:
         return zero_costs.sent_bytes(inventory_of(self), self.ds, distributed.world_size(), self.config)
 
     def note_live(self) -> None:
-        """Write down what the busiest rank holds now, the most of each part that any rank does, and what one sends. Collective."""
-        kind, parts = "after_shrink" if self.is_shrunk else "dense", self.live_parts_now()
-        self.live_bytes[kind] = int(distributed.dist_max(sum(parts.values())))
-        self.sent_bytes[kind] = self.sent_in_a_step()
-        self.live_parts[kind] = {name: int(distributed.dist_max(size)) for name, size in parts.items()}
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add what a block takes to `seconds` and `cpu_seconds`."""
-        start, cpu_start = time.perf_counter(), time.process_time()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-            self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - cpu_start
-
-    def train_seconds(self) -> float:
-        """Seconds of training so far: steps, scoring, teacher and rebuilds; no evaluation."""
-        return sum(self.seconds.get(name, 0.0) for name in TRAINING)
-
-    def train_cpu_seconds(self) -> float:
-        """The same in CPU seconds of this rank: what a busy machine cannot stretch."""
-        return sum(self.cpu_seconds.get(name, 0.0) for name in TRAINING)
+        """Write down what the ranks hold now, and what one sends in a step. Collective."""
+        self.memory.note_live(self.live_parts_now(), self.sent_in_a_step(), is_shrunk=self.is_shrunk)
 
 
 def add_trainables(session: Session, cut_to: PruningPlan | None = None) -> None:
@@ -208,12 +161,12 @@ def build_engine(session: Session) -> Any:
         gate_learning_rate=config.prune.gate_learning_rate,
         weight_decay=defaults.get("weight_decay", config.train.weight_decay),
     )
-    start = session.clock()
+    start = session.clocks.now()
     blocks = [block for _, block in own_blocks(session.backbone)]
     watchdog.milestone(f"build-{session.step}")
     engine = engines.build(session.model, groups, ds.values, ds.adam, blocks=blocks)
     engine.train()
-    session.build_seconds = distributed.dist_max(session.clock() - start)
+    session.clocks.build = distributed.dist_max(session.clocks.now() - start)
     return engine
 
 
@@ -233,7 +186,7 @@ def eval_batch(session: Session) -> int:
 
 def evaluate(session: Session) -> tuple[dict[str, float], dict[str, Tensor]]:
     """The task's measures of the model as it is, and the logits behind them, by validation set."""
-    with session.timed("evaluation"):
+    with session.clocks.timed("evaluation"):
         logits = {
             name: predict(session.engine, rows, eval_batch(session), session.device)
             for name, rows in session.validation_rows.items()

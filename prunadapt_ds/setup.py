@@ -33,6 +33,7 @@ from prunadapt_ds import (
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan, check_target
+from prunadapt_ds.clocks import Clocks
 from prunadapt_ds.config import Config
 from prunadapt_ds.data import TaskData, load_language, load_metric, load_task, tokenize, tokenize_language
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
@@ -96,7 +97,8 @@ def setup(
         sampler=sampler,
         total_steps=total,
         tracker=tracker_of(config, ds, total, saved, tracked=tracked),
-        peak=peak,
+        clocks=Clocks(on_cpu=device.type == "cpu"),
+        memory=memory.MemoryMarks(peak),
         plan=PruningPlan.dense(loaded.structure),
         present=PruningPlan.dense(loaded.structure),
         lora_targets=lora_targets,

@@ -7,13 +7,8 @@ module by module, build an engine around what is left, and put back what was lea
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from prunadapt_ds import distributed, memory, state
 from prunadapt_ds import engine as engines
@@ -48,64 +43,6 @@ def cut(model: Any, layout: Layout, plan: PruningPlan, present: PruningPlan | No
     slices = resize(model, layout, plan, present, engines.rewriting)
     engines.release(before, model)  # whole sub-layers too
     return slices
-
-
-# Noise of a median of timed steps, as parts of it: what a machine's pace drifts by between two sizes, however many steps
-# were timed, and how much a single step differs from the next (padding, neighbours).
-DRIFT, SPREAD = 0.05, 0.2
-
-
-@dataclass
-class StepTimes:
-    """Measured seconds of optimizer steps at the sizes a run has had, those of steps that record statistics, which take
-    longer, apart. Size: multiply-accumulates of the blocks."""
-
-    plain: dict[int, list[float]] = field(default_factory=dict)
-    recording: dict[int, list[float]] = field(default_factory=dict)
-
-    def add(self, size: int, seconds: float, *, records: bool = False) -> None:
-        (self.recording if records else self.plain).setdefault(size, []).append(seconds)
-
-    def ends(self) -> tuple[float | None, float | None]:
-        """Median seconds of a step at the first size and at the last, which is the smallest; None where no step was timed.
-
-        Of steps that do not record, or of steps that do, where both sizes have had such; else of what there is.
-        """
-        sizes = self.plain.keys() | self.recording.keys()
-        if not sizes:
-            return None, None
-        first, last = max(sizes), min(sizes)
-        alike = [times for times in (self.plain, self.recording) if times.keys() >= {first, last}]
-        times = alike[0] if alike else {**self.recording, **self.plain}
-        return median(times[first]), median(times[last])
-
-    def predict(self, size: int) -> float:
-        """Seconds of a step at another size: a fixed part and one that grows, fitted to the medians of every size so far.
-
-        Before anything is known the whole step is taken to grow with the size, give or take half of it. So the first
-        rebuild is tried where it could pay, two sizes near each other, whose times differ by chance, change that little, and
-        sizes far apart decide. What recording adds tells nothing about sizes: a step is compared with others of its kind.
-        """
-        kinds = [self._measured(times) for times in (self.plain, self.recording) if times]
-        sizes, medians, weights = (np.concatenate(rows) for rows in zip(*kinds, strict=True))
-        first = sizes.argmax()
-        expected = medians[first] / sizes[first]
-        precision = 1 / (expected / 2) ** 2
-        total = precision * expected
-        for of_kind, seconds, weight in kinds:
-            away = of_kind - np.average(of_kind, weights=weight)
-            precision, total = precision + weight @ away**2, total + weight @ (away * seconds)
-        mean_size, mean_seconds = np.average(sizes, weights=weights), np.average(medians, weights=weights)
-        return max(0.0, float(mean_seconds + max(0.0, total / precision) * (size - mean_size)))
-
-    @staticmethod
-    def _measured(
-        times: Mapping[int, Sequence[float]],
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Sizes, median seconds of each, and the weight of each median: one over its variance."""
-        medians = np.array([median(taken) for taken in times.values()])
-        counts = np.array([len(taken) for taken in times.values()])
-        return np.array([*times], float), medians, 1 / (medians**2 * (DRIFT**2 + SPREAD**2 / counts))
 
 
 def pays_now(

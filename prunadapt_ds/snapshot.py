@@ -20,11 +20,8 @@ from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.checkpoint import Checkpoint
 from prunadapt_ds.errors import PrunadaptError
 from prunadapt_ds.session import Session
-from prunadapt_ds.shrink import StepTimes
 from prunadapt_ds.teacher import WeightAverage
 from prunadapt_ds.token_teacher import TokenTeacher
-
-STEP_TIMES_KEPT = 1000  # of each size
 
 
 def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -63,8 +60,8 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "teacher_metric": session.report["metric"]["teacher"],
         "distillation": session.report["distillation"],
         "progress": session.report["progress"],
-        "clocks": clocks(session),
-        "memory": memory_marks(session),
+        "clocks": session.clocks.saved(),
+        "memory": {**session.memory.saved(), "micro_batch": session.sampler.micro_batch_size},
     }
 
 
@@ -81,26 +78,6 @@ def numpy_state() -> list[Any]:
     return [kind, keys.tolist(), *rest]
 
 
-def clocks(session: Session) -> dict[str, Any]:
-    def recent(times: StepTimes) -> dict[str, dict[int, list[float]]]:
-        return {kind: {size: s[-STEP_TIMES_KEPT:] for size, s in sizes.items()} for kind, sizes in vars(times).items()}
-
-    return {
-        "seconds": session.seconds,
-        "cpu_seconds": session.cpu_seconds,
-        "step_times": recent(session.step_times),
-        "step_cpu_times": recent(session.step_cpu_times),
-        "build": session.build_seconds,
-        "rebuild": session.rebuild_seconds,
-    }
-
-
-def step_times(saved: Mapping[str, Any]) -> StepTimes:
-    """What `clocks` has saved of one clock; older checkpoints do not tell steps that record from others."""
-    kinds = saved if saved.keys() <= {"plain", "recording"} else {"plain": saved}
-    return StepTimes(**{kind: {int(size): list(s) for size, s in sizes.items()} for kind, sizes in kinds.items()})
-
-
 def place(session: Session) -> dict[str, Any]:
     """Of the report: where the run is trained, which whoever exports it later cannot see. Collective."""
     return {
@@ -109,19 +86,6 @@ def place(session: Session) -> dict[str, Any]:
         "memory": {
             "frozen_shard_bytes": int(distributed.dist_max(memory.parameter_bytes(session.model, only_frozen=True)))
         },
-    }
-
-
-def memory_marks(session: Session) -> dict[str, Any]:
-    return {
-        "live": session.live_bytes,
-        "parts": session.live_parts,
-        "sent": session.sent_bytes,
-        "peak": session.peak_bytes,
-        "now": distributed.dist_max(session.peak.bytes()),
-        "micro_batch": session.sampler.micro_batch_size,
-        "activations": session.activation_bytes,
-        "watched_length": session.watched_length,
     }
 
 
@@ -169,7 +133,9 @@ def restore(session: Session, start: Checkpoint, *, to_train: bool = True) -> No
         session.scores.value = tensors.get("scores")
     session.rebuilt = {int(step): rebuilt for step, rebuilt in saved["rebuilt"].items()}
     restore_of_ranks(session, saved, tensors)
-    restore_marks(session, saved)
+    session.clocks.restore(saved["clocks"])
+    same_batches = saved["memory"]["micro_batch"] == session.sampler.micro_batch_size
+    session.memory.restore(saved["memory"], is_shrunk=session.is_shrunk, same_batches=same_batches)
 
 
 def restore_of_ranks(session: Session, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -199,19 +165,3 @@ def restore_of_ranks(session: Session, saved: Mapping[str, Any], tensors: Mappin
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = mine["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-
-
-def restore_marks(session: Session, saved: Mapping[str, Any]) -> None:
-    """Clocks and memory go on as one run's."""
-    times, marks = saved["clocks"], saved["memory"]
-    session.seconds = dict(times["seconds"])
-    session.cpu_seconds = dict(times["cpu_seconds"])
-    session.step_times, session.step_cpu_times = (step_times(times[name]) for name in ("step_times", "step_cpu_times"))
-    session.build_seconds, session.rebuild_seconds = times["build"], times["rebuild"]
-    session.live_bytes, session.peak_bytes = dict(marks["live"]), dict(marks["peak"])
-    session.live_parts, session.sent_bytes = dict(marks.get("parts", {})), dict(marks.get("sent", {}))
-    session.peak_bytes["after_shrink" if session.is_shrunk else "dense_phase"] = int(marks["now"])
-    session.peak.reset()
-    session.peak.before = int(marks["now"])
-    if marks["micro_batch"] == session.sampler.micro_batch_size:
-        session.activation_bytes, session.watched_length = marks["activations"], marks["watched_length"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 
 import torch
@@ -90,16 +89,11 @@ def watched(session: Session, step: int, *, record: bool) -> Iterator[memory.Sav
     what is handed out.
     """
     length = max(session.train_rows.lengths[i] for i in session.sampler.step_samples(step))
-    if length <= session.watched_length:
-        start, cpu_start = time.perf_counter(), time.process_time()
-        yield None
-        size = session.present.cost("macs")
-        session.step_times.add(size, time.perf_counter() - start, records=record)
-        session.step_cpu_times.add(size, time.process_time() - cpu_start, records=record)
+    if length <= session.memory.watched_length:
+        with session.clocks.timed_step(session.present.cost("macs"), records=record):
+            yield None
         return
     saved = memory.SavedActivations()
     yield saved
-    is_first = session.watched_length == 0  # with this engine
-    session.activation_bytes = saved.bytes if is_first else max(saved.bytes, session.activation_bytes)
+    session.memory.note_activations(saved.bytes, length)
     session.note_live()
-    session.watched_length = length

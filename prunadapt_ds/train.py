@@ -18,6 +18,7 @@ from prunadapt_ds import board, distributed, files, gates, memory, outline, resu
 from prunadapt_ds import engine as engines
 from prunadapt_ds import report as reports
 from prunadapt_ds.budget import decide
+from prunadapt_ds.clocks import StepTimes
 from prunadapt_ds.config import Config, parse
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import PrunadaptError
@@ -31,7 +32,7 @@ from prunadapt_ds.pulse import StopSignals
 from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
 from prunadapt_ds.session import Session, add_trainables, build_engine, eval_batch, evaluate
 from prunadapt_ds.setup import setup
-from prunadapt_ds.shrink import StepTimes, pays_now, shrink
+from prunadapt_ds.shrink import pays_now, shrink
 from prunadapt_ds.step import train_step, watched
 from prunadapt_ds.teacher import WeightAverage, averaged
 from prunadapt_ds.token_teacher import TokenTeacher, num_bytes
@@ -127,7 +128,7 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
         phase = pruning.phase(step) if pruning else "dense"
         learning_rates = engines.set_learning_rates(session.engine, rates.factor(step))
         record = pruning is not None and pruning.records_after(step)
-        with session.timed(f"{phase}_phase"), watched(session, step, record=record) as saved:
+        with session.clocks.timed(f"{phase}_phase"), watched(session, step, record=record) as saved:
             teaching = distill_weight(session, pruning, step)
             losses = train_step(session, step, record=record, distill_weight=teaching, saved=saved)
         session.step = done = step + 1
@@ -135,13 +136,13 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
         keeper.step_done(losses, settle=decides)
         milestone(f"step-{done}")
         if pruning and config.prune.distill_weight and pruning.averages_at(done, config.prune.teacher_window):
-            with session.timed("teacher"):
+            with session.clocks.timed("teacher"):
                 session.average.add(session.engine)
         if pruning and decides:
             decide_and_cut(session, pruning, done)
         if config.train.eval_steps and done % config.train.eval_steps == 0:
             score = evaluate(session)[0]["score"]
-            session.tracker.log(done, phase, {"eval/score": score, "time/train(s)": session.train_seconds()})
+            session.tracker.log(done, phase, {"eval/score": score, "time/train(s)": session.clocks.train_seconds()})
         if done % config.train.logging_steps == 0 or done == session.total_steps:
             log_interval(session, phase, pruning, interval, learning_rates)
         session.tracker.advance(done, phase)
@@ -171,7 +172,7 @@ def log_interval(
     achieved, live, seconds = (
         session.plan.sparsity(session.config.prune.budget),
         session.live(),
-        session.train_seconds(),
+        session.clocks.train_seconds(),
     )
     means = distributed.dist_sum(torch.stack(session.losses).mean(0)) / distributed.world_size()
     loss, distillation, taught = means.tolist()  # taught: the share of these steps that had a teacher
@@ -228,7 +229,7 @@ def decide_and_cut(session: Session, pruning: PruningSchedule, step: int) -> Non
     if step == pruning.decision_steps[0]:
         keep_teacher(session, step)
     assert session.recorder is not None and session.scores is not None
-    with session.timed("importance"):
+    with session.clocks.timed("importance"):
         window = session.recorder.all_reduce()
         milestone(f"decide-{step}")
         scores = session.scores.update(CRITERIA[prune.criterion].score(window))
@@ -248,7 +249,7 @@ def decide_and_cut(session: Session, pruning: PruningSchedule, step: int) -> Non
     session.tracker.show(lambda writer: board.decision(writer, step=step, plan=plan, scores=scores, gates=scales))
     if pays_to_shrink(session, pruning, step):
         start = time.perf_counter()
-        with session.timed("shrink"):
+        with session.clocks.timed("shrink"):
             shrink_model(session)
         seconds = time.perf_counter() - start
         session.tracker.say(f"step {step}: shrunk to {1 - plan.sparsity(prune.budget):.1%} in {seconds:.1f} s")
@@ -263,7 +264,7 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
     when = session.config.prune.shrink
     if session.plan.hash == session.present.hash or when == "never":
         return False
-    times = session.weighed_times()
+    times = session.clocks.weighed_steps
     if when == "always" or times == StepTimes():
         return when == "always"
     if step in session.rebuilt:  # decided already, before the run was interrupted
@@ -273,7 +274,7 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
     ends = [*later, session.total_steps]
     sizes = [session.plan.cost("macs"), *(round(dense * (1 - pruning.sparsity(s))) for s in later)]
     decisions = [(size, end - start) for size, start, end in zip(sizes, [step, *later], ends, strict=True)]
-    cost = session.rebuild_seconds or session.build_seconds
+    cost = session.clocks.rebuild or session.clocks.build
     pays = pays_now(session.present.cost("macs"), decisions, times.predict, cost)
     pays = bool(distributed.broadcast_object(pays))  # clocks differ between ranks, the decision must not
     session.rebuilt[step] = pays
@@ -283,7 +284,7 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
 
 def shrink_model(session: Session) -> None:
     """Rebuild the engine around the model that `session.plan` leaves."""
-    start = session.clock()
+    start = session.clocks.now()
     milestone(f"shrink-{session.step}/begin")
     session.note_peak()
     layout, plan = session.backbone.layout, session.plan
@@ -293,8 +294,8 @@ def shrink_model(session: Session) -> None:
     milestone(f"shrink-{session.step}/end")
     if session.recorder is not None:
         session.recorder.narrow(plan.mask())
-    session.watched_length = 0
-    session.rebuild_seconds = distributed.dist_max(session.clock() - start)
+    session.memory.watched_length = 0
+    session.clocks.rebuild = distributed.dist_max(session.clocks.now() - start)
 
 
 def keep_teacher(session: Session, step: int) -> None:
@@ -302,7 +303,7 @@ def keep_teacher(session: Session, step: int) -> None:
     with averaged(session.engine, session.average):
         metrics, _ = evaluate(session)
         if session.config.prune.distill_weight > 0:
-            with session.timed("teacher"):
+            with session.clocks.timed("teacher"):
                 session.teacher = taught(session) if knows_enough(session, step) else None
     session.average = WeightAverage()
     session.report["metric"]["teacher"] = metrics

@@ -445,9 +445,9 @@ def shrink_in_training(argv):
         "frozen_share": _frozen_share(session.model),
         "plan": session.plan.to_dict(),
         "lines": _lines(session),
-        "timed": vars(session.step_times),
+        "timed": vars(session.clocks.steps),
         "dense_size": session.backbone.structure.dense_cost("macs"),
-        "live_bytes": session.live_bytes,
+        "live_bytes": session.memory.live,
         "numel": max(getattr(p, "ds_numel", p.numel()) for p in session.model.get_submodule(layers).parameters()),
     }
 

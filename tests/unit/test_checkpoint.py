@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunadapt_ds import checkpoint, files, formats, resume, setup, snapshot, unfinished
+from prunadapt_ds import checkpoint, clocks, files, formats, resume, setup, snapshot, unfinished
+from prunadapt_ds.clocks import StepTimes
 from prunadapt_ds.config import OPTIONS, parse
 from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.files import LOCK_NAME, OwnedFolder, replace
 from prunadapt_ds.importance import Recorder
-from prunadapt_ds.shrink import StepTimes
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.fast
@@ -506,7 +506,7 @@ def test_a_decision_of_the_clock_is_repeated_not_made_again(tmp_path, decided):
         backbone=SimpleNamespace(structure=None),
         plan=SimpleNamespace(hash="new"),
         present=SimpleNamespace(hash="old"),
-        weighed_times=lambda: StepTimes({100: [1.0]}),
+        clocks=SimpleNamespace(weighed_steps=StepTimes({100: [1.0]})),
         rebuilt={6: decided},
     )
     resume.note_rebuilds(session)
@@ -525,7 +525,7 @@ def test_a_decision_of_the_clock_is_repeated_not_made_again(tmp_path, decided):
     ids=["as written", "of before steps that record were told from others", "none"],
 )
 def test_the_times_of_steps_come_back(saved, found):
-    assert snapshot.step_times(saved) == found
+    assert clocks.step_times(saved) == found
 
 
 @pytest.mark.parametrize(
