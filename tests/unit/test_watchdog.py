@@ -1,6 +1,5 @@
 """What may take its time is said to the watchdog before, and that it is over afterwards."""
 
-import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from prunadapt_ds import one_shot, resume, token_teacher, train, watchdog
 from prunadapt_ds import session as sessions
 from prunadapt_ds.batches import Sampler
+from prunadapt_ds.clocks import Clocks
 
 pytestmark = pytest.mark.fast
 
@@ -32,9 +32,8 @@ def seen(watch):
 
 
 def session(**values):
-    return SimpleNamespace(
-        timed=lambda name: contextlib.nullcontext(), clock=lambda: 0.0, step=4, device=torch.device("cpu"), **values
-    )
+    marks = SimpleNamespace(watched_length=3)
+    return SimpleNamespace(clocks=Clocks(on_cpu=True), memory=marks, step=4, device=torch.device("cpu"), **values)
 
 
 def test_resting_ends_with_its_block_however_that_ends(watch):
