@@ -48,7 +48,7 @@ def prepare(
 ) -> None:
     """Let train what `--method` says, beside the head: LoRA around `targets` and the norms, or everything. In place.
 
-    Norms that stay frozen keep their output, see norms.py.
+    All norms keep their output for the backward pass, see norms.py.
     """
     if config.prune.method == "full":
         model.requires_grad_(True)

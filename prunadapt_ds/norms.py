@@ -1,14 +1,15 @@
-"""Frozen norms that keep their output for the backward pass, and not their input.
+"""Norms that keep their output for the backward pass, and not their input.
 
-LoRA on the projections behind a norm keeps its output alive in any case; its input, the sum in the residual stream, nobody
-else keeps. So a block saves two tensors [B, T, H] less. What the backward pass needs of the input, the normalised values, is
-in the output (as in-place batch normalisation has it: Rota Bulo et al., arXiv 1712.02616):
+The projections behind a norm keep its output in any case, as the input of their LoRA; its input, the sum in the residual
+stream, nobody else keeps. So a block keeps two tensors [B, T, H] less. What the backward pass needs of the input, the
+normalised values, is in the output (as in-place batch normalisation has it: Rota Bulo et al., arXiv 1712.02616):
 
     xhat = (y - b) / s                                   s = w, or 1 + w in the Gemma family; b = 0 in RMS norms
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat))    g = dy * s; RMS norms have no mean(g)
+    dw = sum(dy * xhat), db = sum(dy)
 
-Where the shift is larger than the scale, what `y` was rounded by would count for more than itself: `xhat` of these few
-entries is kept. Legend: B samples, T tokens, H width of the model.
+Where the shift is large beside the scale, what `y` was rounded by would be most of what is found: of the entries of which
+that holds most, `xhat` is kept. Legend: B samples, T tokens, H width of the model.
 """
 
 from __future__ import annotations
@@ -21,48 +22,43 @@ import torch
 from torch import Tensor, nn
 
 LEAST_SCALE = 2.0**-10
+KEPT = 64  # one entry in so many, and at least four
 FP32_ELEMENTS = {"cpu": 2**18}  # of the copies that an RMS norm's backward pass works with; they stay in a CPU's cache
 _ELSEWHERE = 2**26
 
 
 class _FromOutput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: _KeepsOutput) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, norm: _KeepsOutput) -> Tensor:
         y, mean, rstd = norm.normalised(x)
-        lost, kept = norm.lost(), None
-        if lost is not None and len(lost):
-            kept = ((x[..., lost] if mean is None else x[..., lost] - mean) * rstd).to(y.dtype)
+        hidden = norm.hidden_entries()
+        few = x.index_select(-1, hidden)
+        kept = ((few if mean is None else few - mean) * rstd).to(y.dtype)
         ctx.norm = norm
-        ctx.save_for_backward(y, rstd, kept)
+        ctx.save_for_backward(y, rstd, hidden, kept)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        y, rstd, kept = ctx.saved_tensors
-        return ctx.norm.input_gradient(grad_outputs[0], y, rstd, kept), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        dx, dw, db = ctx.norm.gradients(grad_outputs[0], *ctx.saved_tensors, ctx.needs_input_grad[:3])
+        return dx, dw, db, None
 
 
 class _KeepsOutput(nn.Module):
-    """Mixed into the class of a norm. `weight` (and `bias`) are read when they are needed: ZeRO-3 has them whole only then."""
+    """Mixed into the class of a norm. Weights are read when they are needed: ZeRO-3 has them whole only then."""
 
     weight: nn.Parameter
-    _lost: Tensor | None = None  # int64 [few]: entries whose values the output does not tell; None: not looked for yet
+    bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.requires_grad or not (x.requires_grad and torch.is_grad_enabled()) or not self.is_known(x):
+        wants = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if not wants or not self.is_known(x):
             return super().forward(x)  # type: ignore[misc, no-any-return]
-        return _FromOutput.apply(x, self)  # type: ignore[no-any-return]
+        return _FromOutput.apply(x, self.weight, getattr(self, "bias", None), self)  # type: ignore[no-any-return]
 
     def is_known(self, x: Tensor) -> bool:
         """Whether it computes what stands above."""
         return True
-
-    def lost(self) -> Tensor | None:
-        if self._lost is None and not self.weight.is_meta:
-            scale, shift = self.scale_and_shift()
-            least = LEAST_SCALE if shift is None else shift.abs().clamp(min=LEAST_SCALE)
-            self._lost = (scale.abs() < least).nonzero().flatten()
-        return self._lost
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
         """Float [H] each."""
@@ -72,22 +68,31 @@ class _KeepsOutput(nn.Module):
         """The output [..., H], and of each row the mean, where it is taken away, and one over the deviation: [..., 1]."""
         raise NotImplementedError
 
-    def input_gradient(self, dy: Tensor, y: Tensor, rstd: Tensor, kept: Tensor | None) -> Tensor:
+    def gradients(
+        self, dy: Tensor, y: Tensor, rstd: Tensor, hidden: Tensor, kept: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of the input, the weight and the bias, as far as they are wanted."""
         raise NotImplementedError
 
-    def xhat(self, y: Tensor, kept: Tensor | None) -> Tensor:
+    def hidden_entries(self) -> Tensor:
+        """int64 [few]: where the output tells least of the normalised values. From the weights alone: nothing to remember,
+        and nothing that the host has to wait for."""
+        scale, shift = self.scale_and_shift()
+        beside = LEAST_SCALE if shift is None else shift.abs() + LEAST_SCALE
+        few = min(len(scale), max(4, len(scale) // KEPT))
+        return (beside / scale.abs().clamp(min=LEAST_SCALE**2)).topk(few).indices
+
+    def xhat(self, y: Tensor, hidden: Tensor, kept: Tensor) -> Tensor:
         """The normalised values again, [..., H]."""
         scale, shift = self.scale_and_shift()
-        if kept is not None:
-            scale = scale.index_fill(0, self._lost, 1.0)  # type: ignore[arg-type]
+        scale = torch.where(scale.abs() < LEAST_SCALE, LEAST_SCALE, scale)
         inverse = scale.reciprocal().to(y.dtype)
         found = y * inverse if shift is None else torch.addcmul((-shift / scale).to(y.dtype), y, inverse)
-        return found if kept is None else found.index_copy_(-1, self._lost, kept)  # type: ignore[arg-type]
+        return found.index_copy_(-1, hidden, kept)
 
 
 class _LayerNorm(_KeepsOutput):
     normalized_shape: tuple[int, ...]
-    bias: nn.Parameter | None
     eps: float
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
@@ -96,13 +101,14 @@ class _LayerNorm(_KeepsOutput):
     def normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         return torch.native_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
-    def input_gradient(self, dy: Tensor, y: Tensor, rstd: Tensor, kept: Tensor | None) -> Tensor:
+    def gradients(
+        self, dy: Tensor, y: Tensor, rstd: Tensor, hidden: Tensor, kept: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Torch's own, of values that are normalised already."""
         backward = torch.ops.aten.native_layer_norm_backward
-        zero, one, wanted = torch.zeros_like(rstd), torch.ones_like(rstd), [True, False, False]
-        xhat = self.xhat(y, kept)
-        dx: Tensor = backward(dy, xhat, self.normalized_shape, zero, one, self.weight, self.bias, wanted)[0]
-        return dx.mul_(rstd)
+        zero, one, xhat = torch.zeros_like(rstd), torch.ones_like(rstd), self.xhat(y, hidden, kept)
+        dx, dw, db = backward(dy, xhat, self.normalized_shape, zero, one, self.weight, self.bias, wanted)
+        return dx.mul_(rstd) if wanted[0] else None, dw, db
 
 
 class _RMSNorm(_KeepsOutput):
@@ -116,6 +122,7 @@ class _RMSNorm(_KeepsOutput):
             self._offset = 0.0 if x.is_meta else self._explains(x.detach().flatten(0, -2)[:16])
         return self._offset >= 0
 
+    @torch.no_grad()
     def _explains(self, x: Tensor) -> float:
         y, _, rstd = self.normalised(x)
         for offset in (0.0, 1.0):
@@ -132,14 +139,18 @@ class _RMSNorm(_KeepsOutput):
         rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
         return super().forward(x), None, rstd  # type: ignore[misc]
 
-    def input_gradient(self, dy: Tensor, y: Tensor, rstd: Tensor, kept: Tensor | None) -> Tensor:
+    def gradients(
+        self, dy: Tensor, y: Tensor, rstd: Tensor, hidden: Tensor, kept: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         scale, _ = self.scale_and_shift()
-        dx = torch.empty_like(dy)
+        dx, dw = torch.empty_like(dy), torch.zeros_like(scale)
         for rows in _runs(y):
-            xhat = self.xhat(y[rows].float(), None if kept is None else kept[rows].float())
-            g = dy[rows].float() * scale
+            xhat, g = self.xhat(y[rows].float(), hidden, kept[rows].float()), dy[rows].float()
+            if wanted[1]:
+                dw += (g * xhat).flatten(0, -2).sum(0)
+            g = g * scale
             dx[rows] = (g - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd[rows]
-        return dx
+        return dx, dw.to(dy.dtype) if wanted[1] else None, None
 
 
 def _runs(x: Tensor) -> Iterator[slice]:
@@ -160,9 +171,8 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def keep_outputs(model: nn.Module) -> None:
-    """Let every frozen norm of a model keep its output instead of its input. In place; its numbers stay what they were."""
+    """Let every norm of a model keep its output instead of its input. In place; its numbers stay what they were."""
     for module in filter(is_norm, model.modules()):
-        weight = getattr(module, "weight", None)
         own = isinstance(module, nn.LayerNorm) and type(module).forward is not nn.LayerNorm.forward  # or ours already
-        if isinstance(weight, nn.Parameter) and not (weight.requires_grad or own or isinstance(module, _KeepsOutput)):
+        if isinstance(getattr(module, "weight", None), nn.Parameter) and not (own or isinstance(module, _KeepsOutput)):
             module.__class__ = _keeping(type(module))  # type: ignore[arg-type, assignment]
