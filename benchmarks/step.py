@@ -3,8 +3,9 @@
     python benchmarks/step.py [--ranks 2] [--rounds 12] [--batch_size 16] [--seq_length 128]
 
 All variants live in the same processes and take their steps in turns on the same samples, so that whatever else the
-machine does falls on all of them alike. CPU seconds of rank 0, medians over rounds of the ratio to `lora`. In "module by
-module" ZeRO-3 fetches each module of a block by itself and keeps small trained tensors whole, as it does by default.
+machine does falls on all of them alike. CPU seconds of rank 0, medians over rounds of the ratio to `lora`, and what autograd
+keeps of a micro-batch. In "module by module" ZeRO-3 fetches each module of a block by itself and keeps small trained tensors
+whole, as it does by default; in "norms keep inputs" they do as torch's own do.
 """
 
 import argparse
@@ -14,15 +15,26 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median, quantiles
+from typing import NamedTuple
 
 from ranks import ENVIRONMENT, ROOT, measured, words_of_a_rank
 
-VARIANTS = {  # name: (method, records, blocks are pieces)
-    "lora": ("lora", False, True),
-    "lora, module by module": ("lora", False, False),
-    "gates": ("prunadapt", False, True),
-    "gates, recording": ("prunadapt", True, True),
-    "gates, recording, module by module": ("prunadapt", True, False),
+
+class Variant(NamedTuple):
+    method: str
+    records: bool = False
+    in_pieces: bool = True
+    keeps_outputs: bool = True
+
+
+VARIANTS = {
+    "lora": Variant("lora"),
+    "lora, module by module": Variant("lora", in_pieces=False),
+    "lora, norms keep inputs": Variant("lora", keeps_outputs=False),
+    "gates": Variant("prunadapt"),
+    "gates, recording": Variant("prunadapt", records=True),
+    "gates, recording, module by module": Variant("prunadapt", records=True, in_pieces=False),
+    "gates, recording, norms keep inputs": Variant("prunadapt", records=True, keeps_outputs=False),
 }
 
 
@@ -30,22 +42,34 @@ def measure(result: Path, rounds: int, options: list[str]) -> None:
     """On every rank; rank 0 writes seconds [round][variant]."""
     import torch
 
-    from prunadapt_ds import distributed, train, zero3
+    from prunadapt_ds import distributed, norms, train, zero3
     from prunadapt_ds.config import parse
 
-    pieces, sessions = zero3.PIECE_ELEMENTS, {}
+    pieces, keep_outputs, sessions, kept = zero3.PIECE_ELEMENTS, norms.keep_outputs, {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (method, _, in_pieces) in VARIANTS.items():
-            zero3.PIECE_ELEMENTS = pieces if in_pieces else 0
-            argv = ["--output_dir", str(Path(folder, name)), "--method", method, "--train_norms", "True", *options]
-            sessions[name] = train.setup(parse(argv))
-            train.add_trainables(sessions[name])
+        for name, variant in VARIANTS.items():
+            zero3.PIECE_ELEMENTS = pieces if variant.in_pieces else 0
+            norms.keep_outputs = keep_outputs if variant.keeps_outputs else lambda model: None
+            argv = [
+                "--output_dir",
+                str(Path(folder, name)),
+                "--method",
+                variant.method,
+                "--train_norms",
+                "True",
+                *options,
+            ]
+            sessions[name] = session = train.setup(parse(argv))
+            train.add_trainables(session)
+            with train.watched(session, 0, record=variant.records) as saved:
+                train.train_step(session, 0, record=variant.records, saved=saved)
+            kept[name] = session.memory.activation_bytes
         seconds = []
         for step in range(rounds + 2):
             row = {}
             for name, session in sessions.items():
                 start, cpu_start = time.perf_counter(), time.process_time()
-                train.train_step(session, step, record=VARIANTS[name][1])
+                train.train_step(session, step, record=VARIANTS[name].records)
                 if session.device.type == "cuda":
                     torch.cuda.synchronize()
                 row[name] = {"cpu": time.process_time() - cpu_start, "wall": time.perf_counter() - start}
@@ -54,7 +78,7 @@ def measure(result: Path, rounds: int, options: list[str]) -> None:
             session.tracker.close()
     if distributed.rank() == 0:
         found = {"ranks": distributed.world_size(), "device": distributed.device_name(session.device)}
-        found |= {"torch": torch.__version__, "options": options, "seconds": seconds[2:]}
+        found |= {"torch": torch.__version__, "options": options, "kept_bytes": kept, "seconds": seconds[2:]}
         result.write_text(json.dumps(found, indent=1) + "\n")
     distributed.shutdown()
 
@@ -64,14 +88,15 @@ def table(found: dict) -> str:
         f"{found['device']}, {found['ranks']} ranks, torch {found['torch']}, {len(found['seconds'])} rounds;",
         " ".join(found["options"]),
         "",
-        "| step | CPU s, median | of `lora`, CPU (quartiles) | of `lora`, wall (quartiles) |",
-        "|---|--:|--:|--:|",
+        "| step | CPU s, median | of `lora`, CPU (quartiles) | of `lora`, wall (quartiles) | kept by autograd (MiB) |",
+        "|---|--:|--:|--:|--:|",
     ]
     for name in found["seconds"][0]:  # older results have other variants
         cells = [f"{median(row[name]['cpu'] for row in found['seconds']):.3f}"]
         for kind in ("cpu", "wall"):
             low, middle, high = quantiles((row[name][kind] / row["lora"][kind] for row in found["seconds"]), n=4)
             cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+        cells.append(f"{found['kept_bytes'][name] / 2**20:.1f}" if "kept_bytes" in found else "")
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
