@@ -8,8 +8,8 @@ normalised values, is in the output (as in-place batch normalisation has it: Rot
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat))    g = dy * s; RMS norms have no mean(g)
     dw = sum(dy * xhat), db = sum(dy)
 
-Where the shift is large beside the scale, what `y` was rounded by would be most of what is found: of the entries of which
-that holds most, `xhat` is kept. Legend: B samples, T tokens, H width of the model.
+An entry whose shift is large beside its scale is faint in the output: most of what is found there is what `y` was rounded
+by. Of the faintest few `xhat` itself is kept. Legend: B samples, T tokens, H width of the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 LEAST_SCALE = 2.0**-10
-KEPT = 64  # one entry in so many, and at least four
+FAINT = 64  # one entry in so many, and at least four
 FP32_ELEMENTS = {"cpu": 2**18}  # of the copies that an RMS norm's backward pass works with; they stay in a CPU's cache
 _ELSEWHERE = 2**26
 
@@ -31,11 +31,11 @@ class _FromOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, norm: _KeepsOutput) -> Tensor:
         y, mean, rstd = norm.normalised(x)
-        hidden = norm.hidden_entries()
-        few = x.index_select(-1, hidden)
+        faint = norm.faint_entries()
+        few = x.index_select(-1, faint)
         kept = ((few if mean is None else few - mean) * rstd).to(y.dtype)
         ctx.norm = norm
-        ctx.save_for_backward(y, rstd, hidden, kept)
+        ctx.save_for_backward(y, rstd, faint, kept)
         return y
 
     @staticmethod
@@ -69,26 +69,26 @@ class _KeepsOutput(nn.Module):
         raise NotImplementedError
 
     def gradients(
-        self, dy: Tensor, y: Tensor, rstd: Tensor, hidden: Tensor, kept: Tensor, wanted: tuple[bool, bool, bool]
+        self, dy: Tensor, y: Tensor, rstd: Tensor, faint: Tensor, kept: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of the input, the weight and the bias, as far as they are wanted."""
         raise NotImplementedError
 
-    def hidden_entries(self) -> Tensor:
-        """int64 [few]: where the output tells least of the normalised values. From the weights alone: nothing to remember,
+    def faint_entries(self) -> Tensor:
+        """int64 [few]: the faintest. From the weights alone: nothing to remember,
         and nothing that the host has to wait for."""
         scale, shift = self.scale_and_shift()
         beside = LEAST_SCALE if shift is None else shift.abs() + LEAST_SCALE
-        few = min(len(scale), max(4, len(scale) // KEPT))
+        few = min(len(scale), max(4, len(scale) // FAINT))
         return (beside / scale.abs().clamp(min=LEAST_SCALE**2)).topk(few).indices
 
-    def xhat(self, y: Tensor, hidden: Tensor, kept: Tensor) -> Tensor:
+    def xhat(self, y: Tensor, faint: Tensor, kept: Tensor) -> Tensor:
         """The normalised values again, [..., H]."""
         scale, shift = self.scale_and_shift()
         scale = torch.where(scale.abs() < LEAST_SCALE, LEAST_SCALE, scale)
         inverse = scale.reciprocal().to(y.dtype)
         found = y * inverse if shift is None else torch.addcmul((-shift / scale).to(y.dtype), y, inverse)
-        return found.index_copy_(-1, hidden, kept)
+        return found.index_copy_(-1, faint, kept)
 
 
 class _LayerNorm(_KeepsOutput):
@@ -102,11 +102,11 @@ class _LayerNorm(_KeepsOutput):
         return torch.native_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
     def gradients(
-        self, dy: Tensor, y: Tensor, rstd: Tensor, hidden: Tensor, kept: Tensor, wanted: tuple[bool, bool, bool]
+        self, dy: Tensor, y: Tensor, rstd: Tensor, faint: Tensor, kept: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Torch's own, of values that are normalised already."""
         backward = torch.ops.aten.native_layer_norm_backward
-        zero, one, xhat = torch.zeros_like(rstd), torch.ones_like(rstd), self.xhat(y, hidden, kept)
+        zero, one, xhat = torch.zeros_like(rstd), torch.ones_like(rstd), self.xhat(y, faint, kept)
         dx, dw, db = backward(dy, xhat, self.normalized_shape, zero, one, self.weight, self.bias, wanted)
         return dx.mul_(rstd) if wanted[0] else None, dw, db
 
@@ -140,12 +140,12 @@ class _RMSNorm(_KeepsOutput):
         return super().forward(x), None, rstd  # type: ignore[misc]
 
     def gradients(
-        self, dy: Tensor, y: Tensor, rstd: Tensor, hidden: Tensor, kept: Tensor, wanted: tuple[bool, bool, bool]
+        self, dy: Tensor, y: Tensor, rstd: Tensor, faint: Tensor, kept: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         scale, _ = self.scale_and_shift()
         dx, dw = torch.empty_like(dy), torch.zeros_like(scale)
         for rows in _runs(y):
-            xhat, g = self.xhat(y[rows].float(), hidden, kept[rows].float()), dy[rows].float()
+            xhat, g = self.xhat(y[rows].float(), faint, kept[rows].float()), dy[rows].float()
             if wanted[1]:
                 dw += (g * xhat).flatten(0, -2).sum(0)
             g = g * scale

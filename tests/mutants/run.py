@@ -64,7 +64,7 @@ MUTANTS = (
            f"{IMPORTANCE}::test_gate_gradient_equals_autograd"),
     Mutant("gate rounded to bf16", "gates.py", "return torch.addcmul(x, x, change)", "return x * (1 + change)",
            f"{IMPORTANCE}::test_gate_keeps_small_updates_in_bf16"),
-    Mutant("what a norm's output hides is not kept", "norms.py", "return found.index_copy_(-1, hidden, kept)", "return found",
+    Mutant("what a norm's output hides is not kept", "norms.py", "return found.index_copy_(-1, faint, kept)", "return found",
            "tests/unit/test_norms.py::test_numbers_and_gradients_are_those_of_the_plain_norm"),
     Mutant("LoRA not sliced with its units", "resize.py",
            "slice_linear(getattr(module, matrix)[ADAPTER], index, side, lora_axis)",
