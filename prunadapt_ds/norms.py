@@ -75,8 +75,7 @@ class _KeepsOutput(nn.Module):
         raise NotImplementedError
 
     def faint_entries(self) -> Tensor:
-        """int64 [few]: the faintest. From the weights alone: nothing to remember,
-        and nothing that the host has to wait for."""
+        """int64 [few]: the faintest. They hang on the weights alone: nothing to remember, nothing for the host to wait for."""
         scale, shift = self.scale_and_shift()
         beside = LEAST_SCALE if shift is None else shift.abs() + LEAST_SCALE
         few = min(len(scale), max(4, len(scale) // FAINT))
