@@ -111,18 +111,22 @@ class _LayerNorm(_KeepsOutput):
 
 
 class _RMSNorm(_KeepsOutput):
-    """`_offset`: 1 where the scale is 1 + weight. Families differ in it and do not say so: what explains the first output
-    tells, and a norm that neither does is left alone."""
+    """`_offset`: 1 where the scale is 1 + weight. Families differ in it and do not say so: what a few made-up rows become
+    tells, on every rank the same, and a norm that neither explains is left alone."""
 
     _offset: float | None = None
 
     def is_known(self, x: Tensor) -> bool:
         if self._offset is None:
-            self._offset = 0.0 if x.is_meta else self._explains(x.detach().flatten(0, -2)[:16])
+            self._offset = 0.0 if x.is_meta else self._explained(x)
         return self._offset >= 0
 
     @torch.no_grad()
-    def _explains(self, x: Tensor) -> float:
+    def _explained(self, like: Tensor) -> float:
+        if self._eps is None:
+            return -1.0
+        width = like.shape[-1]
+        x = torch.linspace(-3, 5, 4 * width, device=like.device).view(4, width).to(like.dtype)
         y, _, rstd = self.normalised(x)
         for offset in (0.0, 1.0):
             expected = x.float() * rstd * (self.weight.float() + offset)
@@ -130,12 +134,17 @@ class _RMSNorm(_KeepsOutput):
                 return offset
         return -1.0
 
+    @property
+    def _eps(self) -> float | None:
+        """By whichever name; None where it has none, as torch's own may."""
+        found = (vars(self).get(name) for name in ("variance_epsilon", "eps"))
+        return next((float(eps) for eps in found if eps is not None), None)
+
     def scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
         return self.weight.float() + (self._offset or 0.0), None
 
     def normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        eps: float = vars(self).get("variance_epsilon") or vars(self)["eps"]
-        rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + (self._eps or 0.0))
         return super().forward(x), None, rstd  # type: ignore[misc]
 
     def gradients(

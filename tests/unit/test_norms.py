@@ -28,6 +28,7 @@ KINDS = {
     "Llama": lambda: LlamaRMSNorm(WIDTH),
     "Gemma": lambda: GemmaRMSNorm(WIDTH),
     "strange": lambda: StrangeRMSNorm(WIDTH),
+    "without an epsilon": lambda: nn.RMSNorm(WIDTH),
 }
 
 
@@ -101,7 +102,16 @@ def test_only_the_output_is_kept(kind):
     with saved.watch():
         norm(x)
     one, row = x.numel() * 4, x[..., 0].numel() * 4
-    assert saved.bytes <= one + 6 * row or kind == "strange", "a number for each row, and four entries"
+    alone = kind in ("strange", "without an epsilon")
+    assert saved.bytes <= one + 6 * row or alone, "a number for each row, and four entries"
+
+
+def test_a_first_input_of_zeros_says_nothing_of_the_scale():
+    norm, x, dy = norm_of("Gemma"), torch.randn(3, 5, WIDTH), torch.randn(3, 5, WIDTH)
+    expected = gradients(norm, x, dy)[1]
+    norms.keep_outputs(norm)
+    gradients(norm, torch.zeros(3, 5, WIDTH), dy)
+    torch.testing.assert_close(gradients(norm, x, dy)[1], expected, rtol=1e-4, atol=2e-5)
 
 
 def test_norms_are_known_by_their_names_still():
