@@ -33,6 +33,11 @@ def free_port():
     return str(launchers.free_port())
 
 
+def deepspeed(*words):
+    """The command of DeepSpeed's launcher."""
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", free_port(), *words]
+
+
 PORT = free_port()  # of ranks that are told no other
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.distributed.test_laws import arguments
-from tests.integration.processes import environment, free_port, place, run
+from tests.integration.processes import deepspeed, environment, free_port, place, run
 from tests.slurm import cluster as clusters
 from tests.tiny import tiny_data, tiny_folder
 
@@ -30,10 +30,6 @@ def launch(command, timeout=400, **more):
 
 def torchrun(ranks):
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", free_port()]
-
-
-def deepspeed(*words):
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", free_port(), *words]
 
 
 @pytest.fixture(scope="module")

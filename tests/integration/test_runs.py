@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.distributed import runs
 from tests.distributed.harness import Ranks, run_ranks
 from tests.distributed.test_laws import arguments
-from tests.integration.processes import free_port
+from tests.integration.processes import deepspeed
 from tests.tiny import tiny_data, tiny_folder
 
 pytestmark = pytest.mark.ci
@@ -313,16 +313,9 @@ def launch(command, timeout=300):
 
 def test_deepspeed_launcher(base, tmp_path):
     """That all launchers agree is in test_launchers.py."""
-    deepspeed = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        free_port(),
-    ]
-    done = launch([*deepspeed, "launcher/train.py", *arguments(base, tmp_path / "out", batch=4)])
+    done = launch(
+        [*deepspeed("--num_accelerators", "2"), "launcher/train.py", *arguments(base, tmp_path / "out", batch=4)]
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["status"] == "complete" and report["world_size"] == 2
@@ -331,18 +324,9 @@ def test_deepspeed_launcher(base, tmp_path):
 
 
 def test_two_ranks_one_message_and_exit_code_2(base, tmp_path):
-    deepspeed = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        free_port(),
-    ]
     argv = arguments(base, tmp_path / "out", batch=4)
     (tmp_path / "out" / "ds.json").write_text(json.dumps({"train_batch_size": 7}))
-    done = launch([*deepspeed, "launcher/train.py", *argv])
+    done = launch([*deepspeed("--num_accelerators", "2"), "launcher/train.py", *argv])
     assert done.returncode == 2
     text = done.stdout + done.stderr
     assert text.count("train_batch_size=7") == 1 and "Traceback" not in text
