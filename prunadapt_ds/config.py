@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os.path
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,13 +254,23 @@ def parse(argv: Sequence[str] | None = None, usage: Usage = TRAIN) -> Config:
 
     Raises UserError with every problem: unknown options and types, ranges, contradictions. Exits on --help.
     """
-    sections, given, problems = read(argv, SECTIONS, usage)
-    config = Config(**sections, given=given)
+    return parse_beside({}, argv, usage)[0]
+
+
+def parse_beside(
+    own: Mapping[str, type], argv: Sequence[str] | None, usage: Usage, *, reads_data: bool = True
+) -> tuple[Config, dict[str, Any]]:
+    """As `parse`, for a command with sections of its own, which come filled in beside the run's, by name."""
+    filled, given, problems = read(argv, {**own, **SECTIONS}, usage)
+    config = Config(**{name: filled.pop(name) for name in SECTIONS}, given=given)
     problems += _contradictions(config)
+    if reads_data and config.is_language and not config.data.train_file:
+        remedy = "--task_type causal_lm needs --train_file and --validation_file"
+        problems.append(Problem("train_file", None, remedy))
     if problems:
         raise UserError(problems)
     _resolve(config)
-    return config
+    return config, filled
 
 
 def _contradictions(config: Config) -> list[Problem]:
@@ -356,9 +366,7 @@ def _data_problems(data: DataOptions) -> list[Problem]:
 
 def _language_problems(config: Config) -> list[Problem]:
     """What --task_type causal_lm does not go with."""
-    data, prune, found = config.data, config.prune, []
-    if not data.train_file:
-        found.append(Problem("train_file", None, "--task_type causal_lm needs --train_file and --validation_file"))
+    prune, found = config.prune, []
     if prune.method == "tmp":
         found.append(Problem("method", "tmp", "works for classifiers only; use prunadapt, lora or full"))
     if "distill_weight" in config.given and prune.distill_weight > 0 and not prune.distill_top_k:

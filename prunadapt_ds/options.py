@@ -12,7 +12,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,15 @@ def option(
     below: float | None = None,
     choices: Sequence[str] = (),
     needs: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
+    reads: Callable[[str], Any] | None = None,
 ) -> Any:
     """A dataclass field with its help text and the values it takes: [least, most], (above, below), or `choices`.
 
     needs: another option with choices, and those of them with which this one has an effect; with others only its default is
-    taken.
+    taken.  reads: makes something of a text, and raises ValueError, saying what it wants, of one that it cannot read.
     """
     limits = {"least": least, "most": most, "above": above, "below": below, "choices": tuple(choices), "needs": needs}
-    return field(default=default, metadata={"help": text, **limits})
+    return field(default=default, metadata={"help": text, "reads": reads, **limits})
 
 
 def as_called(example: str) -> str:
@@ -265,6 +266,11 @@ def _out_of_limits(o: Option, value: Any) -> str:
     wrong = [v for v in (value if o.is_list else [value]) if o.limits["choices"] and v not in o.limits["choices"]]
     if wrong:
         return suggestion(str(wrong[0]), o.limits["choices"])
+    if o.limits["reads"]:
+        try:
+            o.limits["reads"](value)
+        except ValueError as error:
+            return str(error)
     if o.kind not in (int, float) or o.is_list:
         return ""
     words = {"least": "at least", "most": "at most", "above": "more than", "below": "less than"}

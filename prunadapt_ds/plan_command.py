@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunadapt_ds import resources
-from prunadapt_ds.config import TASK_TYPES, parse
+from prunadapt_ds.config import parse_beside
 from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.options import as_called
+from prunadapt_ds.options import Usage, option
 from prunadapt_ds.planner import plan, read_config
 from prunadapt_ds.zero_costs import BYTES, Machine
 
@@ -24,24 +25,61 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**
 
 def quantity(text: str) -> float:
     """ "80GiB", "400GB/s", "4e14" as a number of bytes, bytes/s or operations/s. Raises ValueError."""
-    found = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([KMGT]i?)?(?:B|FLOPS?)?(?:/s)?\s*", text)
+    found = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([KMGT]i?)?(?:B|FLOPS?)?(?:/s)?\s*", text)
     value = float(found[1]) * _UNITS[found[2] or ""] if found else 0.0
-    if not value > 0:
-        raise ValueError
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError("must be a quantity such as 80GiB, 400GB/s or 4e14")
     return value
 
 
-OWN: dict[str, tuple[Any, Any, str]] = {  # name: (kind, default, help)
-    "world_size": (int, 1, "ranks"),
-    "gpus_per_node": (int, 8, "ranks that share a node"),
-    "gpu_memory": (quantity, "80GiB", "of one GPU"),
-    "flops": (quantity, "400e12", "floating-point operations/s that a GPU sustains in these products"),
-    "bandwidth": (quantity, "400GB/s", "of a GPU to the others of its node"),
-    "network_bandwidth": (quantity, "25GB/s", "of a GPU to other nodes"),
-    "host_bandwidth": (quantity, "25GB/s", "of a GPU to its host's memory"),
-    "num_labels": (int, 2, "classes; 1 for regression"),
-    "train_examples": (int, 100_000, "whose teacher logits are kept"),
-}
+def quantity_option(default: str, text: str) -> Any:
+    return option(default, text, reads=quantity)
+
+
+@dataclass
+class PlanOptions:
+    """Machine and model."""
+
+    world_size: int = option(1, "ranks", least=1)
+    gpus_per_node: int = option(8, "ranks that share a node", least=1)
+    gpu_memory: str = quantity_option("80GiB", "of one GPU")
+    flops: str = quantity_option("400e12", "floating-point operations/s that a GPU sustains in these products")
+    bandwidth: str = quantity_option("400GB/s", "of a GPU to the others of its node")
+    network_bandwidth: str = quantity_option("25GB/s", "of a GPU to other nodes")
+    host_bandwidth: str = quantity_option("25GB/s", "of a GPU to its host's memory")
+    dtype: str = option("bf16", 'what an "auto" in the file becomes', choices=("bf16", "fp32"))
+    num_labels: int = option(2, "classes; 1 for regression", least=1)
+    train_examples: int = option(100_000, "whose teacher logits are kept", least=1)
+    json: bool = option(False, "print JSON")
+
+    def machine(self) -> Machine:
+        """What the seconds rest on, in bytes, bytes/s and operations/s."""
+        texts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["reads"] is quantity}
+        rates = {name: quantity(text) for name, text in texts.items()}
+        return Machine(self.world_size, self.gpus_per_node, **rates)
+
+
+USAGE = Usage(
+    "Bytes, communication and seconds of a run for every file in ds_configs/ (or the one that is named), from the model's "
+    "configuration alone. All options of a run are taken; those that a plan depends on most are listed.",
+    "prunadapt plan --model_name_or_path meta-llama/Llama-2-70b-hf --world_size 16 --target_sparsity 0.5",
+    frozenset(
+        {
+            *(f.name for f in dataclasses.fields(PlanOptions)),
+            *("model_name_or_path", "trust_remote_code", "task_type", "max_seq_length", "method", "target_sparsity"),
+            *(
+                "budget",
+                "keep_in_outer_layers",
+                "distill_weight",
+                "distill_top_k",
+                "r",
+                "train_norms",
+                "target_modules",
+            ),
+            *("ds_config", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+        }
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,32 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: list[str]) -> str:
     """What is printed. Raises UserError with every problem of the command line."""
-    values, rest = _parser().parse_known_args(argv)
+    config, sections = parse_beside({"plan": PlanOptions}, argv, USAGE, reads_data=False)
+    asked: PlanOptions = sections["plan"]
     problems: list[Problem] = []
-    own: dict[str, Any] = {}
-    for name, (kind, _, _) in OWN.items():
-        text = str(getattr(values, name))
-        try:
-            own[name] = kind(text)
-            if own[name] < 1:
-                raise ValueError
-        except ValueError:
-            wanted = "a whole number of at least 1" if kind is int else "a quantity such as 80GiB, 400GB/s or 4e14"
-            problems.append(Problem(name, text, f"must be {wanted}"))
-    for name, choices in (("dtype", ("bf16", "fp32")), ("task_type", TASK_TYPES)):
-        if getattr(values, name) not in choices:
-            problems.append(Problem(name, getattr(values, name), f"must be one of {', '.join(choices)}"))
-    is_language = values.task_type == "causal_lm"
-    if is_language:  # a run needs files; a plan reads none
-        rest = ["--train_file", "any.txt", "--validation_file", "any.txt", *rest, "--task_type", "causal_lm"]
-    try:
-        config = parse(rest)
-    except UserError as error:
-        raise UserError([*error.problems, *problems]) from error
     if config.prune.budget == "latency":
         remedy = "is measured when a run starts, on its device; plan with --budget macs and a target sparsity near it"
-        asked = "budget" if config.prune.target_speedup is None else "target_speedup"
-        problems.append(Problem(asked, getattr(config.prune, asked), remedy))
+        name = "budget" if config.prune.target_speedup is None else "target_speedup"
+        problems.append(Problem(name, getattr(config.prune, name), remedy))
     if config.lora.adapter_name_or_path is not None:
         remedy = "is not read here; say its rank with --r, its projections with --target_modules"
         problems.append(Problem("adapter_name_or_path", config.lora.adapter_name_or_path, remedy))
@@ -95,42 +114,20 @@ def run(argv: list[str]) -> str:
         files = [Path(config.train.ds_config)]  # says that it is not there
     model_config = read_config(
         config.model.model_name_or_path,
-        own["num_labels"],
-        is_language=is_language,
+        asked.num_labels,
+        is_language=config.is_language,
         trust_remote_code=config.model.trust_remote_code,
     )
-    fields = {f.name for f in dataclasses.fields(Machine)}
     found = plan(
         model_config,
         config,
-        Machine(**{name: value for name, value in own.items() if name in fields}),
+        asked.machine(),
         files,
-        dtype=values.dtype,
-        num_labels=own["num_labels"],
-        train_examples=own["train_examples"],
+        dtype=asked.dtype,
+        num_labels=asked.num_labels,
+        train_examples=asked.train_examples,
     )
-    return json.dumps(found, indent=1) if values.json else table(found)
-
-
-_EXAMPLE = "prunadapt plan --model_name_or_path meta-llama/Llama-2-70b-hf --world_size 16 --target_sparsity 0.5"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [option ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Bytes, communication and seconds of a run for every file in ds_configs/, from the configuration alone.",
-        epilog="Any option of a training is taken as well: --model_name_or_path, --method, --target_sparsity, --r,\n"
-        "--per_device_train_batch_size, --max_seq_length, --gradient_checkpointing, --ds_config (that file only), ...\n\n"
-        f"example: {as_called(_EXAMPLE)}",
-        allow_abbrev=False,
-    )
-    for name, (_, default, text) in OWN.items():
-        parser.add_argument(f"--{name}", default=default, help=f"{text} [{default}]")
-    parser.add_argument("--dtype", default="bf16", help='what an "auto" in the file becomes: bf16 or fp32 [bf16]')
-    parser.add_argument("--task_type", default=TASK_TYPES[0], help=f"{' or '.join(TASK_TYPES)} [{TASK_TYPES[0]}]")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
+    return json.dumps(found, indent=1) if asked.json else table(found)
 
 
 def size(count: float) -> str:

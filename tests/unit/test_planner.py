@@ -211,7 +211,8 @@ def test_mistakes_are_said_together(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     code, out, said = run(capsys, "--world_size", "0", "--flops", "fast", "--r", "0", "--dtype", "int8")
     assert code == 2 and not out and len(said.splitlines()) == 5
-    assert all(word in said for word in ("world_size='0'", "flops='fast'", "r=0", "dtype='int8'"))
+    assert all(word in said for word in ("world_size=0", "flops='fast'", "r=0", "dtype='int8'"))
+    assert "did you mean --world_size?" in run(capsys, "--world_sise", "4")[2]
     for path, word in ((tmp_path / "nothing.json", "no such file"), (tmp_path, "no configuration can be read")):
         code, _, said = run(capsys, "--model_name_or_path", str(path))
         assert code == 2 and word in said and "Traceback" not in said and len(said.splitlines()) == 1
@@ -249,9 +250,9 @@ def test_quantities(text, value):
     assert plan_command.quantity(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-3", "80 apples", "1e"])
+@pytest.mark.parametrize("text", ["", "GiB", "-3", "0", "80 apples", "1e", "1.2.3", "1e999"])
 def test_no_quantities(text):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="such as 80GiB"):
         plan_command.quantity(text)
 
 
