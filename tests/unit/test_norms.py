@@ -114,6 +114,15 @@ def test_a_first_input_of_zeros_says_nothing_of_the_scale():
     torch.testing.assert_close(gradients(norm, x, dy)[1], expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_that_the_epsilon_outweighs(kind):
+    norm, x, dy = norm_of(kind), torch.randn(3, 5, WIDTH) * 3e-4, torch.randn(3, 5, WIDTH)
+    expected = gradients(copy.deepcopy(norm), x, dy)[1]
+    norms.keep_outputs(norm)
+    found = gradients(norm, x, dy)[1]
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
 def test_norms_are_known_by_their_names_still():
     model = nn.Sequential(*(norm_of(kind) for kind in KINDS))
     names = [type(m).__name__ for m in model]
