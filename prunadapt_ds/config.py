@@ -260,7 +260,10 @@ def parse(argv: Sequence[str] | None = None, usage: Usage = TRAIN) -> Config:
 def parse_beside(
     own: Mapping[str, type], argv: Sequence[str] | None, usage: Usage, *, reads_data: bool = True
 ) -> tuple[Config, dict[str, Any]]:
-    """As `parse`, for a command with sections of its own, which come filled in beside the run's, by name."""
+    """As `parse`, for a command with sections of its own, which come filled in beside the run's, by name.
+
+    reads_data: whether it opens files, which a language task then has to name.
+    """
     filled, given, problems = read(argv, {**own, **SECTIONS}, usage)
     config = Config(**{name: filled.pop(name) for name in SECTIONS}, given=given)
     problems += _contradictions(config)

@@ -33,6 +33,7 @@ def quantity(text: str) -> float:
 
 
 def quantity_option(default: str, text: str) -> Any:
+    """An `option` that takes what `quantity` reads."""
     return option(default, text, reads=quantity)
 
 
@@ -66,17 +67,10 @@ USAGE = Usage(
     frozenset(
         {
             *(f.name for f in dataclasses.fields(PlanOptions)),
-            *("model_name_or_path", "trust_remote_code", "task_type", "max_seq_length", "method", "target_sparsity"),
-            *(
-                "budget",
-                "keep_in_outer_layers",
-                "distill_weight",
-                "distill_top_k",
-                "r",
-                "train_norms",
-                "target_modules",
-            ),
-            *("ds_config", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+            *("model_name_or_path", "trust_remote_code", "task_type", "max_seq_length", "ds_config"),
+            *("method", "target_sparsity", "budget", "keep_in_outer_layers", "distill_weight", "distill_top_k"),
+            *("r", "train_norms", "target_modules"),
+            *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
         }
     ),
 )

@@ -194,6 +194,11 @@ def test_the_program_on_a_config_file(tmp_path, capsys, monkeypatch):
     found = json.loads(out)
     assert code == 0 and [c["file"] for c in found["configs"]] == ["zero3.json"]
     assert found["run"]["max_seq_length"] == 64 and len(found["configs"][0]["phases"]) == 9
+    written = tmp_path / "plan.yaml"
+    written.write_text(
+        "world_size: 4\ngpu_memory: 1GiB\nmax_seq_length: 64\nds_config: ds_configs/zero3.json\njson: true\n"
+    )
+    assert run(capsys, *words[:2], *words[6:], "--config", str(written)) == (0, out, "")
 
 
 def test_a_teacher_of_language_is_counted_and_rests_on_disk(tmp_path, capsys):
