@@ -36,7 +36,14 @@ VARIANTS = {  # "ours@0.6+teacher": one ingredient of the defaults changed
     "newest-scores": ["--score_ema", "0"],
     "masked-to-the-end": ["--shrink", "never"],
 }
-ONE_CUT = ("fisher", "magnitude", "random")
+ORDERS = ("fisher", "magnitude", "random")  # of one cut
+ONE_CUT: dict[str, object] = {  # plain LoRA, one cut, plain LoRA
+    "prune_start": 0.3,
+    "prune_end": 0.5,
+    "num_decisions": 1,
+    "gate_learning_rate": 1e-9,
+    "train_norms": "false",
+}
 ROWS = {"cola": 8551, "mrpc": 3668, "rte": 2490, "stsb": 5749, "sst2": 67349, "wnli": 635}  # training examples
 
 
@@ -51,10 +58,9 @@ def options_of(method: str) -> list[str]:
     if name == "trainer-full":
         return ["--method", "full", "--learning_rate", "5e-5"]
     options = ["--target_sparsity", sparsity]
-    if name in ONE_CUT:  # plain LoRA, one cut, plain LoRA
-        options += ["--criterion", name, "--prune_start", "0.3", "--prune_end", "0.5", "--num_decisions", "1"]
-        options += ["--gate_learning_rate", "1e-9", "--shrink", "always"]
-        options += ["--train_norms", "false"]
+    if name in ORDERS:
+        options += ["--criterion", name, "--shrink", "always"]
+        options += [word for option, value in ONE_CUT.items() for word in (f"--{option}", str(value))]
     return options + (VARIANTS[variant] if variant else [])
 
 

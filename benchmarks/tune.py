@@ -16,6 +16,8 @@ import threading
 from pathlib import Path
 from statistics import mean
 
+from compare import ONE_CUT
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDS = 5
 FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B"}  # official names
@@ -107,14 +109,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "r32-alpha64-today": {**TODAY, "r": 32, "lora_alpha": 64},
     "r64-today": {**TODAY, "r": 64},
     "lora-r32": {**LORA, "r": 32},
-    "fisher-once-today": {
-        **TODAY,
-        "prune_start": 0.3,
-        "prune_end": 0.5,
-        "num_decisions": 1,
-        "gate_learning_rate": 1e-9,
-        "train_norms": False,
-    },
+    "fisher-once-today": {**TODAY, **ONE_CUT},
 }
 
 
