@@ -108,6 +108,9 @@ VARIANTS: dict[str, dict[str, object]] = {
     "r32-alpha8-today": {**TODAY, "r": 32, "lora_alpha": 8},
     "r32-alpha64-today": {**TODAY, "r": 32, "lora_alpha": 64},
     "r64-today": {**TODAY, "r": 64},
+    "r32-slow-gates-today": {**TODAY, "r": 32, "gate_learning_rate": 1e-3},
+    "dropout-today": {**TODAY, "dropout": True},
+    "5-epochs-today": {**TODAY, "num_train_epochs": 5},
     "lora-r32": {**LORA, "r": 32},
     "fisher-once-today": {**TODAY, **ONE_CUT},
 }
