@@ -28,7 +28,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from prunadapt_ds import adapters, backbone, distributed, memory, model_folder  # noqa: E402
+from prunadapt_ds import adapters, backbone, distributed, memory, model_folder, state  # noqa: E402
 from prunadapt_ds.batches import PAD_TO_MULTIPLE_OF  # noqa: E402
 from prunadapt_ds.config import parse  # noqa: E402
 from prunadapt_ds.data import compute_metrics, load_metric, load_task, tokenize  # noqa: E402
@@ -75,7 +75,7 @@ class Watched(Trainer):
         with saved.watch():
             loss = super().training_step(*args, **kwargs)
         engine = self.model_wrapped
-        self.live_bytes = memory.parameter_bytes(self.model) + memory.optimizer_bytes(engine) + saved.bytes
+        self.live_bytes = memory.parameter_bytes(self.model) + state.optimizer_bytes(engine) + saved.bytes
         return loss
 
 

@@ -93,7 +93,7 @@ def prepare(point: Point, work: Path) -> list[str]:
 
 def measure(argv: list[str], result: Path) -> None:
     """On every rank: a step, a cut of the whole way, a step; rank 0 writes what was held."""
-    from prunadapt_ds import distributed, memory, train
+    from prunadapt_ds import distributed, memory, state, train
     from prunadapt_ds.budget import decide
     from prunadapt_ds.config import parse
 
@@ -107,7 +107,7 @@ def measure(argv: list[str], result: Path) -> None:
             train.train_step(session, 0, record=record)
         parts = {
             "parameters": memory.parameter_bytes(session.model),
-            "optimizer": memory.optimizer_bytes(session.engine),
+            "optimizer": state.optimizer_bytes(session.engine),
             "activations": session.memory.activation_bytes,
         }
         found[phase] = {name: int(distributed.dist_max(value)) for name, value in parts.items()}

@@ -229,11 +229,17 @@ def destroy(engine: Any) -> None:
     """Take an engine off its module, which stays usable with its (sharded) parameters. What the engine held is garbage then."""
     module = engine.module
     engine.destroy()
+    # It would do so again at its own end, when the parameters may have the masters of another engine.
+    engine.destroy = _nothing
     zero3.forget_engine(module)
     for parameter in module.parameters():
         parameter.grad = None
-        vars(parameter).pop("_z3_optimizer", None)
-        vars(parameter).pop("ds_z3_leaf_module", None)
+        for name in ("_z3_optimizer", "_zero_optimizer", "ds_z3_leaf_module"):  # by which it would keep the old engine
+            vars(parameter).pop(name, None)
         if is_sharded(parameter) and parameter.ds_persist:  # the next engine decides anew what stays whole
             parameter.ds_persist = False
             parameter.partition()
+
+
+def _nothing() -> None:
+    pass

@@ -155,15 +155,3 @@ def parameter_bytes(model: nn.Module, *, only_frozen: bool = False) -> int:
         if shard is not None:
             total += shard.numel() * shard.element_size()
     return total
-
-
-def optimizer_bytes(engine: Any) -> int:
-    """Bytes of this rank's share of fp32 masters and Adam moments: 12 per element it owns, at least 8."""
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    total = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            total += parameter.numel() * parameter.element_size()
-    for state in optimizer.state.values():
-        total += sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
-    return total

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunadapt_ds import adapters, backbone, distributed, gates, given_adapter, inventory, memory, watchdog, zero_costs
+from prunadapt_ds import (
+    adapters,
+    backbone,
+    distributed,
+    gates,
+    given_adapter,
+    inventory,
+    memory,
+    state,
+    watchdog,
+    zero_costs,
+)
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Rows, Sampler
 from prunadapt_ds.budget import PruningPlan
@@ -95,7 +106,7 @@ class Session:
 
     def live_parts_now(self) -> dict[str, int]:
         """Bytes this rank holds: parameters, optimizer state, and what the last watched step saved for its backward."""
-        held = memory.parameter_bytes(self.model), memory.optimizer_bytes(self.engine), self.memory.activation_bytes
+        held = memory.parameter_bytes(self.model), state.optimizer_bytes(self.engine), self.memory.activation_bytes
         return dict(zip(LIVE_PARTS, held, strict=True))
 
     def live(self) -> int:

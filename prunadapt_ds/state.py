@@ -180,6 +180,15 @@ def _flat_masters(engine: Any) -> Iterator[Tensor]:
         yield from group["params"]
 
 
+def optimizer_bytes(engine: Any) -> int:
+    """Bytes of this rank's share of fp32 masters that are not the parameters themselves, and of Adam's moments."""
+    parameters = {id(p) for p in engine.module.parameters()}
+    held = [master for master in _flat_masters(engine) if id(master) not in parameters]
+    for state in _torch_optimizer(engine).state.values():
+        held += [value for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in held)
+
+
 def _make_moments(engine: Any, steps: int) -> None:
     """Adam's state, which a fresh optimizer does not have before its first step."""
     optimizer = _torch_optimizer(engine)

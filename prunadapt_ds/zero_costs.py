@@ -88,14 +88,10 @@ def _held_elements(stock: Inventory, zero: dict[str, Any], recomputes: bool) -> 
 
 
 def accounted_bytes(stock: Inventory, ds: DsConfig, machine: Machine) -> int:
-    """What a report's `live_tensor_bytes` would say: parameters, optimizer, and the activations that are counted.
-
-    Without ZeRO and in fp32 the optimizer's masters are the parameters themselves, which are then counted twice.
-    """
+    """What a report's `live_tensor_bytes` would say: parameters, optimizer, and the activations that are counted."""
     parts = rank_bytes(stock, ds, machine, recomputes=False)
     total = sum(parts[place][name] for place in parts for name in ("frozen", "trainable", "optimizer"))
-    twice = stock.trainable * MASTERS if ds.stage == 0 and ds.dtype == "fp32" else 0
-    return total + twice + stock.accounted
+    return total + stock.accounted
 
 
 def traffic(stock: Inventory, ds: DsConfig, machine: Machine, config: Config) -> dict[str, int]:

@@ -370,8 +370,12 @@ def recover_logits(lengths, batch_size):
     return predict(Echo(), rows, batch_size, torch.device("cpu")).flatten().tolist()
 
 
-def shrink_in_training(argv):
-    """Shrink at every decision; at each: the losses of one batch, the training state and the shapes, before and after."""
+def shrink_in_training(argv, hold=False):
+    """Shrink at every decision; at each: the losses of one batch, the training state and the shapes, before and after.
+
+    hold: keep each engine until its successor is there, as a loop of one's own may.
+    """
+    import gc
     from contextlib import contextmanager
 
     from prunadapt_ds import engine as engines
@@ -409,7 +413,10 @@ def shrink_in_training(argv):
     def shrink_model(session):
         before = (losses(), learnt())
         sharded = [p for p in session.model.parameters() if engines.is_sharded(p)]
+        old = session.engine if hold else None
         really_shrink(session)
+        del old
+        gc.collect()
         held = {id(p) for p in session.model.parameters()}
         seen.append(
             {

@@ -159,6 +159,22 @@ def test_every_stage_shrinks(folder, tmp_path, stage, ranks):
 
 
 @pytest.mark.parametrize("stage", [1, 3])
+def test_an_engine_that_outlives_a_shrink_leaves_the_next_one_alone(folder, tmp_path, stage):
+    argv = arguments(folder, tmp_path / "out", batch=4, stage=stage, target_sparsity=0.6)
+    for result in run_ranks(runs.shrink_in_training, 2, argv, True):
+        check(result)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_with_the_optimizer_on_the_host_no_engine_outlives_a_shrink(folder, tmp_path, stage):
+    zero = {"offload_optimizer": {"device": "cpu"}}
+    argv = arguments(folder, tmp_path / "out", batch=4, stage=stage, zero=zero, target_sparsity=0.6)
+    for result in run_ranks(runs.shrink_in_training, 2, argv):
+        check(result)
+        assert [s["engines"] for s in result["seen"]] == [1] * len(DECISIONS)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
 def test_masters_are_carried_in_fp32_under_bf16(folder, tmp_path, stage):
     argv = arguments(folder, tmp_path / "out", batch=4, stage=stage, target_sparsity=0.6)
     path = tmp_path / "out" / "ds.json"

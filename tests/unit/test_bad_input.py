@@ -274,6 +274,38 @@ DS_CASES = {
         {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
         ("zero_optimization.zero_hpz_partition_size", "second copy"),
     ),
+    "gradients dealt out round robin": (
+        {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+        ("zero_optimization.round_robin_gradients", "do not reach; remove it"),
+    ),
+    "zenflow": (
+        {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}},
+        ("zero_optimization.zenflow", "do not reach; remove it"),
+    ),
+    "an old name of offloading": (
+        {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+        ("zero_optimization.cpu_offload", 'write "offload_optimizer": {"device": "cpu"}'),
+    ),
+    "parameters offloaded without ZeRO-3": (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        ("zero_optimization.offload_param.device", "no effect below ZeRO stage 3"),
+    ),
+    "an optimizer offloaded without ZeRO": (
+        {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+        ("zero_optimization.offload_optimizer.device", "no effect below ZeRO stage 1"),
+    ),
+    "part of an optimizer offloaded": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        ("zero_optimization.offload_optimizer.ratio", "do not reach; remove it"),
+    ),
+    "offloaded to another process": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+        ("zero_optimization.offload_optimizer.super_offload", "do not reach; remove it"),
+    ),
+    "blocks by their granularity without CUDA": (
+        {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 1000}},
+        ("zero_optimization.stage3_module_granularity_threshold", "CUDA"),
+    ),
     "micro-batch against the option": (
         {"train_micro_batch_size_per_gpu": 4},
         ("train_micro_batch_size_per_gpu", "contradicts --per_device_train_batch_size 8"),
