@@ -68,14 +68,14 @@ def phase(session: Session, sparsity: float, *, record: bool) -> dict:
     import torch
 
     from prunadapt_ds import distributed, train
+    from prunadapt_ds.step import train_step
 
-    with train.watched(session, 0, record=record):  # counts what lives, and warms up
-        train.train_step(session, 0, record=record)
+    train.watched_step(session, 0, record=record)  # counts what lives, and warms up
     session.memory.peak.reset()
     starts = []
     for step in range(STEPS):
         starts.append(time.perf_counter())
-        train.train_step(session, step, record=record)
+        train_step(session, step, record=record)
     if session.device.type == "cuda":
         torch.cuda.synchronize()
     starts.append(time.perf_counter())

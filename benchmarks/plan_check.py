@@ -103,8 +103,7 @@ def measure(argv: list[str], result: Path) -> None:
     prunes = session.config.prune.method == "prunadapt"
     for phase in ("dense", "last") if prunes else ("dense",):
         record = prunes and phase == "dense"
-        with train.watched(session, 0, record=record):
-            train.train_step(session, 0, record=record)
+        train.watched_step(session, 0, record=record)
         parts = {
             "parameters": memory.parameter_bytes(session.model),
             "optimizer": state.optimizer_bytes(session.engine),

@@ -81,8 +81,7 @@ def measure(argv: list[str], result: Path) -> None:
         for step in range(STEPS):
             start = time.perf_counter()
             record = phase == "dense"
-            with train.watched(session, step, record=record):
-                train.train_step(session, step, record=record)
+            train.watched_step(session, step, record=record)
             seconds.append(time.perf_counter() - start)
             calls, sent = traffic.take()
         found[phase] = {

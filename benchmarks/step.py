@@ -44,6 +44,7 @@ def measure(result: Path, rounds: int, options: list[str]) -> None:
 
     from prunadapt_ds import distributed, norms, train, zero3
     from prunadapt_ds.config import parse
+    from prunadapt_ds.step import train_step
 
     pieces, keep_outputs, sessions, kept = zero3.PIECE_ELEMENTS, norms.keep_outputs, {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -61,15 +62,14 @@ def measure(result: Path, rounds: int, options: list[str]) -> None:
             ]
             sessions[name] = session = train.setup(parse(argv))
             train.add_trainables(session)
-            with train.watched(session, 0, record=variant.records) as saved:
-                train.train_step(session, 0, record=variant.records, saved=saved)
+            train.watched_step(session, 0, record=variant.records)
             kept[name] = session.memory.activation_bytes
         seconds = []
         for step in range(rounds + 2):
             row = {}
             for name, session in sessions.items():
                 start, cpu_start = time.perf_counter(), time.process_time()
-                train.train_step(session, step, record=VARIANTS[name].records)
+                train_step(session, step, record=VARIANTS[name].records)
                 if session.device.type == "cuda":
                     torch.cuda.synchronize()
                 row[name] = {"cpu": time.process_time() - cpu_start, "wall": time.perf_counter() - start}

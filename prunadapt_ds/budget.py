@@ -57,6 +57,13 @@ class PruningPlan:
         left = {s.layer for s, kept in pairs if kept}
         return {s.layer for s, _ in pairs} - left if self.structure.skips else set()
 
+    def passed(self) -> Tensor:
+        """bool [U], True for units that a masked model computes, shut ones too: False in layers that are skipped."""
+        passed = torch.ones(self.structure.num_units, dtype=torch.bool)
+        for sublayer in self.structure.sublayers:
+            passed[sublayer.span] = sublayer.layer not in self.skipped
+        return passed
+
     def counts(self) -> list[dict[str, int]]:
         """Units kept per layer: [{"layer", "heads", "neurons"}]."""
         rows: dict[int, dict[str, int]] = {}

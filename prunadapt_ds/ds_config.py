@@ -34,8 +34,6 @@ KNOWN_KEYS = {
     "train_micro_batch_size_per_gpu": "count",
     "gradient_accumulation_steps": "count",
     "gradient_clipping": "number",
-    "prescale_gradients": "switch",
-    "gradient_predivide_factor": "number",
     "communication_data_type": "text",
     "steps_per_print": "count",
     "wall_clock_breakdown": "switch",

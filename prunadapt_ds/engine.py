@@ -189,10 +189,22 @@ def build(
     if zero.get("stage", 0) == 3:
         zero3.blocks_as_leaves(blocks, zero)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=nothing_persists(ds_config))
+    _undo_first_step(engine)
     if zero.get("stage", 0) == 3:
         keep_whole([p for p in model.parameters() if p.requires_grad], engine.optimizer, threshold)
         zero3.keep_recomputed(engine.optimizer)
     return engine
+
+
+def _undo_first_step(engine: Any) -> None:
+    """Without ZeRO, in bf16, DeepSpeed has Adam make its state by a step on gradients of zero, which counts and decays masters."""
+    masters, stored = (getattr(engine.optimizer, name, None) for name in ("fp32_groups", "fp16_groups"))
+    if masters is None or stored is None:
+        return
+    for highs, lows in zip(masters, stored, strict=True):
+        for high, low in zip(highs, lows, strict=True):
+            high.data.copy_(low.data)
+    engine.optimizer.optimizer.state.clear()
 
 
 def nothing_persists(ds_config: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from prunadapt_ds import (
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.clocks import PHASES
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
-from prunadapt_ds.logits import predict, upcast_parameters
+from prunadapt_ds.logits import exact_products, predict, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
 from prunadapt_ds.session import Session, eval_batch, evaluate, measures
 from prunadapt_ds.watchdog import milestone
@@ -41,6 +41,7 @@ from prunadapt_ds.watchdog import milestone
 PARITY_EXAMPLES = 512  # of each validation set, compared in fp32 where the run itself was not
 
 
+@exact_products()  # what is merged and compared here
 def finish(
     session: Session, stop_if_asked: Callable[[], None] = lambda: None, facts: Mapping[str, Any] | None = None
 ) -> None:

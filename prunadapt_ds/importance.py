@@ -242,7 +242,9 @@ class ScoreAverage:
     decay: float
     value: Tensor | None = None
 
-    def update(self, scores: Tensor) -> Tensor:
-        """scores: float [U]."""
-        self.value = scores if self.value is None else self.decay * self.value + (1 - self.decay) * scores
-        return self.value
+    def update(self, scores: Tensor, seen: Tensor) -> Tensor:
+        """scores: float [U]. seen: bool [U], units whose score is this window's; others keep what they had."""
+        if self.value is not None:
+            scores = torch.where(seen, self.decay * self.value + (1 - self.decay) * scores, self.value)
+        self.value = scores
+        return scores

@@ -62,20 +62,47 @@ def predict(engine: Any, rows: Rows, batch_size: int, device: torch.device) -> T
     return result
 
 
-_UPCAST = {F.linear, F.embedding, F.layer_norm, torch.matmul, torch.Tensor.matmul, torch.addmm, torch.Tensor.addmm}
+_UPCAST = {
+    F.linear,
+    F.embedding,
+    F.layer_norm,
+    F.conv1d,
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.addmm,
+    torch.Tensor.addmm,
+}
 
 
 class _Upcast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in _UPCAST:
             args = tuple(_float32(a) for a in args)
-            kwargs = {k: _float32(v) for k, v in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
+            kwargs = {k: _float32(v) for k, v in kwargs.items()}
+        found = func(*args, **kwargs)
+        # To the dtype of the weights, which would be fp32.
+        is_rounded = func is torch.Tensor.to and args[0].dtype == torch.float32 and _is_low(found)
+        return args[0].to(found.device) if is_rounded else found
+
+
+def _is_low(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < torch.float32.itemsize
 
 
 def _float32(value: Any) -> Any:
-    is_low = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32
-    return value.float() if is_low else value
+    return value.float() if _is_low(value) else value
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """fp32 matrix products with all their digits, also where the environment allows fewer (TF32, as NGC's containers do)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
@@ -85,11 +112,17 @@ def upcast_parameters(model: nn.Module) -> Iterator[None]:
     This is how a bf16 model is compared with its export: same numbers, no rounding in between.
     """
     adapters: list[Any] = [m for m in model.modules() if hasattr(m, "cast_input_dtype_enabled")]
+    scaled: list[Any] = [m for m in model.modules() if hasattr(m, "scalar_embed_scale")]
+    stored = [module.embed_scale for module in scaled]
     for module in adapters:  # PEFT would round the input of LoRA to the dtype of its matrices
         module.cast_input_dtype_enabled = False
+    for module in scaled:  # Gemma stores the root of its width in the dtype of its weights
+        module.embed_scale = torch.full_like(module.embed_scale, module.scalar_embed_scale, dtype=torch.float32)
     try:
         with _Upcast():
             yield
     finally:
         for module in adapters:
             module.cast_input_dtype_enabled = True
+        for module, scale in zip(scaled, stored, strict=True):
+            module.embed_scale = scale

@@ -132,6 +132,7 @@ def answer(request: dict[str, Any]) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
+    torch.set_float32_matmul_precision("highest")  # an environment may allow TF32, whose digits are too few to compare
     auto_class = getattr(transformers, request["auto_class"])
     device = torch.device(request["device"])
 

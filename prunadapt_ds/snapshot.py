@@ -73,6 +73,14 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
+def seed_this_rank(seed: int, step: int) -> None:
+    """Chance of its own for every rank, so that dropout of other samples is another one, and for every step to go on from."""
+    own = seed * 1_000_003 + step * 1009 + distributed.rank()
+    torch.manual_seed(own)
+    random.seed(own)
+    np.random.seed(own % 2**32)
+
+
 def numpy_state() -> list[Any]:
     kind, keys, *rest = cast("tuple[Any, ...]", np.random.get_state(legacy=True))
     return [kind, keys.tolist(), *rest]
@@ -152,10 +160,7 @@ def restore_of_ranks(session: Session, saved: Mapping[str, Any], tensors: Mappin
         losses = torch.nn.functional.pad(losses[..., None], (0, 2))
     session.losses = list((losses[rank] if same else losses.mean(0)).to(session.device))
     if not same or f"random/{session.device.type}" not in tensors:
-        seed = session.config.train.seed * 1_000_003 + saved["step"] * 1009 + rank
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        seed_this_rank(session.config.train.seed, saved["step"])
         return
     mine = saved["ranks"][rank]
     torch.set_rng_state(tensors["random/cpu"][rank].clone())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,6 +15,20 @@ from prunadapt_ds.session import Session
 from prunadapt_ds.token_teacher import TokenTeacher
 
 StepLosses = list[tuple[list[int], Tensor]]  # by micro-batch: the samples, and the loss of each
+
+
+def watched_step(session: Session, step: int, *, record: bool, distill_weight: float = 0.0) -> StepLosses:
+    """`train_step`, timed; on the first with an engine, and on those with longer samples than before, what autograd saves is
+    counted instead. Collective."""
+    length = max(session.train_rows.lengths[i] for i in session.sampler.step_samples(step))
+    if length <= session.memory.watched_length:
+        with session.clocks.timed_step(session.present.cost("macs"), records=record):
+            return train_step(session, step, record=record, distill_weight=distill_weight)
+    saved = memory.SavedActivations()
+    losses = train_step(session, step, record=record, distill_weight=distill_weight, saved=saved)
+    session.memory.note_activations(saved.bytes, length)
+    session.note_live()
+    return losses
 
 
 def train_step(
@@ -79,21 +92,3 @@ def teacher_answers(session: Session, batch: Batch) -> Tensor | TopWords:
     if isinstance(session.teacher, TokenTeacher):
         return session.teacher.answers(batch.index.tolist()).to(session.device)
     return session.teacher[batch.index].to(session.device)
-
-
-@contextlib.contextmanager
-def watched(session: Session, step: int, *, record: bool) -> Iterator[memory.SavedActivations | None]:
-    """Time a step, which may `record` statistics.
-
-    On the first with an engine, and on those with longer samples than before, have what autograd saves counted instead, by
-    what is handed out.
-    """
-    length = max(session.train_rows.lengths[i] for i in session.sampler.step_samples(step))
-    if length <= session.memory.watched_length:
-        with session.clocks.timed_step(session.present.cost("macs"), records=record):
-            yield None
-        return
-    saved = memory.SavedActivations()
-    yield saved
-    session.memory.note_activations(saved.bytes, length)
-    session.note_live()

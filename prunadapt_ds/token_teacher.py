@@ -162,7 +162,20 @@ def write(engine: Any, rows: Rows, k: int, batch_size: int, device: torch.device
         identity = distributed.on_rank_0(
             "writing the teacher's index", lambda: _write(index, folder / INDEX, {FILES: json.dumps(written)})
         )
-    return TokenTeacher(folder, identity, **index)
+    teacher = TokenTeacher(folder, identity, **index)
+    distributed.together(lambda: _open_all(teacher))
+    return teacher
+
+
+def _open_all(teacher: TokenTeacher) -> None:
+    """Raises UserError where this rank cannot read what another has written, as on a host without the run's disk."""
+    from safetensors import SafetensorError
+
+    try:
+        teacher.open_all()
+    except (OSError, SafetensorError) as error:
+        remedy = f"every rank must read the teacher's words ({error}); name a folder that all hosts share"
+        raise UserError(Problem("output_dir", str(teacher.folder), remedy)) from error
 
 
 def _write(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> dict[str, Any]:

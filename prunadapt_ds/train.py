@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunadapt_ds import board, distributed, files, gates, memory, outline, resume, token_teacher, watchdog
+from prunadapt_ds import board, distributed, files, gates, memory, outline, resume, snapshot, token_teacher, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds import report as reports
 from prunadapt_ds.budget import decide
@@ -33,7 +33,7 @@ from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
 from prunadapt_ds.session import Session, add_trainables, build_engine, eval_batch, evaluate
 from prunadapt_ds.setup import setup
 from prunadapt_ds.shrink import pays_now, shrink
-from prunadapt_ds.step import train_step, watched
+from prunadapt_ds.step import watched_step
 from prunadapt_ds.teacher import WeightAverage, averaged
 from prunadapt_ds.token_teacher import TokenTeacher, num_bytes
 from prunadapt_ds.watchdog import milestone
@@ -81,6 +81,7 @@ def begin(session: Session) -> None:
     if session.config.prune.method == "tmp":
         prune_once(session)
     add_trainables(session)
+    snapshot.seed_this_rank(session.config.train.seed, step=0)
 
 
 def go_on(session: Session, start: resume.Start) -> None:
@@ -128,9 +129,9 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
         phase = pruning.phase(step) if pruning else "dense"
         learning_rates = engines.set_learning_rates(session.engine, rates.factor(step))
         record = pruning is not None and pruning.records_after(step)
-        with session.clocks.timed(f"{phase}_phase"), watched(session, step, record=record) as saved:
-            teaching = distill_weight(session, pruning, step)
-            losses = train_step(session, step, record=record, distill_weight=teaching, saved=saved)
+        teaching = distill_weight(session, pruning, step)
+        with session.clocks.timed(f"{phase}_phase"):
+            losses = watched_step(session, step, record=record, distill_weight=teaching)
         session.step = done = step + 1
         decides = pruning is not None and pruning.decides_at(done)
         keeper.step_done(losses, settle=decides)
@@ -232,7 +233,7 @@ def decide_and_cut(session: Session, pruning: PruningSchedule, step: int) -> Non
     with session.clocks.timed("importance"):
         window = session.recorder.all_reduce()
         milestone(f"decide-{step}")
-        scores = session.scores.update(CRITERIA[prune.criterion].score(window))
+        scores = session.scores.update(CRITERIA[prune.criterion].score(window), seen=session.plan.passed())
         plan = decide(
             scores,
             session.backbone.structure,

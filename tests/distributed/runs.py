@@ -344,6 +344,16 @@ def mistake_on_one_rank():
         return str(error)
 
 
+def chance(argv):
+    """The next random numbers of a run that has begun."""
+    from prunadapt_ds import train
+
+    session = _session(argv)
+    train.begin(session)
+    session.tracker.close()
+    return torch.rand(4).tolist()
+
+
 def sample_ids(num_samples, micro_batch, accumulation, steps):
     from prunadapt_ds import distributed
     from prunadapt_ds.batches import Sampler
@@ -482,13 +492,14 @@ def language_run(argv, prompts, new_tokens):
 def lend_averages(argv):
     """Average the weights of three steps and lend them to the engine: its state before, during and after, and their mean."""
     from prunadapt_ds import state, train
+    from prunadapt_ds.step import train_step
     from prunadapt_ds.teacher import WeightAverage, averaged
 
     session = _session(argv)
     train.add_trainables(session)
     average, masters = WeightAverage(), []
     for step in range(3):
-        train.train_step(session, step, record=False)
+        train_step(session, step, record=False)
         average.add(session.engine)
         masters.append(state.capture(session.engine).masters)
     before = state.capture(session.engine)
@@ -509,10 +520,11 @@ def lend_averages(argv):
 def gathered_for_a_checkpoint(argv):
     """Of each kind of tensor that a checkpoint holds of every parameter, how many this rank has got."""
     from prunadapt_ds import snapshot, state, train
+    from prunadapt_ds.step import train_step
 
     session = _session(argv)
     train.add_trainables(session)
-    train.train_step(session, 0, record=False)
+    train_step(session, 0, record=False)
     session.step = 1
     tensors, _ = snapshot.collect(session)
     session.tracker.close()
@@ -607,6 +619,7 @@ def sent_in_a_step(argv):
 
     from prunadapt_ds import train
     from prunadapt_ds.distributed import world_size
+    from prunadapt_ds.step import train_step
 
     session = _session(argv)
     train.add_trainables(session)
@@ -614,7 +627,7 @@ def sent_in_a_step(argv):
     logger = deepspeed.comm.comm.comms_logger
     for step in range(4):
         logger.comms_dict.clear()
-        train.train_step(session, step, record=False)
+        train_step(session, step, record=False)
     counted = {name: dict(by_size) for name, by_size in logger.comms_dict.items()}
     deepspeed.comm.configure(enabled=False)
     session.tracker.close()

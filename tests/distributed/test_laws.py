@@ -306,6 +306,12 @@ def test_statistics_that_cannot_be_written_end_all_ranks(tmp_path):
     assert [p.name for p in (tmp_path / "sums").iterdir()] == ["3.safetensors"]
 
 
+def test_every_rank_draws_chance_of_its_own(folder, tmp_path):
+    """The samples of two ranks must not lose the same places to dropout; a seed still says which."""
+    found = [run_ranks(runs.chance, 2, arguments(folder, tmp_path / str(i), lora_dropout=0.1)) for i in range(2)]
+    assert found[0] == found[1] and found[0][0] != found[0][1]
+
+
 @pytest.mark.parametrize("num_samples, micro_batch, accumulation", [(37, 4, 2), (3, 4, 1), (16, 4, 2)])
 def test_every_sample_counts_once_an_epoch(num_samples, micro_batch, accumulation):
     ranks = run_ranks(runs.sample_ids, 2, num_samples, micro_batch, accumulation, 5)

@@ -274,6 +274,10 @@ DS_CASES = {
         {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
         ("zero_optimization.zero_hpz_partition_size", "second copy"),
     ),
+    "gradients scaled before they are summed": (
+        {"prescale_gradients": True},
+        ("prescale_gradients", "do not apply here"),
+    ),
     "gradients dealt out round robin": (
         {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
         ("zero_optimization.round_robin_gradients", "do not reach; remove it"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from prunadapt_ds.budget import PruningPlan, decide, max_sparsity
 from prunadapt_ds.errors import UserError
+from prunadapt_ds.importance import ScoreAverage
 from prunadapt_ds.models.structure import Structure, SubLayer, with_outer_floor
 
 pytestmark = pytest.mark.fast
@@ -281,3 +282,17 @@ def test_plan_json_and_hash():
     assert plan.hash == hashlib.sha256(canonical).hexdigest()
     assert plan.hash != PruningPlan.dense(s).hash
     assert PruningPlan.dense(s).sparsity("params") == 0
+
+
+def test_a_layer_that_was_skipped_comes_back_when_others_matter_less():
+    """Nothing passes while it is skipped, which is no evidence against it."""
+    s = replace(uniformly(structure(layers=3)), skips=True)
+    scores, average = torch.ones(s.num_units), ScoreAverage(0.5)
+    of_first = torch.cat([torch.full((t.num_units,), t.layer == 0) for t in s.sublayers])
+    scores[of_first] = 0.5
+    plan = decide(average.update(scores, PruningPlan.dense(s).passed()), s, 1 / 3, uniform=True)
+    assert plan.skipped == {0} and torch.equal(plan.passed(), ~of_first)
+    scores = torch.where(of_first, 0.0, 0.1)
+    for _ in range(2):
+        plan = decide(average.update(scores, plan.passed()), s, 1 / 3, uniform=True)
+    assert 0 not in plan.skipped

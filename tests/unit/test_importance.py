@@ -243,6 +243,7 @@ def test_registry_refuses_taken_names_and_unknown_statistics():
 
 
 def test_score_average():
-    average = ScoreAverage(0.5)
-    assert average.update(torch.tensor([2.0])).item() == 2.0
-    assert average.update(torch.tensor([4.0])).item() == 3.0
+    average, all_seen = ScoreAverage(0.5), torch.tensor([True, True])
+    assert average.update(torch.tensor([2.0, 6.0]), all_seen).tolist() == [2.0, 6.0]
+    assert average.update(torch.tensor([4.0, 0.0]), torch.tensor([True, False])).tolist() == [3.0, 6.0]
+    assert average.update(torch.tensor([5.0, 8.0]), all_seen).tolist() == [4.0, 7.0]

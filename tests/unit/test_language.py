@@ -251,6 +251,16 @@ def test_the_teacher_s_words_are_found_again(rows, tmp_path, monkeypatch, size):
     assert token_teacher.num_bytes(rows, 3) <= on_disk <= token_teacher.num_bytes(rows, 3) + 500 * parts
 
 
+def test_words_of_another_rank_that_cannot_be_read_are_said_at_once(rows, tmp_path, monkeypatch):
+    def missing(self):
+        raise FileNotFoundError(2, "No such file or directory", "part-1.safetensors")
+
+    monkeypatch.setattr(token_teacher.TokenTeacher, "open_all", missing)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+    with pytest.raises(UserError, match=r"part-1\.safetensors.*name a folder that all hosts share"):
+        token_teacher.write(model, rows, 3, 2, torch.device("cpu"), tmp_path / "teacher")
+
+
 def test_a_row_without_a_token_to_learn_has_no_words(tmp_path):
     one = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100] * 3}
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer", of_decoder=True)

@@ -105,5 +105,6 @@ def test_a_teacher_s_file_takes_its_time(watch, seen, tmp_path, monkeypatch):
 
     monkeypatch.setattr(token_teacher, "forward_passes", passes)
     monkeypatch.setattr(token_teacher, "_save", stub)
+    monkeypatch.setattr(token_teacher, "_open_all", lambda teacher: None)  # of what was not saved
     token_teacher.write(None, Rows([0]), 2, 1, torch.device("cpu"), tmp_path / "teacher")
     assert resting == [True] and not watch.resting
