@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunadapt_ds import distributed, formats, labels
 from prunadapt_ds.backbone import class_names
-from prunadapt_ds.batches import Rows
+from prunadapt_ds.batches import Rows, refuse_unknown_tokens
 from prunadapt_ds.data import Columns, Task, tokenize
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.evaluate_command import load_folder, scored_length
@@ -45,6 +45,7 @@ class Answerer:
         task = Task("answers", None, "sentence1", "sentence2" if "sentence2" in columns else None, self.label_names, ())
         data = Dataset.from_dict({**columns, "label": [0] * len(columns["sentence1"])})
         rows = Rows(tokenize(data, self.tokenizer, task, self.max_seq_length), self.tokenizer)
+        refuse_unknown_tokens(self.model.name_or_path, self.model, rows)
         found = predict(self.model, rows, self.batch_size, distributed.device())
         if broken := int((~torch.isfinite(found)).any(dim=1).sum()):
             raise UserError(Problem("logits", f"not finite for {broken} rows", "the model is damaged; export it again"))

@@ -98,8 +98,7 @@ def load(
     if not hasattr(next(model.parameters()), "ds_id"):
         model.to(device)
     layout = layout_of(family, config, model.base_model_prefix)
-    if layout.num_layers < 1:
-        raise UserError(Problem("model_name_or_path", model_name_or_path, "its config.json says that it has no layers"))
+    refuse_no_layers(model_name_or_path, layout)
     mismatched = {key[0] for key in info["mismatched_keys"]}
     new = set(info["missing_keys"]) | mismatched
     head = frozenset(n for n, _ in model.named_parameters() if n in new or n.startswith(_prefixes(family.head)))
@@ -160,6 +159,11 @@ def refusals(name: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             reason = "needs code that it brings itself; read that code, and say --trust_remote_code to run it"
         raise UserError(Problem("model_name_or_path", name, reason)) from error
+
+
+def refuse_no_layers(name: str, layout: Layout) -> None:
+    if layout.num_layers < 1:
+        raise UserError(Problem("model_name_or_path", name, "its config.json says that it has no layers"))
 
 
 def class_names(config: Any) -> tuple[str, ...]:

@@ -19,7 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.models.structure import full_shape
 
 PAD_TO_MULTIPLE_OF = 8
 GROUPED_STEPS = 8  # a run is sorted by length: long enough to save padding, short enough to mix
@@ -96,6 +99,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def highest_token(self) -> int:
+        return int(self.tokens["input_ids"].values.max())
+
     def row(self, position: int) -> dict[str, list[int]]:
         """One row's numbers, by model input."""
         return {name: column[position] for name, column in self.tokens.items()}
@@ -147,6 +154,15 @@ class Rows:
         labels = self.padded_labels(positions, inputs["input_ids"].shape[1])
         labels = self.labels[index] if labels is None else labels
         return Batch(inputs, labels, index, torch.full((len(index),), weight))
+
+
+def refuse_unknown_tokens(name: str, model: nn.Module, rows: Rows) -> None:
+    """Raises UserError where rows hold a token that the model has no embedding of."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    known = full_shape(embedding.weight)[0]
+    if len(rows) and (highest := rows.highest_token) >= known:
+        remedy = f"its tokenizer makes token {highest} of these texts, and it has embeddings of {known}: not its own?"
+        raise UserError(Problem("model_name_or_path", name, remedy))
 
 
 @dataclass(frozen=True)

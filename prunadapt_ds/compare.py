@@ -109,8 +109,6 @@ def find(folders: Sequence[str]) -> list[Run]:
 
 
 def _inside(folder: Path) -> list[Run]:
-    if (folder / "report.json").is_file():
-        return [_run(folder)]
     reports = {path.parent for path in folder.rglob("report.json")}
     begun = {path.parent for path in folder.rglob("metrics.jsonl")}
     found = [path for path in sorted(reports | begun) if "exports" not in path.relative_to(folder).parts]

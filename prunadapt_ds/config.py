@@ -54,7 +54,10 @@ class DataOptions:
     validation_file: str | None = option(None, "own development data, same columns")
     test_file: str | None = option(None, "refused: answer a test set afterwards, with `prunadapt predict`")
     max_seq_length: int = option(
-        128, "tokens; longer inputs are truncated (a folder that is scored: as in the run that wrote it)", least=4
+        128,
+        "tokens; longer inputs are truncated (a folder that is scored: as in the run that wrote it)",
+        least=4,
+        most=2**20,
     )
     max_train_samples: int | None = option(
         None, "train on N examples only, drawn by the seed (language: the first N)", least=1
@@ -149,7 +152,7 @@ class TrainOptions:
     """Training."""
 
     ds_config: str = option("ds_configs/zero3.json", "DeepSpeed configuration (JSON)")
-    per_device_train_batch_size: int = option(32, "samples per rank and micro-batch", least=1)
+    per_device_train_batch_size: int = option(32, "samples per rank and micro-batch", least=1, most=2**20)
     per_device_eval_batch_size: int = option(64, "samples per rank in evaluation", least=1)
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", least=1)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass; saves memory")
@@ -166,7 +169,7 @@ class TrainOptions:
         choices=LR_SCHEDULES,
     )
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: off", least=0)
-    num_train_epochs: float = option(3.0, "passes over the training data", above=0)
+    num_train_epochs: float = option(3.0, "passes over the training data", above=0, most=1e6)
     max_steps: int = option(-1, "optimizer steps instead of epochs; -1: by epochs", least=-1)
     eval_steps: int | None = option(None, "also evaluate every N steps", least=1)
     logging_steps: int = option(10, "steps between two lines of metrics", least=1)

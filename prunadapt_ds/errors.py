@@ -6,7 +6,7 @@ Exit codes: 0 done, 2 user error, 3 parity failure, 4 ranks disagree, 75 stopped
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,14 @@ class UserError(PrunadaptError):
     def __init__(self, problems: Problem | Iterable[Problem]):
         self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(map(str, self.problems)))
+
+    def beside(self, work: Callable[[], Any]) -> UserError:
+        """The same with the problems that `work` ends with too, if it does."""
+        try:
+            work()
+        except UserError as other:
+            return UserError((*self.problems, *other.problems))
+        return self
 
     def __reduce__(self) -> Any:  # ranks send each other what went wrong
         return type(self), (self.problems,)

@@ -15,7 +15,7 @@ import torch
 
 from prunadapt_ds import backbone, distributed, files, formats, model_folder
 from prunadapt_ds import labels as labels_of
-from prunadapt_ds.batches import Rows
+from prunadapt_ds.batches import Rows, refuse_unknown_tokens
 from prunadapt_ds.config import Config, DataOptions, parse
 from prunadapt_ds.data import (
     Task,
@@ -86,6 +86,7 @@ def run(config: Config) -> dict[str, float]:
             else tokenize(split, tokenizer, data.task, longest)
         )
         rows = Rows(tokens, tokenizer)
+        refuse_unknown_tokens(config.model.model_name_or_path, model, rows)
         found = predict(model, rows, config.train.per_device_eval_batch_size, distributed.device())
         if not is_language:
             found = labels_of.in_order(found, backbone.class_names(model.config), data.label_names)
@@ -186,8 +187,10 @@ def _load_model(name: str, folder: Path, trust: bool, *, is_language: bool) -> A
     if pruned is None:
         loader, options = auto_class, {"trust_remote_code": trust}
     elif formats.auto_class_for(pruned.__name__) != auto_class.__name__:
-        kind = "is a classifier, no language model" if is_language else "is a language model, not a classifier"
-        raise _refuse(name, f"{kind}; name a folder of the other kind, or another --task_type")
+        kinds = ("a classifier", "a language model")
+        raise _refuse(
+            name, f"is {kinds[not is_language]}, and {kinds[is_language]} is asked for; name a folder of that kind"
+        )
     else:
         loader, options = pruned, {}
     with backbone.quiet():
@@ -203,7 +206,9 @@ def _load_model(name: str, folder: Path, trust: bool, *, is_language: bool) -> A
         key = min(str(key[0]) for key in info["mismatched_keys"])
         raise _refuse(name, f"its weights have other shapes than config.json says, e.g. {key}")
     if info["missing_keys"]:
-        raise _refuse(name, f"is not trained for this: it has no {', '.join(sorted(info['missing_keys'])[:3])}")
+        is_a = ", ".join(model.config.architectures or ["model of no named class"])
+        lacks = ", ".join(sorted(info["missing_keys"])[:3])
+        raise _refuse(name, f"is not trained for this: a {is_a} by its config.json, it has no {lacks}")
     return model
 
 

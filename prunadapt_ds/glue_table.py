@@ -173,7 +173,9 @@ def markdown(found: dict[str, Any]) -> str:
 
 def gather_tensorboard(root: Path, cells: Iterable[Cell]) -> None:
     """Copies of all runs' event files in one folder, so that it can be moved and watched by itself."""
-    shutil.rmtree(root / "tensorboard", ignore_errors=True)
+    for task in TASKS:
+        for copy in (root / "tensorboard").glob(f"{task}-seed*"):
+            shutil.rmtree(copy)
     for c in cells:
         events = root / c.task / f"seed{c.seed}" / "runs"
         if events.is_dir():
@@ -182,6 +184,7 @@ def gather_tensorboard(root: Path, cells: Iterable[Cell]) -> None:
 
 def gather(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Write glue.json, glue.md and tensorboard/ to `root`. Raises UserError."""
+    tasks, seeds = list(dict.fromkeys(tasks)), list(dict.fromkeys(seeds))  # one that is named twice counts once
     problems = [Problem("tasks", t, f"no task of GLUE; known are {', '.join(TASKS)}") for t in tasks if t not in TASKS]
     if not os.path.isdir(root):
         problems.append(Problem("root", str(root), "there is no such folder"))

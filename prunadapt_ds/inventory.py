@@ -19,7 +19,7 @@ from prunadapt_ds.budget import PruningPlan, check_target
 from prunadapt_ds.config import Config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.families import Family
-from prunadapt_ds.models.layouts import family_of, layout_of, with_floors
+from prunadapt_ds.models.layouts import family_of, layout_of, most_tokens, with_floors
 from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.models.structure import Structure, full_numel, layers_of, measure
 from prunadapt_ds.objective import sample_losses
@@ -94,9 +94,14 @@ def skeleton(model_config: Any, config: Config, dtype: torch.dtype) -> Skeleton:
         model_config.pad_token_id = model_config.pad_token_id or 0
     auto: Any = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
     _register()
-    with torch.device("meta"), no_init_weights():
+    name = config.model.model_name_or_path
+    with backbone.refusals(name), torch.device("meta"), no_init_weights():
         model = auto.from_config(model_config, dtype=dtype, attn_implementation=NAME)
     layout = layout_of(family, model_config, model.base_model_prefix)
+    backbone.refuse_no_layers(name, layout)
+    most = most_tokens(model)
+    if most is not None and config.data.max_seq_length > most:
+        raise UserError(Problem("max_seq_length", config.data.max_seq_length, f"the model takes at most {most} tokens"))
     prune = config.prune
     structure = with_floors(family, measure(model, layout, config.data.max_seq_length), prune)
     check_target(structure, prune.target_sparsity or 0.0, prune.budget, prune.target_speedup)

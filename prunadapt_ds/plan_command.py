@@ -41,7 +41,7 @@ def quantity_option(default: str, text: str) -> Any:
 class PlanOptions:
     """Machine and model."""
 
-    world_size: int = option(1, "ranks", least=1)
+    world_size: int = option(1, "ranks", least=1, most=1_000_000)
     gpus_per_node: int = option(8, "ranks that share a node", least=1)
     gpu_memory: str = quantity_option("80GiB", "of one GPU")
     flops: str = quantity_option("400e12", "floating-point operations/s that a GPU sustains in these products")
@@ -49,7 +49,7 @@ class PlanOptions:
     network_bandwidth: str = quantity_option("25GB/s", "of a GPU to other nodes")
     host_bandwidth: str = quantity_option("25GB/s", "of a GPU to its host's memory")
     dtype: str = option("bf16", 'what an "auto" in the file becomes', choices=("bf16", "fp32"))
-    num_labels: int = option(2, "classes; 1 for regression", least=1)
+    num_labels: int = option(2, "classes; 1 for regression", least=1, most=1_000_000)
     train_examples: int = option(100_000, "whose teacher logits are kept", least=1)
     json: bool = option(False, "print JSON")
 

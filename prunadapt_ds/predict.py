@@ -117,9 +117,18 @@ def _contradictions(options: PredictOptions, glue: SubmissionOptions, given: fro
     output = options.output_file or STANDARD
     if output != STANDARD and Path(output).suffix.lower() not in WRITERS:
         found.append(Problem("output_file", output, f"must end in {' or '.join(WRITERS)}, or be `-`"))
+    if output != STANDARD and options.input_file and _same_file(output, options.input_file):
+        found.append(Problem("output_file", output, "is the input file; name another"))
     if len(set(options.label_names or ())) < len(options.label_names or ()):
         found.append(Problem("label_names", " ".join(options.label_names or ()), "names a label twice"))
     return found
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them is not there
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------------- rows in

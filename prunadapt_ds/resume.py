@@ -230,7 +230,7 @@ def begin(session: Session) -> None:
         (root_of(session.config) / REBUILDS).unlink(missing_ok=True)
         files.discard(session.output_dir / token_teacher.FOLDER)
         graphs.discard_exports(session.output_dir)
-        for sums in (session.output_dir / "scores").glob("*.safetensors") if session.config.prune.save_scores else ():
+        for sums in (session.output_dir / "scores").glob("*.safetensors"):
             sums.unlink()
         for name in LEFT_BEHIND:
             (session.output_dir / name).unlink(missing_ok=True)

@@ -31,7 +31,7 @@ from prunadapt_ds import (
     watchdog,
 )
 from prunadapt_ds import engine as engines
-from prunadapt_ds.batches import Rows, Sampler
+from prunadapt_ds.batches import Rows, Sampler, refuse_unknown_tokens
 from prunadapt_ds.budget import PruningPlan, check_target
 from prunadapt_ds.clocks import Clocks
 from prunadapt_ds.config import Config
@@ -56,11 +56,10 @@ def setup(
     distributed.init()
     device = distributed.device()
     ds = ds or agreed_ds_config(config)
-    data = read_data(config)
+    data = read_inputs(config)
     identity = {"data": same_data(data)}
     if not data.is_language:  # whose blocks of tokens are not known yet
         refuse_fewer_than_ranks(len(data.train))
-    distributed.together(lambda: model_folder.check(config.model.model_name_or_path))
     adapter = config.lora.adapter_name_or_path
     given = distributed.together(lambda: given_adapter.read(adapter)) if adapter is not None else None
     distributed.start_deepspeed()
@@ -123,6 +122,20 @@ def agreed_ds_config(config: Config) -> DsConfig:
     return distributed.together(lambda: resolve_ds_config(config, distributed.world_size(), lambda: fast))
 
 
+def read_inputs(config: Config) -> TaskData:
+    """The task's examples, when there is a model's folder as well. Collective. Raises UserError with what is wrong of both."""
+
+    def check_model() -> None:
+        distributed.together(lambda: model_folder.check(config.model.model_name_or_path))
+
+    try:
+        data = read_data(config)
+    except UserError as error:
+        raise error.beside(check_model) from error
+    check_model()
+    return data
+
+
 def read_data(config: Config) -> TaskData:
     """The task's examples, or raise on every rank what one of them could not read."""
     if distributed.rank() != 0:
@@ -182,8 +195,11 @@ def rows_of(dataset: Any, config: Config, data: TaskData, loaded: backbone.Backb
     """A split as token ids."""
     longest = config.data.max_seq_length
     if data.is_language:
-        return Rows(tokenize_language(dataset, loaded.tokenizer, longest), loaded.tokenizer)
-    return Rows(tokenize(dataset, loaded.tokenizer, data.task, longest), loaded.tokenizer)
+        rows = Rows(tokenize_language(dataset, loaded.tokenizer, longest), loaded.tokenizer)
+    else:
+        rows = Rows(tokenize(dataset, loaded.tokenizer, data.task, longest), loaded.tokenizer)
+    refuse_unknown_tokens(config.model.model_name_or_path, loaded.model, rows)
+    return rows
 
 
 def sampler_of(config: Config, ds: DsConfig, train_rows: Rows) -> Sampler:

@@ -21,7 +21,7 @@ from prunadapt_ds.budget import decide
 from prunadapt_ds.clocks import StepTimes
 from prunadapt_ds.config import Config, parse
 from prunadapt_ds.entry import guarded
-from prunadapt_ds.errors import PrunadaptError
+from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.finish import finish, report_unfinished
 from prunadapt_ds.importance import CRITERIA, save_sums
 from prunadapt_ds.keeper import Keeper
@@ -31,7 +31,7 @@ from prunadapt_ds.one_shot import prune_once, score_only
 from prunadapt_ds.pulse import StopSignals
 from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
 from prunadapt_ds.session import Session, add_trainables, build_engine, eval_batch, evaluate
-from prunadapt_ds.setup import setup
+from prunadapt_ds.setup import read_inputs, setup
 from prunadapt_ds.shrink import pays_now, shrink
 from prunadapt_ds.step import watched_step
 from prunadapt_ds.teacher import WeightAverage, averaged
@@ -50,7 +50,10 @@ def run(config: Config) -> dict[str, Any]:
     """One training run on the calling rank; returns the report, which rank 0 has written to `output_dir`."""
     distributed.init()
     with owned(config) as signals:
-        start = resume.find(config)
+        try:
+            start = resume.find(config)
+        except UserError as error:
+            raise error.beside(lambda: read_inputs(config)) from error
         if start.finished is not None:
             say_finished(config, start.finished)
             return start.finished

@@ -34,6 +34,10 @@ CASES = {
     "column missing": ({"train_file": "no_label.csv"}, ["train_file=", "columns missing: label"]),
     "batch that does not divide": ({"ds_config": "odd_batch.json"}, ["train_batch_size=7", "4 x 1 x 2 = 8"]),
     "more ranks than examples": ({"max_train_samples": 1}, ["training examples=1", "fewer than the 2 ranks"]),
+    "in several files at once": (
+        {"ds_config": "odd_batch.json", "train_file": "no_label.csv", "model_name_or_path": "no_label.csv"},
+        ["train_batch_size=7", "columns missing: label", "model_name_or_path="],
+    ),
     "several at once": ({"r": 0, "seed": -1, "budget": "flops"}, ["r=0", "seed=-1", "budget='flops'"]),
 }
 

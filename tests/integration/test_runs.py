@@ -213,6 +213,20 @@ def check_predictions(base, tmp_path):
     assert not list(tmp_path.glob("*std.csv*")) and not list(tmp_path.glob(".*"))
 
 
+def test_a_latency_that_finds_no_memory_is_not_known(base, tmp_path):
+    report = run(base, tmp_path / "out", world_size=1, latency_batch_size=2_000_000_000)
+    assert report["status"] == "complete" and report["latency"]["exported_ms"] is None
+    assert report["parity"]["examples"]
+
+
+def test_statistics_of_an_earlier_run_go(base, tmp_path):
+    old = tmp_path / "out" / "scores" / "3.safetensors"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"of other decisions")
+    run(base, tmp_path / "out", world_size=1, method="lora")
+    assert not old.exists()
+
+
 def test_what_a_run_leaves_behind(base, tmp_path):
     out = tmp_path / "out"
     report = run(base, out, save_scores=True, eval_steps=5, logging_steps=2)

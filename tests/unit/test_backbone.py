@@ -3,9 +3,12 @@
 import huggingface_hub
 import pytest
 import torch
+from datasets import Dataset
 from safetensors import safe_open
 
 from prunadapt_ds import adapters, backbone, hub, model_folder, zero3
+from prunadapt_ds.batches import Rows, refuse_unknown_tokens
+from prunadapt_ds.errors import UserError
 from prunadapt_ds.models.families import FAMILIES
 from tests.tiny import tiny_folder
 
@@ -31,6 +34,15 @@ def test_nothing_is_frozen_at_random(tmp_path, model_type):
     adapters.add_lora(loaded.model, loaded.layout, adapters.target_modules(loaded.layout), r=2, lora_alpha=4)
     still = {n for n, p in loaded.model.named_parameters() if p.requires_grad and "lora_" not in n}
     assert still == head
+
+
+def test_tokens_without_an_embedding_are_refused(tmp_path):
+    loaded = backbone.load(str(tiny_folder(tmp_path, "bert")), num_labels=2)
+    rows = [{"input_ids": [2, 5, last, 3], "attention_mask": [1] * 4, "label": 0} for last in (199, 200)]
+    known, unknown = (Rows(Dataset.from_list([row]).rename_column("label", "labels"), loaded.tokenizer) for row in rows)
+    refuse_unknown_tokens("x", loaded.model, known)
+    with pytest.raises(UserError, match="makes token 200 of these texts, and it has embeddings of 200"):
+        refuse_unknown_tokens("x", loaded.model, unknown)
 
 
 def test_bert_pooler_trains_although_it_is_pretrained(tmp_path):

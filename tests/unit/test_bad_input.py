@@ -700,12 +700,15 @@ SCORED_CASES = {
     "no tokenizer": (lambda f: remove(f, "token*"), "has no tokenizer"),
     "weights cut": (lambda f: keep_only(f, -1), "damaged or cut short"),
     "no weights": (lambda f: remove(f, "*.safetensors"), "holds no weights"),
-    "no head": (lambda f: lose_head(f), "is not trained for this: it has no classifier.bias"),
+    "no head": (
+        lambda f: lose_head(f),
+        "by its config.json, it has no classifier.bias",
+    ),
     "three labels": (lambda f: edit(f, id2label={"0": "a", "1": "b", "2": "c"}), "other shapes than config.json says"),
     "a damaged structure": (lambda f: edit(f, pruned_structure={"layout": {}, "kept": []}), "cannot be loaded"),
     "a language model of ours": (
         lambda f: edit(f, pruned_structure={}, architectures=["PrunedLlamaForCausalLM"]),
-        "is a language model, not a classifier",
+        "is a language model, and a classifier is asked for",
     ),
     "a structure of no class": (lambda f: edit(f, pruned_structure={}, architectures=["json"]), "cannot be loaded"),
     "code of its own": (lambda f: edit(f, model_type="odd", auto_map=REMOTE), "say --trust_remote_code to run it"),

@@ -130,6 +130,14 @@ def test_missing_runs_of_one_name_are_rows_of_their_own(tmp_path):
     assert [(row["task"], row["status"]) for row in rows] == [(str(folder), "1 missing") for folder in folders]
 
 
+def test_runs_inside_the_folder_of_a_run_are_found(tmp_path):
+    """As `outputs` and `outputs/two_ranks` of the README."""
+    run(tmp_path / "outputs")
+    run(tmp_path / "outputs" / "other", seed=1)
+    (row,) = compared(tmp_path / "outputs")
+    assert row["seeds"] == "2"
+
+
 def test_only_a_run_s_own_exports_are_no_runs(tmp_path):
     """Wherever the runs lie."""
     base = tmp_path / "exports" / "sweep"

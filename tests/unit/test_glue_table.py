@@ -48,6 +48,17 @@ def test_each_task_counts_once_whatever_its_seeds(tmp_path):
     }
 
 
+def test_what_is_named_twice_counts_once_and_what_is_not_a_copy_stays(tmp_path):
+    run(tmp_path, "rte", 0, 0.5)
+    notes, old = tmp_path / "tensorboard" / "notes.txt", tmp_path / "tensorboard" / "cola-seed7" / "events"
+    old.parent.mkdir(parents=True)
+    for file in (notes, old):
+        file.write_text("precious")
+    found = gather(tmp_path, ["rte", "rte"], [0, 0])
+    assert found["tasks"]["rte"]["of"] == 1 and len(found["cells"]) == 1
+    assert notes.read_text() == "precious" and not old.exists() and (tmp_path / "tensorboard" / "rte-seed0").is_dir()
+
+
 def test_all_nine_are_glue(tmp_path):
     for i, task in enumerate(TASKS):
         run(tmp_path, task, 0, i / 10)

@@ -235,6 +235,25 @@ def test_mistakes_are_said_together(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_attention_heads": 5}, "not a multiple"),
+        ({"hidden_size": "32"}, "expected int, got str"),
+        ({"intermediate_size": None}, "expected int, got NoneType"),
+        ({"num_attention_heads": 0}, "cannot be loaded"),
+        ({"num_hidden_layers": 0}, "has no layers"),
+        ({"max_position_embeddings": 100}, "max_seq_length=128: the model takes at most 100 tokens"),
+    ],
+)
+def test_configurations_of_no_model_are_refused(tmp_path, capsys, monkeypatch, changes, words):
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(tiny_config("bert").to_json_string()), **changes}))
+    code, out, said = run(capsys, "--model_name_or_path", str(path))
+    assert code == 2 and not out and words in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
     "name, value, words",
     [
         ("budget", "latency", "measured when a run starts"),

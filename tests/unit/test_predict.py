@@ -205,6 +205,15 @@ def test_options_that_do_not_go_together(argv, fields):
     assert {p.field for p in caught.value.problems} == fields
 
 
+def test_the_input_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("sentence1,label\nsun,1\n")
+    (tmp_path / "b.csv").symlink_to("a.csv")
+    for output in ("a.csv", "./a.csv", str(tmp_path / "a.csv"), "b.csv"):
+        with pytest.raises(UserError, match="is the input file; name another"):
+            predict.run(["--model_name_or_path", "x", "--input_file", "a.csv", "--output_file", output])
+
+
 def test_files_and_models_that_do_not_fit(base, tmp_path):
     def refused(*argv, **options):
         with pytest.raises(UserError) as caught:
