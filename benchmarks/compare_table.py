@@ -205,7 +205,7 @@ def draw(results: Results, methods: Sequence[str], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for (task, runs), marker in zip(results.items(), "osD^vP*X<", strict=False):
         base, points = runs[BASE], []
-        for found in (runs[m] for m in methods if m.startswith("ours@") and runs[m] and base):
+        for found in (runs[m] for m in methods if m.startswith("ours@") and "+" not in m and runs[m] and base):
             clock = "train_cpu_s" if timed(found, "train_cpu_s") else "train_s"
             latency, seconds, whole = timed(found, "latency"), timed(found, clock), timed(base, clock)
             if latency is None or seconds is None or whole is None:
