@@ -59,9 +59,9 @@ class PruningPlan:
 
     def passed(self) -> Tensor:
         """bool [U], True for units that a masked model computes, shut ones too: False in layers that are skipped."""
-        passed = torch.ones(self.structure.num_units, dtype=torch.bool)
+        passed, skipped = torch.ones(self.structure.num_units, dtype=torch.bool), self.skipped
         for sublayer in self.structure.sublayers:
-            passed[sublayer.span] = sublayer.layer not in self.skipped
+            passed[sublayer.span] = sublayer.layer not in skipped
         return passed
 
     def counts(self) -> list[dict[str, int]]:
