@@ -70,6 +70,25 @@ def fit(argv, *, threshold_zero=False):
     }
 
 
+def decisions(argv):
+    """Scores [U] and skipped layers of every decision of a run, and the layer of every unit."""
+    from prunadapt_ds import train
+
+    made, decide = [], train.decide
+
+    def watched(scores, *args, **options):
+        plan = decide(scores, *args, **options)
+        made.append((scores.tolist(), sorted(plan.skipped)))
+        return plan
+
+    train.decide = watched
+    session = _session(argv)
+    train.add_trainables(session)
+    train.fit(session)
+    session.tracker.close()
+    return made, [t.layer for t in session.backbone.structure.sublayers for _ in range(t.num_units)]
+
+
 def _engines():
     """DeepSpeed engines in memory."""
     import gc

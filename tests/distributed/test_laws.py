@@ -1,6 +1,7 @@
 """The laws, on real ranks: gloo, ZeRO-3, the real program on a tiny model."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -161,6 +162,15 @@ def test_scores_do_not_depend_on_the_split(folder, tmp_path, scores_of_one_rank,
         torch.testing.assert_close(
             torch.tensor(found[name]), torch.tensor(scores_of_one_rank[name]), rtol=1e-3, atol=1e-15
         )
+
+
+def test_a_skipped_layer_keeps_its_score(folder, tmp_path):
+    """No sample passes it, which is no evidence against it: it may still come back."""
+    options = {"uniform": True, "target_sparsity": 0.7, "prune_end": 0.9, "num_decisions": 4, "max_steps": 10}
+    made, layers = run_ranks(runs.decisions, 1, arguments(folder, tmp_path / "out", shrink="never", **options))[0]
+    for (before, skipped), (after, _) in pairwise(made):
+        assert {layer for layer, old, new in zip(layers, before, after, strict=True) if old == new} == set(skipped)
+    assert made[-2][1], "a layer is skipped before the last decision"
 
 
 # ------------------------------------------------------------------------------------------------------ law 3

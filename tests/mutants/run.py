@@ -194,6 +194,8 @@ MUTANTS = (
     Mutant("zeros at the wrong rows", "formats.py", ".index_copy_(axis, index, tensor)",
            ".index_copy_(axis, torch.arange(len(index)), tensor)",
            "tests/integration/test_exports.py::test_a_stranger_computes_the_same[phi3-unequal-padded]"),
+    Mutant("a skipped layer loses its score", "train.py", "seen=session.plan.passed())", "seen=session.plan.passed() | True)",
+           f"{LAWS}::test_a_skipped_layer_keeps_its_score"),
     Mutant("disagreement ignored", "distributed.py", "if not torch.equal(row, everyone[0])]", "if False]",
            f"{LAWS}::test_ranks_that_disagree_stop"),
     Mutant("frozen tensors persist", "engine.py", '"stage3_param_persistence_threshold": 0}}',
