@@ -26,7 +26,7 @@ FLOORS = (
         "clocks",
         "attention",
         "norms",
-        "zero_fields",
+        "ds_fields",
     },
     {"ds_config", "data", "models", "entry", "objective", "outline", "figures", "memory"},
     {"formats", "tracing", "zero3", "model_folder"},

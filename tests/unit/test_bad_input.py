@@ -343,7 +343,22 @@ def test_ds_configs(base, place, case):
     text = values if isinstance(values, (str, bytes)) else json.dumps({**DS_CONFIG, **values})
     (place / "ds.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     options = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5}
-    refused(place, right(base, ds_config="ds.json", **options), expected)
+    assert len(refused(place, right(base, ds_config="ds.json", **options), expected)) == 1
+
+
+def test_mistakes_of_a_ds_config_are_said_together(base, place):
+    """Of its own fields, of blocks, beside the options and of DeepSpeed's schema; none follows from another."""
+    zero = {"stage": 3, "stag": 1, "reduce_bucket_size": "big", "offload_param": {"device": "disk"}, "zenflow": {}}
+    optimizer = {"type": "AdamW", "params": {"lr": 0.1, "eps": 0}}
+    blocks = {"zero_optimization": zero, "optimizer": optimizer, "aio": {"block_size": "auto"}, "bf16": 1}
+    values = {"zero": 3, "gradient_accumulation_steps": 0, "train_batch_size": 7, "comms_logger": {"enabled": "x"}}
+    (place / "ds.json").write_text(json.dumps({**values, **blocks}))
+    said = refused(place, right(base, ds_config="ds.json", learning_rate=1e-3))
+    of_zero = ("stag", "reduce_bucket_size", "offload_param.device", "zenflow")
+    assert sorted(line.partition("=")[0] for line in said) == [
+        "aio.block_size", "bf16", "comms_logger.enabled", "gradient_accumulation_steps", "optimizer.params.eps",
+        "optimizer.params.lr", "zero", *sorted(f"zero_optimization.{name}" for name in of_zero),
+    ]  # fmt: skip
 
 
 def test_a_ds_config_that_is_not_there(base, place):

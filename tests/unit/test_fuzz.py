@@ -13,7 +13,8 @@ from prunadapt_ds import checkpoint, compare, formats, glue_table, model_folder,
 from prunadapt_ds.config import OPTIONS, Config, parse
 from prunadapt_ds.data import TASKS, TaskData, load_language, load_task
 from prunadapt_ds.data.glue import load_tsv
-from prunadapt_ds.ds_config import KNOWN_KEYS, DsConfig, resolve_ds_config
+from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
+from prunadapt_ds.ds_fields import KNOWN_KEYS
 from prunadapt_ds.errors import UserError
 from tests.tiny import layout_and_structure, tiny_model
 from tests.unit.test_report import filled
