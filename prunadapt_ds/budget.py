@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,14 +117,16 @@ def decide(
     scores: float [U]. The cost kept differs from `(1 - sparsity) * dense` by at most one item (one head, or one group of
     `neuron_multiple` neurons). `gone`: bool [U], units that are physically removed already and cannot come back. `uniform`:
     all layers lose alike; an item is then the least important head (or group of neurons) of every layer together, and all
-    layers must have equal floors; where the structure skips layers without units, whole layers go as well when less
-    importance is lost that way. Ties break by flat index.
+    layers must have equal floors and `counts`, of which each is weighed; where the structure skips layers without units,
+    whole layers go as well when less importance is lost that way. Ties break by flat index.
     Raises UserError when `sparsity` is more than can be cut, naming the maximum.
     """
     scores = scores.detach().double().cpu()
     assert scores.shape == (structure.num_units,) and bool(torch.isfinite(scores).all())
-    if uniform and structure.skips:
-        return _decide_depth(scores, structure, sparsity, budget, neuron_multiple, gone)
+    how: dict[str, Any] = {"budget": budget, "neuron_multiple": neuron_multiple, "uniform": uniform}
+    if uniform and (structure.skips or any(s.counts for s in structure.sublayers)):
+        shapes = _depths if structure.skips else _widths
+        return _nearest_of_least_score(shapes(scores, structure, sparsity, gone, how), scores, structure, sparsity, how)
     if gone is not None:
         scores = scores.masked_fill(gone, -torch.inf)  # before all others
     pieces = [cut_items(s, scores[s.span], neuron_multiple, s.floor) for s in structure.sublayers]
@@ -155,22 +158,34 @@ def decide(
     return PruningPlan.from_mask(structure, keep)
 
 
-def _decide_depth(
+def _nearest_of_least_score(
+    shapes: Iterable[tuple[Structure, Tensor]],
     scores: Tensor,
     structure: Structure,
     sparsity: float,
-    budget: str,
-    neuron_multiple: int,
-    gone: Tensor | None,
+    how: dict[str, Any],
 ) -> PruningPlan:
-    """How many whole layers go, the least important ones, before those that are left lose alike. See `decide`.
+    """Of several ways to meet a budget those that come as near as their items let them, of these the one whose cuts have the
+    least score, of equals the first. Where none comes that near it is the nearest.
 
-    Of the depths that come as near to the budget as their items let them, the one whose cuts have the least score wins, of
-    equals the deepest model. Where none does (what is left of the layers cannot get narrower, and one layer less is too
-    much), it is the nearest.
+    `shapes`: what remains to be cut item by item in each, and what it keeps, bool [U].
     """
+    budget, wanted = how["budget"], (1 - sparsity) * structure.dense_cost(how["budget"])
+    tried: list[tuple[float, float, PruningPlan]] = []
+    for rest, keep in shapes:
+        plan = PruningPlan.from_mask(structure, keep)
+        # What is gone may force more than was asked for.
+        off = max(0.0, abs(plan.cost(budget) - wanted) - _item_cost(rest, how["neuron_multiple"], budget) / 2 - 1)
+        tried.append((off, float(scores[~keep].sum()), plan))
+    return min(tried, key=lambda one: one[:2])[2]
+
+
+def _depths(
+    scores: Tensor, structure: Structure, sparsity: float, gone: Tensor | None, how: dict[str, Any]
+) -> Iterator[tuple[Structure, Tensor]]:
+    """Whole layers go, the least important ones, before those that are left lose alike: one way for each depth. See `decide`."""
     gone = torch.zeros(structure.num_units, dtype=torch.bool) if gone is None else gone
-    how: dict[str, Any] = {"budget": budget, "neuron_multiple": neuron_multiple, "uniform": True}
+    budget = how["budget"]
     owners = torch.cat([torch.full((s.num_units,), s.layer) for s in structure.sublayers])
     layers = sorted({s.layer for s in structure.sublayers})
     absent = {layer for layer in layers if bool(gone[owners == layer].all())}
@@ -178,20 +193,36 @@ def _decide_depth(
     wanted, most = (1 - sparsity) * structure.dense_cost(budget), max_sparsity(structure, budget)
     if sparsity > most + 0.5 / structure.dense_cost(budget):
         raise _too_sparse(sparsity, most)
-    tried: list[tuple[float, float, Tensor]] = []
     for depth in range(len(absent), len(layers)):
         rest, mine = without_layers(structure, order[:depth])
         dense = rest.dense_cost(budget)
         inside = min(max(0.0, 1 - wanted / dense), max_sparsity(rest, budget))
         keep = torch.zeros_like(gone)
         keep[mine] = decide(scores[mine], rest, inside, gone=gone[mine], **how).mask()
-        # What is gone may force more than was asked for.
-        miss = abs(PruningPlan.from_mask(structure, keep).cost(budget) - wanted)
-        off = max(0.0, miss - _item_cost(rest, neuron_multiple, budget) / 2 - 1)
-        tried.append((off, float(scores[~keep].sum()), keep))
+        yield rest, keep
         if dense < wanted:
             break
-    return PruningPlan.from_mask(structure, min(tried, key=lambda one: one[:2])[2])
+
+
+def _widths(
+    scores: Tensor, structure: Structure, sparsity: float, gone: Tensor | None, how: dict[str, Any]
+) -> Iterator[tuple[Structure, Tensor]]:
+    """Each number of units that a kind may be left with, and what must go beside it: one way for each. See `decide`."""
+    gone = torch.zeros(structure.num_units, dtype=torch.bool) if gone is None else gone
+    limited = [s for s in structure.sublayers if s.counts]
+    present = min(s.num_units - int(gone[s.span].sum()) for s in limited)
+    most = max_sparsity(structure, how["budget"])
+    if sparsity > most + 0.5 / structure.dense_cost(how["budget"]):
+        raise _too_sparse(sparsity, most)
+    for count in (count for count in reversed(limited[0].counts) if count <= present):
+        shut = gone.clone()
+        for s in limited:
+            ranked = torch.argsort(scores[s.span].masked_fill(gone[s.span], -torch.inf), stable=True)
+            shut[s.start + ranked[: s.num_units - count]] = True
+        sublayers = (replace(s, floor=count, counts=()) if s.counts else s for s in structure.sublayers)
+        rest = replace(structure, sublayers=tuple(sublayers))
+        inside = min(sparsity, max_sparsity(rest, how["budget"]))
+        yield rest, decide(scores, rest, inside, gone=shut, **how).mask()
 
 
 def _item_cost(structure: Structure, neuron_multiple: int, budget: str) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.files import read_object, replace, usual_mode, whole_folder, whole_path
 from prunadapt_ds.models.families import FAMILIES
-from prunadapt_ds.models.layouts import head_dim_of, widths_of
+from prunadapt_ds.models.layouts import head_dim_of, sayable_heads, stock_fields
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 
 MODELING_FILE = "modeling_prunadapt.py"
@@ -131,7 +131,6 @@ def stock_config(config: dict[str, Any]) -> dict[str, Any]:
 def uniform_fields(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     """The configuration's fields that say the plan's counts. Raises UserError where it cannot be said."""
     family, values = FAMILIES[config["model_type"]], as_config(stock_config(config))
-    widths = widths_of(values)
     fields: dict[str, int] = {}
     left = layers_left(config, plan)
     if len(left) < config["pruned_structure"]["layout"]["num_layers"]:
@@ -149,9 +148,12 @@ def uniform_fields(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, An
             remedy = f"the stock configuration of {family.model_type} cannot say fewer {kind}; train with --uniform"
             raise UserError(Problem("export_formats", "uniform", remedy))
         count = counts.pop()
-        fields |= {field: count * w for field, name in record.config_fields if (w := widths[name]) is not None}
+        fields |= stock_fields(record, values, count)
         if kind == "heads":
             fields["head_dim"] = head_dim_of(values)
+            if count not in (sayable := sayable_heads(family, values)):
+                remedy = f"the stock configuration takes {', '.join(map(str, sayable))} heads, not {count}; train with --uniform"
+                raise UserError(Problem("export_formats", "uniform", remedy))
     return fields
 
 

@@ -103,7 +103,7 @@ def skeleton(model_config: Any, config: Config, dtype: torch.dtype) -> Skeleton:
     if most is not None and config.data.max_seq_length > most:
         raise UserError(Problem("max_seq_length", config.data.max_seq_length, f"the model takes at most {most} tokens"))
     prune = config.prune
-    structure = with_floors(family, measure(model, layout, config.data.max_seq_length), prune)
+    structure = with_floors(family, measure(model, layout, config.data.max_seq_length), model_config, prune)
     check_target(structure, prune.target_sparsity or 0.0, prune.budget, prune.target_speedup)
     inside = f"{model.base_model_prefix}."
     below = tuple(f"{module}." for module in family.head)

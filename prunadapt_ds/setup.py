@@ -181,7 +181,7 @@ def prunable(config: Config, loaded: backbone.Backbone, table: dict[str, Any] | 
     Raises UserError where the target lies beyond what these floors leave to cut.
     """
     prune = config.prune
-    structure = with_floors(loaded.family, loaded.structure, prune)
+    structure = with_floors(loaded.family, loaded.structure, loaded.model.config, prune)
     if structure.skips and "padded" in (config.output.export_formats or ()):
         remedy = "zeros cannot say that whole layers are gone, which --uniform may decide; leave one of them out"
         raise UserError(Problem("export_formats", "padded", remedy))

@@ -92,25 +92,48 @@ def head_floors(family: Family, config: Any, num_layers: int) -> tuple[int, ...]
     return tuple(int(kinds.index(kind) == i) for i, kind in enumerate(kinds))
 
 
-def uniform_floors(family: Family, structure: Structure, neuron_multiple: int) -> Structure:
-    """The same structure where each layer keeps what a stock configuration needs: at least one unit of each kind, and all of
-    a kind whose number it cannot say; where it can say fewer layers, whole ones may go."""
-    sayable = {"heads": bool(family.heads.config_fields), "neurons": bool(family.neurons.config_fields)}
-    least = {"heads": 1, "neurons": neuron_multiple}
-    return replace(
-        structure,
-        sublayers=tuple(
-            replace(s, floor=min(least[s.kind], s.num_units) if sayable[s.kind] else s.num_units)
-            for s in structure.sublayers
-        ),
-        skips=family.drops_layers,
-    )
+def stock_fields(record: SubLayer, config: Any, count: int) -> dict[str, int]:
+    """The fields of a stock configuration that say `count` units of a kind in every layer."""
+    widths = widths_of(config)
+    return {field: count * w for field, name in record.config_fields if (w := widths[name]) is not None}
 
 
-def with_floors(family: Family, structure: Structure, prune: Any) -> Structure:
-    """The same structure with what the options of pruning (uniform, keep_in_outer_layers, neuron_multiple) have stay in it."""
+def sayable_heads(family: Family, config: Any) -> tuple[int, ...]:
+    """The numbers of heads (or key/value groups) per layer that a stock configuration takes, ascending.
+
+    All or none, but that Llama's wants one that divides the model's width, whatever the width of a head.
+    """
+    dense, _ = num_units(family, config)
+
+    def takes(count: int) -> bool:
+        fields = {"head_dim": head_dim_of(config), **stock_fields(family.heads, config, count)}
+        try:
+            type(config).from_dict({**config.to_dict(), **fields})
+        except Exception:  # of a type of its own, whatever was raised
+            return False
+        return True
+
+    fewer = range(1, dense) if family.heads.config_fields else ()
+    return (*filter(takes, fewer), dense)
+
+
+def uniform_floors(family: Family, structure: Structure, config: Any, neuron_multiple: int) -> Structure:
+    """The same structure where each layer keeps what a stock configuration needs: at least one unit of each kind, and numbers
+    of heads that it can say; where it can say fewer layers, whole ones may go."""
+    fewest, *others = heads = sayable_heads(family, config)
+    floors = {"heads": fewest, "neurons": neuron_multiple if family.neurons.config_fields else structure.num_units}
+    counts = {"heads": heads if len(others) < heads[-1] - fewest else (), "neurons": ()}
+    sublayers = (replace(s, floor=min(floors[s.kind], s.num_units), counts=counts[s.kind]) for s in structure.sublayers)
+    return replace(structure, sublayers=tuple(sublayers), skips=family.drops_layers)
+
+
+def with_floors(family: Family, structure: Structure, config: Any, prune: Any) -> Structure:
+    """The same structure with what the options of pruning (uniform, keep_in_outer_layers, neuron_multiple) have stay in it.
+
+    config: the dense model's.
+    """
     if prune.uniform:
-        structure = uniform_floors(family, structure, prune.neuron_multiple)
+        structure = uniform_floors(family, structure, config, prune.neuron_multiple)
     return with_outer_floor(structure, prune.keep_in_outer_layers, prune.neuron_multiple)
 
 

@@ -27,6 +27,7 @@ class SubLayer:
     params_per_unit: int
     macs_per_unit: int  # multiply-accumulates for one sequence of `Structure.seq_length` tokens
     floor: int = 0  # units that must stay
+    counts: tuple[int, ...] = ()  # numbers of units that a uniform cut may leave, ascending; empty: any from `floor` on
     latency: tuple[int, ...] = ()  # ns by the number of units kept, [num_units + 1], never falling; empty: not measured
 
     @property

@@ -34,8 +34,8 @@ save_file(logits, sys.argv[3])
 """
 
 
-def uniform_plan(family, structure):
-    floored = uniform_floors(family, structure, 8)
+def uniform_plan(family, structure, config):
+    floored = uniform_floors(family, structure, config, 8)
     scores = torch.rand(structure.num_units, generator=torch.Generator().manual_seed(1))
     costs = torch.cat([s.costs("params").diff() for s in structure.sublayers])
     costs = torch.where(
@@ -55,7 +55,7 @@ def exported(tmp_path_factory):
         family = FAMILIES[model.config.model_type]
         for how, kinds in (("unequal", ("compact", "padded")), ("no-heads", ("padded",)), ("uniform", ("uniform",))):
             if how == "uniform":
-                plan = uniform_plan(family, structure)
+                plan = uniform_plan(family, structure, model.config)
                 model, layout, _ = adapted(name, skips=family.drops_layers)
             else:
                 plan = plan_of(structure, how)
@@ -118,6 +118,11 @@ def test_unequal_layers_fit_no_stock_configuration(exported, tmp_path):
             formats.convert(
                 "uniform", base / f"{name}-unequal-compact", plans[f"{name}-unequal"].to_dict(), tmp_path / "x"
             )
+    of_three = plans["llama-mha-unequal"].to_dict()
+    for unit in of_three["units"]:
+        unit["kept"] = list(range({"heads": 3, "neurons": 8}[unit["kind"]]))
+    with pytest.raises(UserError, match="takes 1, 2, 4 heads, not 3"):
+        formats.convert("uniform", base / "llama-mha-unequal-compact", of_three, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 

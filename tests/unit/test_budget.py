@@ -229,6 +229,44 @@ def test_a_layer_stays_where_it_would_overshoot_with_what_is_gone():
     assert not plan.skipped and abs(plan.cost("params") - wanted) <= 2 * 8 * 150
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 10**6), st.floats(0, 1), st.sampled_from([60, 600]))
+def test_heads_are_left_in_a_number_that_can_be_said_and_neurons_meet_the_budget(layers, seed, share, neuron_cost):
+    s = uniformly(structure(layers=layers, heads=8, neurons=64, neuron_cost=neuron_cost))
+    floors = {"heads": 1, "neurons": 8}
+    sublayers = (replace(t, floor=floors[t.kind], counts=(1, 2, 4, 8) * (t.kind == "heads")) for t in s.sublayers)
+    s = replace(s, sublayers=tuple(sublayers))
+    generator, gone = torch.Generator().manual_seed(seed), torch.zeros(s.num_units, dtype=torch.bool)
+    dense, most = s.dense_cost("params"), max_sparsity(s, "params")
+    for part in (0.5, 1.0):
+        target, scores = part * share * most, torch.rand(s.num_units, generator=generator)
+        plan = decide(scores, s, target, gone=gone, uniform=True)
+        assert not (plan.mask() & gone).any()
+        ((heads, neurons),) = {(c["heads"], c["neurons"]) for c in plan.counts()}
+        assert heads in (1, 2, 4, 8) and neurons % 8 == 0
+        wanted, group = (1 - target) * dense / layers, 8 * neuron_cost
+        if part == 0.5 and any(
+            group <= wanted - 500 - 1000 * h <= 8 * group for h in (1, 2, 4, 8)
+        ):  # neurons can meet it
+            assert abs(plan.cost("params") / layers - wanted) <= max(group, 1000) / 2 + 1
+        gone = ~plan.mask()
+    with pytest.raises(UserError, match="at most"):
+        decide(torch.ones(s.num_units), s, most + 0.01, uniform=True)
+
+
+def test_of_the_numbers_that_can_be_said_the_one_whose_cuts_matter_least_is_taken():
+    s = uniformly(
+        structure(layers=2, heads=8, neurons=64, neuron_cost=500)
+    )  # half the heads cost what eight neurons do
+    sublayers = (replace(t, floor=1, counts=(1, 2, 4, 8)) if t.kind == "heads" else t for t in s.sublayers)
+    s = replace(s, sublayers=tuple(sublayers))
+    heads = torch.cat([torch.full((t.num_units,), t.kind == "heads") for t in s.sublayers])
+    target = 2 * 4000 / s.dense_cost("params")
+    for of_heads, left in ((1.5, (8, 56)), (0.5, (4, 64))):
+        counts = decide(torch.where(heads, of_heads, 0.4), s, target, uniform=True).counts()
+        assert {(c["heads"], c["neurons"]) for c in counts} == {left}
+
+
 def test_the_least_important_layers_go_where_that_costs_less():
     s = replace(
         uniformly(structure(layers=4, heads=4, neurons=32, neuron_cost=600)), skips=True

@@ -11,7 +11,7 @@ from prunadapt_ds.data.loading import tokenize
 from prunadapt_ds.data.tasks import TASKS
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.models.families import FAMILIES
-from prunadapt_ds.models.layouts import family_of
+from prunadapt_ds.models.layouts import family_of, sayable_heads
 from prunadapt_ds.models.table import updated
 from tests.conftest import ROOT
 from tests.tiny import layout_and_structure, tiny_config, tiny_folder, tiny_model
@@ -88,6 +88,23 @@ def test_what_must_stay_stays_at_the_highest_sparsity(model_type):
     assert [c["heads"] for c in plan.counts()] == wanted
     with pytest.raises(UserError, match=f"{most:.4f}"):
         decide(torch.ones(structure.num_units), structure, (1 + most) / 2)
+
+
+@pytest.mark.parametrize(
+    "model_type, sayable",
+    [
+        ("llama-mha", (1, 2, 4)),
+        ("llama", (1, 2)),
+        ("llama-mqa", (1, 2, 4)),
+        ("qwen2", (1, 2)),
+        ("bert", (4,)),
+        ("opt", (4,)),
+    ],
+)
+def test_numbers_of_heads_that_a_stock_configuration_takes(model_type, sayable):
+    """Llama's must divide the model's width, which 3 heads of 32 do not."""
+    config = tiny_config(model_type)
+    assert sayable_heads(family_of(config), config) == sayable
 
 
 def test_multi_query_attention_keeps_its_key_and_value():
