@@ -172,7 +172,7 @@ def class_names(config: Any) -> tuple[str, ...]:
 
 
 def agree_on_padding(name: str, config: Any, tokenizer: Any) -> None:
-    """Let tokenizer and decoder name the same padding token, on the right.
+    """Let tokenizer and model name the same padding token, on the right.
 
     A decoder's classifier reads the last token that is no padding; if it took another token for padding than the tokenizer,
     it would read a padded position and nobody would tell. On the right, positions count from the first real token and
@@ -188,8 +188,9 @@ def agree_on_padding(name: str, config: Any, tokenizer: Any) -> None:
             remedy = "its tokenizer has no padding token and none to take for it; set one in tokenizer_config.json"
             raise UserError(Problem("model_name_or_path", name, remedy))
         tokenizer.pad_token = found
-    if not 0 <= tokenizer.pad_token_id < config.vocab_size:
-        remedy = f"its padding token is number {tokenizer.pad_token_id}, the model has {config.vocab_size} embeddings"
+    known_tokens = config.get_text_config().vocab_size
+    if not 0 <= tokenizer.pad_token_id < known_tokens:
+        remedy = f"its padding token is number {tokenizer.pad_token_id}, the model has {known_tokens} embeddings"
         raise UserError(Problem("model_name_or_path", name, remedy))
     config.pad_token_id = tokenizer.pad_token_id
 

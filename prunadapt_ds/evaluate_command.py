@@ -166,7 +166,8 @@ def load_folder(name: str, trust: bool, *, task: Task | None = None, is_language
     if doubt and distributed.rank() == 0:
         print(f"{name}: {doubt}", file=sys.stderr)
     family = FAMILIES.get(model.config.model_type)
-    if family is not None and family.is_decoder:
+    is_decoder = is_language if family is None else family.is_decoder
+    if is_decoder or tokenizer.pad_token_id is None:
         backbone.agree_on_padding(name, model.config, tokenizer)
     return model, tokenizer
 

@@ -1,5 +1,6 @@
 """Language modelling: what is learnt of a row, each sequence's own mean, and law 2 for it."""
 
+import json
 import math
 
 import numpy as np
@@ -7,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from prunadapt_ds import adapters, files, gates, token_teacher
+from prunadapt_ds import adapters, evaluate_command, files, gates, token_teacher
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.config import parse
 from prunadapt_ds.data import compute_perplexity, load_language, tokenize_language
@@ -17,7 +18,7 @@ from prunadapt_ds.errors import UserError
 from prunadapt_ds.importance import STATISTICS, Recorder
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.objective import TopWords, losses_and_distillation, sample_losses
-from tests.tiny import layout_and_structure, tiny_config, tiny_instructions, tiny_tokenizer
+from tests.tiny import VOCABULARY, layout_and_structure, tiny_config, tiny_instructions, tiny_tokenizer
 
 pytestmark = pytest.mark.fast
 DECODERS = [name for name, family in FAMILIES.items() if family.is_decoder]
@@ -121,6 +122,29 @@ def test_loss_is_each_sequence_s_own_mean():
         one = F.cross_entropy(logits[b, :-1], labels[b, 1:], ignore_index=-100)
         torch.testing.assert_close(found[b], one)
     assert found[2] == 0, "nothing to learn"
+
+
+@pytest.mark.parametrize("pad_token", ["[PAD]", None])
+def test_a_decoder_of_no_family_is_scored_as_row_by_row(tmp_path, pad_token, capsys):
+    """Whatever its tokenizer pads with, and on which side."""
+    config = AutoConfig.for_model(
+        "bloom", hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, initializer_range=0.5
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "bloom")
+    tokenizer = tiny_tokenizer(tmp_path / "bloom", of_decoder=True)
+    stated = tmp_path / "bloom" / "tokenizer_config.json"
+    stated.write_text(json.dumps(json.loads(stated.read_text()) | {"pad_token": pad_token, "padding_side": "left"}))
+    data = tiny_instructions(tmp_path / "data")
+    files = [f"--{name}_file={data / f'{name}.jsonl'}" for name in ("train", "validation")]
+    argv = ["--task_type=causal_lm", f"--model_name_or_path={tmp_path / 'bloom'}", *files, "--max_seq_length=32"]
+    assert evaluate_command.main(argv) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    losses = []
+    for row in tokenize_language(load_language(data_options(data)).validation["validation"], tokenizer, 32):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        losses.append(F.cross_entropy(model(ids).logits[0, :-1], labels[1:], reduction="none")[labels[1:] >= 0])
+    assert said["perplexity"] == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-4)
 
 
 def test_perplexity_weighs_tokens():
