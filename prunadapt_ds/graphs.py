@@ -109,4 +109,5 @@ def trace(request: dict[str, Any], scratch: Path) -> None:
         text=True,
     )
     if done.returncode != 0:
+        proof.raise_if_stopped(done)
         raise PrunadaptError(f"no {request['kind']} could be made of {request['compact']}:\n{done.stderr[-3000:]}")

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from prunadapt_ds import reload
 from prunadapt_ds.batches import Rows
-from prunadapt_ds.errors import ParityError
+from prunadapt_ds.errors import Interrupted, ParityError
 from prunadapt_ds.formats import auto_class_of
+from prunadapt_ds.pulse import STOP_SIGNALS
 
 TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
 
@@ -78,7 +79,7 @@ def reload_in_fresh_process(*reloads: Reload) -> list[Reloaded]:
     """Load each folder in a new Python process that does not import this package, and predict.
 
     One process for all: most of its time it imports. Folders of stock classes come first, before any code of a folder's own.
-    Raises ParityError with the process's last words if it fails.
+    Raises ParityError with the process's last words if it fails, and Interrupted where it was asked to stop.
     """
     from safetensors.torch import load_file
 
@@ -95,6 +96,7 @@ def reload_in_fresh_process(*reloads: Reload) -> list[Reloaded]:
         requests = [str(scratch / str(i) / "request.json") for i in order]
         done = run_script(script, requests, environment, scratch)
         if done.returncode != 0:
+            raise_if_stopped(done)
             failed = next((i for i in order if not (scratch / str(i) / "result.json").exists()), order[-1])
             folder = reloads[failed].folder
             raise ParityError(f"the exported folder {folder} could not be reloaded:\n{done.stderr[-3000:]}")
@@ -111,6 +113,15 @@ def run_script(
     """A Python process of its own, in `folder`."""
     command = [sys.executable, str(script), *arguments]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+
+def raise_if_stopped(done: subprocess.CompletedProcess[str]) -> None:
+    """Raises Interrupted where a process ended by a signal that asks a run to stop: a terminal and SLURM send it to all alike."""
+    for number in STOP_SIGNALS:
+        if done.returncode == -number:
+            raise Interrupted(
+                f"stopped by {number.name} before the export was proven; the same command goes on from there"
+            )
 
 
 def compare_logits(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:

@@ -254,6 +254,30 @@ def test_a_second_ctrl_c_ends_deepspeed_and_its_ranks(base, tmp_path):
     assert (tmp_path / "said").read_text().count("stopping after this step; once more to leave now") == 1
 
 
+def test_ctrl_c_while_the_export_is_proven(base, tmp_path):
+    """A terminal sends it to the process that proves as well, which knows nothing of runs that are to be stopped."""
+    words = [sys.executable, TRAIN, *map(str, arguments(base, tmp_path / "out", max_steps=4))]
+
+    def proving(run):
+        return any(b"reload.py" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in members(run.pid))
+
+    with (tmp_path / "said").open("w") as said:
+        run = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=said, stderr=said, start_new_session=True)
+    try:
+        while run.poll() is None and not proving(run):
+            time.sleep(0.1)
+        time.sleep(0.5)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(60) == 75, (tmp_path / "said").read_text()[-2000:]
+    finally:
+        run.kill()
+    said = (tmp_path / "said").read_text()
+    assert "stopped by SIGINT before the export was proven" in said and "Traceback" not in said
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["status"] == "interrupted"
+    done = launch(words)
+    assert done.returncode == 0 and "goes on after step 4 of 4" in done.stdout, done.stderr[-2000:]
+
+
 def members(session):
     """Processes of a session that live."""
     found = []
