@@ -99,8 +99,11 @@ def traffic(stock: Inventory, ds: DsConfig, machine: Machine, config: Config) ->
     world, stage, e = machine.world_size, ds.stage, _element_bytes(ds)
     zero, train = ds.values["zero_optimization"], config.train
     others = (world - 1) / world
+    steps = ds.values["gradient_accumulation_steps"]
     n = stock.trainable
-    reduce = n * e * others * (2 if stage == 0 else 1)
+    # Stages 2 and 3 reduce after every micro-batch; all but 3 all-reduce, which sends everything twice.
+    is_once = zero.get("reduce_scatter", True) if stage == 3 else not zero.get("use_multi_rank_bucket_allreduce", True)
+    reduce = n * e * others * (1 if stage and is_once else 2) * (steps if stage >= 2 else 1)
     gather = host = 0.0
     if stage in (1, 2):
         gather = n * e * others
@@ -109,7 +112,7 @@ def traffic(stock: Inventory, ds: DsConfig, machine: Machine, config: Config) ->
         quantised = zero.get("zero_quantized_nontrainable_weights") or zero.get("zero_quantized_weights")
         total = stock.frozen * (1 if quantised else e) + (n - whole) * e
         held = _held_elements(stock, zero, train.gradient_checkpointing) / max(1, stock.frozen + n)
-        passes = (2 - held) * ds.values["gradient_accumulation_steps"]
+        passes = (2 - held) * steps
         gather = others * (total * passes + whole * e)
         if (zero.get("offload_param") or {}).get("device", "none") != "none":
             host += total / world * passes

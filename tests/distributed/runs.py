@@ -650,12 +650,14 @@ def sent_in_a_step(argv):
     counted = {name: dict(by_size) for name, by_size in logger.comms_dict.items()}
     deepspeed.comm.configure(enabled=False)
     session.tracker.close()
-    gathered = sum(
-        size * calls[0] * (world_size() - 1)  # a rank's own part goes to all others
+    others = world_size() - 1
+    shares = {"all_gather_into_tensor": others, "reduce_scatter_tensor": others / world_size()}
+    shares["all_reduce"] = 2 * others / world_size()
+    sent = sum(
+        shares[name] * size * calls[0]
         for name, by_size in counted.items()
-        if "all_gather" in name
         for size, calls in by_size.items()
+        if size > 64
     )
     whole = sum(getattr(p, "ds_numel", p.numel()) * 4 for p in session.model.parameters())
-    trainable = sum(getattr(p, "ds_numel", p.numel()) * 4 for p in session.model.parameters() if p.requires_grad)
-    return {"gathered": gathered, "said": session.sent_in_a_step(), "whole": whole, "trainable": trainable}
+    return {"sent": sent, "said": session.sent_in_a_step(), "whole": whole}
