@@ -64,7 +64,7 @@ def write(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[s
     from safetensors.torch import save_file
 
     target, unfinished = root / f"{PREFIX}{step}", root / f".{PREFIX}{step}.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    sweep(root)
     unfinished.mkdir(parents=True)
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
@@ -85,6 +85,12 @@ def write(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[s
     for old in [c for c in listed(root) if c[0] != step and (c[0] > step or c[0] not in _newest(root, step, keep))]:
         discard(old[1])
     return target
+
+
+def sweep(root: Path) -> None:
+    """Remove what a writer that was killed has left half written or half removed."""
+    for left in root.glob(f".{PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _newest(root: Path, step: int, keep: int) -> list[int]:

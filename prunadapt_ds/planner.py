@@ -107,7 +107,7 @@ def plan(
     best = min((c["run_s_per_step"] for c in able), default=0.0)
     names = next(iter(shapes.values()))
     first, last = names[0][2], names[-1][2]
-    per_master = MASTERS + MOMENTS
+    per_master, sizes = MASTERS + MOMENTS, next(iter(resolved.values())).values
     is_averaged = config.prune.method == "prunadapt" and config.prune.distill_weight > 0
     return {
         "model": {
@@ -120,12 +120,12 @@ def plan(
         "run": {
             "method": config.prune.method,
             "target_sparsity": names[-1][1],
-            "per_device_train_batch_size": config.train.per_device_train_batch_size,
+            "per_device_train_batch_size": sizes["train_micro_batch_size_per_gpu"],
             "max_seq_length": config.data.max_seq_length,
             "gradient_checkpointing": config.train.gradient_checkpointing,
         },
         "macs_per_step": {
-            name: macs_per_step(stock, config, config.train.gradient_accumulation_steps)
+            name: macs_per_step(stock, config, sizes["gradient_accumulation_steps"])
             for name, stock in (("dense", first), ("last", last))
         },
         "export_bytes": last.exported * {"float32": 4}.get(config.output.export_dtype, 2),

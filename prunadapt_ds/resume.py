@@ -227,6 +227,7 @@ def begin(session: Session) -> None:
     def clear() -> None:
         for _, folder in checkpoint.listed(root_of(session.config)):
             files.discard(folder)
+        checkpoint.sweep(root_of(session.config))
         (root_of(session.config) / REBUILDS).unlink(missing_ok=True)
         files.discard(session.output_dir / token_teacher.FOLDER)
         graphs.discard_exports(session.output_dir)

@@ -111,11 +111,19 @@ def _instruction(prompt: str, response: str, tokenizer: Any, longest: int) -> tu
     first = tokenizer(prompt, verbose=False)["input_ids"]
     if first and first[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
         first = first[:-1]  # it goes on
-    second = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
+    second = _continuation(response, tokenizer)
     second = [*second, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else second
     second = second[: longest - 1]
     first = first[max(0, len(first) + len(second) - longest) :]
     return first + second, [IGNORED] * len(first) + second
+
+
+def _continuation(text: str, tokenizer: Any) -> list[int]:
+    """A text's tokens behind another one: SentencePiece puts a space before whatever it is given first."""
+    before, both, alone = (
+        tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"] for words in ("\n", "\n" + text, text)
+    )
+    return both[len(before) :] if both[: len(before)] == before else alone
 
 
 def _blocks(texts: list[str], tokenizer: Any, longest: int) -> list[list[int]]:

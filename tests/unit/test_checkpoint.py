@@ -49,6 +49,14 @@ def test_what_is_written_is_read(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"step-12"}
 
 
+def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
+    for name in (".step-3.tmp", ".step-1.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / checkpoint.TENSORS).write_bytes(b"half")
+    save(tmp_path, 12)
+    assert {p.name for p in tmp_path.iterdir()} == {"step-12"}
+
+
 def test_the_newest_are_kept_in_the_order_of_numbers(tmp_path):
     save(tmp_path, 2, 8, 10, 100, keep=3)
     assert steps_in(tmp_path) == [100, 10, 8]

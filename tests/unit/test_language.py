@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from prunadapt_ds import adapters, evaluate_command, files, gates, token_teacher
 from prunadapt_ds.batches import Rows
@@ -82,6 +83,18 @@ def test_only_responses_are_learnt(rows):
     batch = rows.batch([0, 3], 0.5)
     assert batch.labels.shape == batch.inputs["input_ids"].shape and batch.labels.shape[1] % 8 == 0
     assert (batch.labels[batch.inputs["attention_mask"] == 0] == -100).all()
+
+
+def test_prompt_and_response_are_joined_as_they_are_written(tmp_path):
+    """Also where a tokenizer begins every text with a space, as Llama 2's does."""
+    letters = ["<unk>", "</s>", "\n", "\u2581", *"abdnsu"]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", model_max_length=64)
+    pairs = {"prompt": ["bad ", "bad\n", "bad"], "response": ["sun", "sun", " sun"]}
+    data = tokenize_language(Dataset.from_dict(pairs), fast, 64)
+    joined = ["".join(letters[i] for i in ids) for ids in data["input_ids"]]
+    assert joined == ["\u2581bad\u2581sun</s>", "\u2581bad\nsun</s>", "\u2581bad\u2581sun</s>"]
 
 
 def test_text_is_cut_into_blocks(tmp_path):

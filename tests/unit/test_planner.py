@@ -145,6 +145,16 @@ def test_a_skeleton_is_the_trainer_s_model(model_type):
     assert small.macs < dense.macs
 
 
+def test_the_batch_is_that_of_the_file(tmp_path):
+    sizes = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 8}
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, **sizes}))
+    of_file = planned(tiny_config("bert"), files=[tmp_path / "own.json"])
+    words = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "8")
+    of_options = planned(tiny_config("bert"), *words)
+    assert of_file["run"] == of_options["run"] and of_file["run"]["per_device_train_batch_size"] == 4
+    assert of_file["macs_per_step"] == of_options["macs_per_step"]
+
+
 def test_recomputation_keeps_inputs_and_one_block():
     on, off = (
         planned(tiny_config("bert"), "--max_seq_length", "16", *more)["configs"][0]["phases"][0]["device_bytes"][
