@@ -13,7 +13,7 @@ from prunadapt_ds.budget import decide
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.layouts import uniform_floors
-from tests.tiny import VARIANTS, layout_and_structure, tiny_tokenizer
+from tests.tiny import VARIANTS, tiny_tokenizer
 from tests.unit.test_resize import adapted, inputs, plan_of
 
 pytestmark = pytest.mark.ci
@@ -126,9 +126,10 @@ def test_unequal_layers_fit_no_stock_configuration(exported, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_uniform_within_one_step(exported):
-    _, structure = layout_and_structure(adapted("llama")[0], 16)
-    floored = uniform_floors(FAMILIES["llama"], structure, 8)
+@pytest.mark.parametrize("name", ["llama", "llama-mha"])
+def test_uniform_within_one_step(name):
+    model, _, structure = adapted(name)
+    floored = uniform_floors(FAMILIES["llama"], structure, model.config, 8)
     scores = torch.rand(structure.num_units, generator=torch.Generator().manual_seed(3))
     costs = torch.cat([s.costs("params").diff() for s in structure.sublayers])
     step = 3 * max(int(costs[0]), 8 * int(costs[2]))
