@@ -109,13 +109,14 @@ class Rows:
 
     def head(self, count: int) -> Rows:
         """The first `count` rows."""
-        return self._pick(range(min(count, len(self))))
+        return self.pick(range(min(count, len(self))))
 
     def sample(self, count: int) -> Rows:
         """At most `count` rows, drawn at random (files may be sorted, or their labels alternate), the same on every rank."""
-        return self._pick(sorted(random.Random(0).sample(range(len(self)), min(count, len(self)))))
+        return self.pick(sorted(random.Random(0).sample(range(len(self)), min(count, len(self)))))
 
-    def _pick(self, positions: Sequence[int]) -> Rows:
+    def pick(self, positions: Sequence[int]) -> Rows:
+        """These rows, in this order."""
         some = copy.copy(self)
         positions = list(positions)
         some.tokens = {name: column.pick(positions) for name, column in self.tokens.items()}

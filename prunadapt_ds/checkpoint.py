@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
+from prunadapt_ds.faults import fault_point
 from prunadapt_ds.files import discard, identity, sync
-from prunadapt_ds.watchdog import milestone
 
 FORMAT = 1
 PREFIX = "step-"
@@ -68,7 +68,7 @@ def write(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[s
     unfinished.mkdir(parents=True)
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
-        milestone(f"checkpoint-{step}/half written")
+        fault_point(f"checkpoint-{step}/half written")
         sync(unfinished / TENSORS)
         content = {"format": FORMAT, "step": step, **state, "files": {TENSORS: identity(unfinished / TENSORS)}}
         content = json.loads(json.dumps(content))  # as it will be read, keys of numbers become text

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prunadapt_ds.data.tasks import TASKS
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.options import Usage, option, options_of, read
 
@@ -20,7 +21,7 @@ METHODS = ("prunadapt", "tmp", "lora", "full")
 BUDGETS = ("params", "macs", "latency")
 CRITERION_NAMES = ("fisher", "taylor", "outlier", "activation_norm", "magnitude", "random")
 TASK_TYPES = ("sequence_classification", "causal_lm")
-TASK_NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "sample")
+TASK_NAMES = tuple(TASKS)
 EXPORT_FORMATS = ("compact", "padded", "uniform", "adapter")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 SHRINKING = ("auto", "always", "never")

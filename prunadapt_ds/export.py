@@ -21,6 +21,7 @@ from prunadapt_ds.adapters import ADAPTER, is_lora
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.distributed import on_rank_0, rank
 from prunadapt_ds.engine import gathered, row_blocks
+from prunadapt_ds.faults import fault_point
 from prunadapt_ds.files import whole_folder
 from prunadapt_ds.formats import MODELING_FILE, auto_class_for
 from prunadapt_ds.gates import Gate, gate_before
@@ -28,7 +29,6 @@ from prunadapt_ds.models import modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 from prunadapt_ds.models.structure import full_numel, full_shape
-from prunadapt_ds.watchdog import milestone
 from prunadapt_ds.weight_files import WeightFiles
 from prunadapt_ds.zero3 import own_run
 
@@ -208,7 +208,7 @@ def write_folder(folder: Path, weights: WeightFiles, parts: list[Any], needs_rem
     try:
         with whole_folder(folder) as unfinished:
             weights.finish(unfinished)
-            milestone("export/half written")
+            fault_point("export/half written")
             if needs_remote_code:
                 shutil.copyfile(Path(modeling_prunadapt.__file__), unfinished / MODELING_FILE)
             for part in parts:

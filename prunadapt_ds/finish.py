@@ -33,10 +33,10 @@ from prunadapt_ds import (
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.clocks import PHASES
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
+from prunadapt_ds.faults import fault_point
 from prunadapt_ds.logits import exact_products, predict, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
 from prunadapt_ds.session import Session, eval_batch, evaluate, measures
-from prunadapt_ds.watchdog import milestone
 
 PARITY_EXAMPLES = 512  # of each validation set, compared in fp32 where the run itself was not
 
@@ -50,7 +50,7 @@ def finish(
     `facts`: of the report, where another process has trained: what that was, and that the run is not complete.
     """
     watchdog.rest()
-    milestone("finish/begin")
+    fault_point("finish/begin")
     if facts is None:
         session.note_peak()
     masked_metrics, masked = evaluate(session)
@@ -60,7 +60,7 @@ def finish(
     folder = session.output_dir / "exports" / "compact"
     stop_if_asked()
     watchdog.rest()
-    milestone("export/begin")
+    fault_point("export/begin")
     # What an earlier export of this run made of other weights.
     distributed.on_rank_0("clearing exports", lambda: graphs.discard_exports(session.output_dir, formats_of(session)))
     needs_remote_code = export.export(
@@ -81,14 +81,14 @@ def finish(
     for name, fact in (facts or {}).items():
         session.report[name] = {**session.report[name], **fact} if isinstance(fact, dict) else fact
     session.report["metric"]["masked"] = masked_metrics
-    milestone("export/end")
+    fault_point("export/end")
     stop_if_asked()
     watchdog.rest()
     release_cached(session.device)  # the proof is another process on rank 0's GPU
     distributed.on_rank_0_for_long(
         "proving the export", lambda: prove(session, folder, needs_remote_code, masked, reference), watchdog.rest
     )
-    milestone("report")
+    fault_point("report")
     write_report(session, session.report["status"])
     options, found = board.options_of(session.config.to_dict()), board.measures_of(session.report)
     session.tracker.show(lambda writer: board.result(writer, options, found, session.config.given))

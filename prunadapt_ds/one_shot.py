@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 
 from prunadapt_ds import board, distributed, gates, tmp, watchdog
 from prunadapt_ds import engine as engines
-from prunadapt_ds.batches import Batch, Rows, Sampler
+from prunadapt_ds.batches import Sampler
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.importance import WindowSums, save_sums
 from prunadapt_ds.session import Session, attach_gates, build_engine
@@ -24,7 +21,7 @@ def score_samples(session: Session, samples: list[int]) -> WindowSums:
     session.sampler = Sampler(
         len(samples), plain.micro_batch_size, plain.accumulation_steps, plain.rank, plain.world_size, plain.seed
     )
-    session.train_rows = _Subset(everything, samples)  # type: ignore[assignment]
+    session.train_rows = everything.pick(samples)
     engines.set_learning_rates(session.engine, 0.0)
     for step in range(session.sampler.steps_per_epoch):
         train_step(session, step, record=True)
@@ -33,15 +30,6 @@ def score_samples(session: Session, samples: list[int]) -> WindowSums:
     session.sampler, session.train_rows = plain, everything
     session.losses.clear()
     return session.recorder.all_reduce()
-
-
-@dataclass(frozen=True)
-class _Subset:
-    rows: Rows
-    samples: list[int]
-
-    def batch(self, positions: Sequence[int], weight: float) -> Batch:
-        return self.rows.batch([self.samples[i] for i in positions], weight)
 
 
 def score_only(session: Session) -> None:

@@ -15,9 +15,9 @@ from prunadapt_ds.checkpoint import Checkpoint, Damaged, Unread
 from prunadapt_ds.config import SECTIONS, Config
 from prunadapt_ds.ds_config import DsConfig
 from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.faults import fault_point
 from prunadapt_ds.session import Session, add_trainables
 from prunadapt_ds.setup import agreed_ds_config
-from prunadapt_ds.watchdog import milestone
 
 # Options that may change while a run is interrupted, because they do not change what it computes ...
 FREE = {
@@ -284,7 +284,7 @@ def noted_rebuilds(config: Config) -> dict[int, bool]:
 def save(session: Session) -> Path:
     """Write a checkpoint of the run as it is. Collective; PrunadaptError on all ranks where it cannot be written."""
     root = root_of(session.config)
-    milestone(f"checkpoint-{session.step}/begin")
+    fault_point(f"checkpoint-{session.step}/begin")
     with session.clocks.timed("checkpoint"), watchdog.resting():
         tensors, saved = snapshot.collect(session)
         saved |= {"options": asked_of(session), "names": names(session.config)}
@@ -294,7 +294,7 @@ def save(session: Session) -> Path:
             checkpoint.write(root, session.step, tensors, saved, session.config.output.save_total_limit)
 
         distributed.on_rank_0(f"writing the checkpoint of step {session.step} below {root}", write)
-    milestone(f"checkpoint-{session.step}/end")
+    fault_point(f"checkpoint-{session.step}/end")
     return root / f"{checkpoint.PREFIX}{session.step}"
 
 

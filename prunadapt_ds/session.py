@@ -28,6 +28,7 @@ from prunadapt_ds.clocks import Clocks
 from prunadapt_ds.config import Config
 from prunadapt_ds.data import TaskData, measures_of
 from prunadapt_ds.ds_config import DsConfig
+from prunadapt_ds.faults import fault_point
 from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
 from prunadapt_ds.logits import predict
 from prunadapt_ds.memory import MemoryMarks
@@ -174,7 +175,7 @@ def build_engine(session: Session) -> Any:
     )
     start = session.clocks.now()
     blocks = [block for _, block in own_blocks(session.backbone)]
-    watchdog.milestone(f"build-{session.step}")
+    fault_point(f"build-{session.step}")
     engine = engines.build(session.model, groups, ds.values, ds.adam, blocks=blocks)
     engine.train()
     session.clocks.build = distributed.dist_max(session.clocks.now() - start)

@@ -22,6 +22,7 @@ from prunadapt_ds.clocks import StepTimes
 from prunadapt_ds.config import Config, parse
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import PrunadaptError, UserError
+from prunadapt_ds.faults import fault_point
 from prunadapt_ds.finish import finish, report_unfinished
 from prunadapt_ds.importance import CRITERIA, save_sums
 from prunadapt_ds.keeper import Keeper
@@ -36,7 +37,6 @@ from prunadapt_ds.shrink import pays_now, shrink
 from prunadapt_ds.step import watched_step
 from prunadapt_ds.teacher import WeightAverage, averaged
 from prunadapt_ds.token_teacher import TokenTeacher, num_bytes
-from prunadapt_ds.watchdog import milestone
 
 TEACHER_TRIAL = 256  # training examples that tell whether the teacher knows enough
 
@@ -138,7 +138,7 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
         session.step = done = step + 1
         decides = pruning is not None and pruning.decides_at(done)
         keeper.step_done(losses, settle=decides)
-        milestone(f"step-{done}")
+        fault_point(f"step-{done}")
         if pruning and config.prune.distill_weight and pruning.averages_at(done, config.prune.teacher_window):
             with session.clocks.timed("teacher"):
                 session.average.add(session.engine)
@@ -235,7 +235,7 @@ def decide_and_cut(session: Session, pruning: PruningSchedule, step: int) -> Non
     assert session.recorder is not None and session.scores is not None
     with session.clocks.timed("importance"):
         window = session.recorder.all_reduce()
-        milestone(f"decide-{step}")
+        fault_point(f"decide-{step}")
         scores = session.scores.update(CRITERIA[prune.criterion].score(window), seen=session.plan.passed())
         plan = decide(
             scores,
@@ -289,13 +289,13 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
 def shrink_model(session: Session) -> None:
     """Rebuild the engine around the model that `session.plan` leaves."""
     start = session.clocks.now()
-    milestone(f"shrink-{session.step}/begin")
+    fault_point(f"shrink-{session.step}/begin")
     session.note_peak()
     layout, plan = session.backbone.layout, session.plan
     with watchdog.resting():
         session.engine = shrink(session.release_engine(), layout, plan, session.present, lambda: build_engine(session))
     session.present = plan
-    milestone(f"shrink-{session.step}/end")
+    fault_point(f"shrink-{session.step}/end")
     if session.recorder is not None:
         session.recorder.narrow(plan.mask())
     session.memory.watched_length = 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import signal
 import sys
 import threading
 import time
@@ -20,7 +19,6 @@ from pathlib import Path
 LEAST_SECONDS = 60.0  # nothing is called stuck before that; PRUNADAPT_STUCK_SECONDS sets another number
 TIMES_THE_LONGEST = 20.0  # nor before that many times the longest gap between two beats so far
 REST_SECONDS = 3600.0  # loading, building, compiling, writing: may take long, but not forever
-FAULT = "PRUNADAPT_FAULT"  # what tests let happen at a milestone: KIND@NAME@RANK, see `milestone`
 
 
 class _Watch:
@@ -97,15 +95,3 @@ def resting() -> Iterator[None]:
         yield
     finally:
         beat()
-
-
-def milestone(name: str) -> None:
-    """The run got to `name`. Here tests let a rank (a number, or "all") be killed, stall, or be asked to stop."""
-    fault = os.environ.get(FAULT)
-    if fault is None:
-        return
-    kind, where, rank = fault.split("@")
-    if where == name and rank in ("all", os.environ.get("RANK", "0")):
-        if kind == "stall":
-            time.sleep(10_000)
-        os.kill(os.getpid(), getattr(signal, kind))

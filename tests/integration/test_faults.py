@@ -184,7 +184,7 @@ def test_a_stuck_rank(base, tmp_path, where):
     assert [rank.code for rank in ended] == [1, 1]
     assert "error: rank 1 has not moved for" in ended[1].text
     dump = tmp_path / "out" / "stuck-rank-1.txt"
-    assert "in milestone" in dump.read_text()
+    assert "in fault_point" in dump.read_text()
     assert "error: rank 0 has" in ended[0].text, "not moved either, or lost the other, whichever it noticed first"
     newest = checkpoint.newest(tmp_path / "out" / "checkpoints")[0]
     assert newest.step == 4

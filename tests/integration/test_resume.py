@@ -1,6 +1,6 @@
 """Law 5: a run that is killed and resumed is the run that was not, bit for bit on as many ranks, in fp32.
 
-Real processes die by SIGKILL, at moments that `milestone` in the program lets a test choose.
+Real processes die by SIGKILL, at moments that `fault_point` in the program lets a test choose.
 """
 
 import json

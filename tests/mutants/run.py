@@ -171,7 +171,7 @@ MUTANTS = (
            f"{RESIZE}::test_a_skipped_layer_has_gradients_of_zero"),
     Mutant("norms of a skipped layer counted", "models/structure.py", "if count} if self.skips", "} if self.skips",
            f"{RESIZE}::test_cost_model_counts_what_is_really_left"),
-    Mutant("depth overshoots for what is gone", "budget.py", "off = max(0.0, miss", "off = min(0.0, miss",
+    Mutant("depth overshoots for what is gone", "budget.py", "off = max(0.0, abs(", "off = min(0.0, abs(",
            f"{BUDGET}::test_a_layer_stays_where_it_would_overshoot_with_what_is_gone"),
     Mutant("what is gone comes back", "budget.py", "if gone is None else ~gone", "if True else ~gone",
            f"{BUDGET}::test_what_is_gone_stays_gone_and_depth_does_not_overshoot_for_it"),

@@ -53,7 +53,7 @@ def test_rows_are_those_of_the_dataset_in_one_array():
     for given in (examples, language):
         rows = Rows(Dataset.from_list(given).select(chosen), None)
         assert [rows.row(i)["input_ids"] for i in range(3)] == [given[i]["input_ids"] for i in chosen]
-        assert rows.lengths == [2, 0, 5] and rows._pick([2, 0]).row(0) == rows.row(2)
+        assert rows.lengths == [2, 0, 5] and rows.pick([2, 0]).row(0) == rows.row(2)
         labels = rows.labels.tolist() if rows.token_labels is None else list(rows.token_labels)
         assert labels == [given[i]["labels"] for i in chosen]
         assert len(rows.head(2)) == 2 and rows.tokens["input_ids"].values.dtype == "int32"
@@ -75,7 +75,7 @@ def test_padding_stays_within_what_the_model_takes(tmp_path):
 def test_rows_know_their_places_in_the_whole_split():
     examples = [{"input_ids": [i], "attention_mask": [1], "labels": i, "index": 10 * i} for i in range(5)]
     rows = Rows(Dataset.from_list(examples).select([4, 1, 2]), None)
-    assert rows.places.tolist() == [40, 10, 20] and rows._pick([2, 0]).places.tolist() == [20, 40]
+    assert rows.places.tolist() == [40, 10, 20] and rows.pick([2, 0]).places.tolist() == [20, 40]
     assert Rows(Dataset.from_list(examples).remove_columns("index"), None).places.tolist() == [0, 1, 2, 3, 4]
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from prunadapt_ds.config import CRITERION_NAMES, OPTIONS, TASK_NAMES, parse
+from prunadapt_ds.config import CRITERION_NAMES, OPTIONS, parse
 from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.errors import UserError
 from tests.conftest import ROOT
@@ -20,11 +20,9 @@ def fields(argv):
 
 
 def test_tables_agree():
-    from prunadapt_ds.data import TASKS
     from prunadapt_ds.importance import CRITERIA
 
     assert set(CRITERION_NAMES) == set(CRITERIA)
-    assert set(TASK_NAMES) == set(TASKS)
 
 
 def test_defaults():

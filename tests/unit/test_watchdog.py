@@ -50,7 +50,7 @@ def test_a_save_rests_and_then_steps_go_on(watch, seen, tmp_path, monkeypatch):
     monkeypatch.setattr(resume.snapshot, "collect", lambda session: stub() or ({}, {}))
     monkeypatch.setattr(resume.checkpoint, "write", stub)
     monkeypatch.setattr(resume, "names", lambda config: {})
-    monkeypatch.setattr(resume, "milestone", stub)
+    monkeypatch.setattr(resume, "fault_point", stub)
     output = SimpleNamespace(output_dir=str(tmp_path), save_total_limit=1)
     tracker = SimpleNamespace(metrics_bytes=lambda: 0)
     resume.save(session(config=SimpleNamespace(output=output), options={"seed": 0}, tracker=tracker))
@@ -67,7 +67,7 @@ def test_an_evaluation_rests_for_its_measures(watch, seen, monkeypatch):
 def test_a_shrink_rests_and_then_steps_go_on(watch, seen, monkeypatch):
     resting, stub = seen
     monkeypatch.setattr(train, "shrink", stub)
-    monkeypatch.setattr(train, "milestone", stub)
+    monkeypatch.setattr(train, "fault_point", stub)
     plan = SimpleNamespace(mask=lambda: None)
     held = {"note_peak": lambda: None, "release_engine": lambda: None, "present": None, "recorder": None}
     train.shrink_model(session(plan=plan, backbone=SimpleNamespace(layout=None), **held))
@@ -85,9 +85,9 @@ def test_scoring_shows_life_at_every_step(watch, monkeypatch):
     monkeypatch.setattr(one_shot, "train_step", step)
     monkeypatch.setattr(one_shot.engines, "set_learning_rates", lambda engine, factor: None)
     recorder = SimpleNamespace(all_reduce=lambda: watch.resting)
-    sampler = Sampler(8, 2, 1, 0, 1, 0)
+    rows, sampler = SimpleNamespace(pick=list), Sampler(8, 2, 1, 0, 1, 0)
     scored = one_shot.score_samples(
-        session(recorder=recorder, sampler=sampler, train_rows=None, engine=None, losses=[]), list(range(8))
+        session(recorder=recorder, sampler=sampler, train_rows=rows, engine=None, losses=[]), list(range(8))
     )
     assert silent == [0.0] * 4 and scored is True
 
