@@ -147,7 +147,7 @@ def main(argv):
             lora_alpha=config.lora.lora_alpha,
             lora_dropout=config.lora.lora_dropout,
             target_modules=adapters.target_modules(layout),
-            modules_to_save=[module.split(".")[-1] for module in family.head],
+            modules_to_save=[module.split(".")[-1] for module in family.task_head],
         )
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     tokenizer = AutoTokenizer.from_pretrained(name)

@@ -54,7 +54,9 @@ def _write(
 
 def saved_modules(backbone: Backbone) -> list[str]:
     """Modules that are saved whole: the record's head, and whatever else trains."""
-    heads = [name for name in backbone.family.head if any(n.startswith(name + ".") for n in backbone.head_names)]
+    heads = [
+        name for name in backbone.family.task_head if any(n.startswith(name + ".") for n in backbone.task_head_names)
+    ]
     others = {name.rpartition(".")[0] for name in _plain_trainables(backbone)}
     return heads + sorted(o for o in others if not any(f"{o}.".startswith(f"{h}.") for h in heads))
 

@@ -23,7 +23,8 @@ from prunadapt_ds.streaming import streaming
 class Backbone:
     """A loaded model with its record.
 
-    `head_names`: parameters that are new or belong to the task head; they train.  `notes`: about how it was loaded, a line each.
+    `task_head_names`: parameters that are new or belong to the task head; they train.  `notes`: a line each about how it was
+    loaded.
     `known_classes`: what the checkpoint calls the classes that its own head knows; () where the head is new.
     """
 
@@ -32,7 +33,7 @@ class Backbone:
     family: Family
     layout: Layout
     structure: Structure
-    head_names: frozenset[str]
+    task_head_names: frozenset[str]
     notes: list[str] = field(default_factory=list)
     known_classes: tuple[str, ...] = ()
 
@@ -101,8 +102,8 @@ def load(
     refuse_no_layers(model_name_or_path, layout)
     mismatched = {key[0] for key in info["mismatched_keys"]}
     new = set(info["missing_keys"]) | mismatched
-    head = frozenset(n for n, _ in model.named_parameters() if n in new or n.startswith(_prefixes(family.head)))
-    _refuse_damaged(model_name_or_path, layout, new, () if is_language else _prefixes(family.head))
+    head = frozenset(n for n, _ in model.named_parameters() if n in new or n.startswith(_prefixes(family.task_head)))
+    _refuse_damaged(model_name_or_path, layout, new, () if is_language else _prefixes(family.task_head))
     freeze(model, head)
     structure = measure(model, layout, seq_length)
     known = () if is_language or new & head else opened.classes

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from prunadapt_ds.faults import fault_point
-from prunadapt_ds.files import discard, identity, sync
+from prunadapt_ds.files import discard, identity, whole_folder
 
 FORMAT = 1
 PREFIX = "step-"
@@ -63,25 +63,17 @@ def write(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[s
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    target, unfinished = root / f"{PREFIX}{step}", root / f".{PREFIX}{step}.tmp"
+    target = root / f"{PREFIX}{step}"
     sweep(root)
-    unfinished.mkdir(parents=True)
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
-        fault_point(f"checkpoint-{step}/half written")
-        sync(unfinished / TENSORS)
-        content = {"format": FORMAT, "step": step, **state, "files": {TENSORS: identity(unfinished / TENSORS)}}
-        content = json.loads(json.dumps(content))  # as it will be read, keys of numbers become text
-        (unfinished / STATE).write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")
-        sync(unfinished / STATE)
-        sync(unfinished)
-        discard(target)
-        unfinished.rename(target)
-        sync(root)
+        with whole_folder(target) as unfinished:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
+            fault_point(f"checkpoint-{step}/half written")
+            content = {"format": FORMAT, "step": step, **state, "files": {TENSORS: identity(unfinished / TENSORS)}}
+            content = json.loads(json.dumps(content))  # as it will be read, keys of numbers become text
+            (unfinished / STATE).write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")
     except SafetensorError as error:  # its way of saying that the disk is full
         raise OSError(str(error)) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     for old in [c for c in listed(root) if c[0] != step and (c[0] > step or c[0] not in _newest(root, step, keep))]:
         discard(old[1])
     return target

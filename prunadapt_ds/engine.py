@@ -98,7 +98,7 @@ def release(parameters: Iterable[Any], module: nn.Module) -> int:
 
 def parameter_groups(
     model: nn.Module,
-    head_names: frozenset[str],
+    task_head_names: frozenset[str],
     *,
     learning_rate: float,
     gate_learning_rate: float,
@@ -112,7 +112,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        family = _group_name(name, head_names)
+        family = _group_name(name, task_head_names)
         shape = getattr(parameter, "ds_shape", parameter.shape)
         decays = len(shape) > 1 and family != "gates"
         key = family if decays or family == "gates" else f"{family}_no_decay"
@@ -125,22 +125,22 @@ def parameter_groups(
     return list(groups.values())
 
 
-def trainable_counts(model: nn.Module, head_names: frozenset[str]) -> dict[str, int]:
+def trainable_counts(model: nn.Module, task_head_names: frozenset[str]) -> dict[str, int]:
     """Numbers that train, by kind: adapters, head, gates, backbone."""
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            family = _group_name(name, head_names)
+            family = _group_name(name, task_head_names)
             counts[family] = counts.get(family, 0) + full_numel(parameter)
     return counts
 
 
-def _group_name(name: str, head_names: frozenset[str]) -> str:
+def _group_name(name: str, task_head_names: frozenset[str]) -> str:
     if f".{GATE_NAME}." in name:
         return "gates"
     if "lora_" in name:
         return "adapters"
-    return "head" if name in head_names else "backbone"
+    return "head" if name in task_head_names else "backbone"
 
 
 def make_optimizer(groups: list[Group], adam: dict[str, Any], *, offloaded: bool) -> torch.optim.Optimizer:

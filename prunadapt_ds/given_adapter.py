@@ -137,7 +137,7 @@ def take_over(given: GivenAdapter, loaded: Backbone, lora: LoraOptions, asked: f
     if problems:
         raise UserError(problems)
     lora.r, lora.lora_alpha = given.r, given.lora_alpha
-    heads = [name for name in given.whole if name in loaded.head_names]
+    heads = [name for name in given.whole if name in loaded.task_head_names]
     new = _of_other_size(given, loaded)
     head = ", its head" if set(heads) - new else ", without a head for this task, which begins anew"
     loaded.notes.append(
@@ -185,7 +185,7 @@ def _matrix_shapes(
 def _of_other_size(given: GivenAdapter, loaded: Backbone) -> set[str]:
     """Parameters of a head for another number of labels: they begin anew, as those of a checkpoint do."""
     parameters = dict(loaded.model.named_parameters())
-    heads = [name for name in given.whole if name in loaded.head_names]
+    heads = [name for name in given.whole if name in loaded.task_head_names]
     return {name for name in heads if full_shape(parameters[name]) != given.shapes[name]}
 
 

@@ -106,7 +106,7 @@ def skeleton(model_config: Any, config: Config, dtype: torch.dtype) -> Skeleton:
     structure = with_floors(family, measure(model, layout, config.data.max_seq_length), model_config, prune)
     check_target(structure, prune.target_sparsity or 0.0, prune.budget, prune.target_speedup)
     inside = f"{model.base_model_prefix}."
-    below = tuple(f"{module}." for module in family.head)
+    below = tuple(f"{module}." for module in family.task_head)
     new = (n for n, _ in model.named_parameters() if n.startswith(below) or not (is_language or n.startswith(inside)))
     head = frozenset(new)
     backbone.freeze(model, head)

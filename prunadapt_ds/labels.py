@@ -65,7 +65,7 @@ def reorder_head(backbone: Backbone, ours: Sequence[str]) -> None:
     order = columns(backbone.known_classes, ours)
     if order is None or order == sorted(order):
         return
-    module = [m for m in heads_of(backbone) if full_shape(m.weight)[0] == len(order)][-1]
+    module = [m for m in task_head_linears(backbone) if full_shape(m.weight)[0] == len(order)][-1]
     parameters: list[Any] = [p for p in (module.weight, module.bias) if p is not None]
     with torch.no_grad(), gathered(parameters, write_from=0):
         for parameter in parameters:
@@ -76,8 +76,8 @@ def reorder_head(backbone: Backbone, ours: Sequence[str]) -> None:
     )
 
 
-def heads_of(backbone: Backbone) -> list[Any]:
+def task_head_linears(backbone: Backbone) -> list[Any]:
     """Linear modules of the head, in the model's order."""
-    inside = tuple(f"{name}." for name in backbone.family.head)
+    inside = tuple(f"{name}." for name in backbone.family.task_head)
     modules = backbone.model.named_modules()
     return [m for name, m in modules if isinstance(m, nn.Linear) and f"{name}.".startswith(inside)]

@@ -168,7 +168,7 @@ def build_engine(session: Session) -> Any:
     defaults = {k: v for k, v in ds.adam.items() if v is not None}
     groups = engines.parameter_groups(
         session.model,
-        session.backbone.head_names,
+        session.backbone.task_head_names,
         learning_rate=session.learning_rate,
         gate_learning_rate=config.prune.gate_learning_rate,
         weight_decay=defaults.get("weight_decay", config.train.weight_decay),

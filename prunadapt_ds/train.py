@@ -157,7 +157,7 @@ def say_what_will_happen(session: Session, pruning: PruningSchedule | None) -> N
     total, structure, stage = session.total_steps, session.backbone.structure, session.ds.stage
     start, end = (pruning.start_step, pruning.end_step) if pruning else (total, total)
     phases = outline.phases(session.step, start, end, total)
-    counts = engines.trainable_counts(session.model, session.backbone.head_names)
+    counts = engines.trainable_counts(session.model, session.backbone.task_head_names)
     sharding = outline.sharding(stage, distributed.world_size(), session.ds.values["zero_optimization"])
     numbers = structure.dense_cost("params") + structure.other_params
     rate = None if session.ds.adam.get("lr") else session.learning_rate

@@ -52,7 +52,7 @@ class SubLayer:
 class Family:
     """One architecture.
 
-    `layers`: path of the blocks below the base model.  `head`: modules below the classification model that are always
+    `layers`: path of the blocks below the base model.  `task_head`: modules below the classification model that are always
     trained, beside whatever loading reports as newly initialised.  `is_decoder`: causal; pooled at the last token, padded
     on the right, generates from a cache.  `shares_layers`: one block runs `num_hidden_layers` times; it keeps a head.
     `drops_layers`: all layers are alike and independent of their number, so that the stock configuration can say fewer.
@@ -63,7 +63,7 @@ class Family:
     layers: str
     heads: SubLayer
     neurons: SubLayer
-    head: tuple[str, ...]
+    task_head: tuple[str, ...]
     is_decoder: bool = False
     shares_layers: bool = False
     drops_layers: bool = False
@@ -83,7 +83,7 @@ def _separate(path: str, names: dict[str, str]) -> tuple[Projection, ...]:
 _BERT_NAMES = {"q": "query", "k": "key", "v": "value"}
 
 
-def _bert_like(model_type: str, head: tuple[str, ...]) -> Family:
+def _bert_like(model_type: str, task_head: tuple[str, ...]) -> Family:
     return Family(
         model_type=model_type,
         layers="encoder.layer",
@@ -99,7 +99,7 @@ def _bert_like(model_type: str, head: tuple[str, ...]) -> Family:
         neurons=_feed_forward(
             Projection("intermediate.dense", ("neuron",)), Projection("output.dense", ("neuron",)), "intermediate_size"
         ),
-        head=head,
+        task_head=task_head,
         drops_layers=True,
     )
 
@@ -130,7 +130,7 @@ def _llama_like(model_type: str, fused: bool = False) -> Family:
             config_fields=(("num_attention_heads", "heads"), ("num_key_value_heads", "kv_heads")),
         ),
         neurons=_feed_forward(up, Projection("mlp.down_proj", ("neuron",)), "intermediate_size"),
-        head=("score",),
+        task_head=("score",),
         is_decoder=True,
     )
 
@@ -154,10 +154,10 @@ def _deberta_relative_positions(config: Any) -> int:
 
 
 _RECORDS = (
-    _bert_like("bert", head=("bert.pooler", "classifier")),
-    _bert_like("roberta", head=("classifier",)),
-    _bert_like("xlm-roberta", head=("classifier",)),
-    _bert_like("electra", head=("classifier",)),
+    _bert_like("bert", task_head=("bert.pooler", "classifier")),
+    _bert_like("roberta", task_head=("classifier",)),
+    _bert_like("xlm-roberta", task_head=("classifier",)),
+    _bert_like("electra", task_head=("classifier",)),
     Family(
         model_type="distilbert",
         layers="transformer.layer",
@@ -168,7 +168,7 @@ _RECORDS = (
             attributes=(("attention", "n_heads", "heads"), ("attention", "dim", "q")),
         ),
         neurons=_feed_forward(Projection("ffn.lin1", ("neuron",)), Projection("ffn.lin2", ("neuron",)), "hidden_dim"),
-        head=("pre_classifier", "classifier"),
+        task_head=("pre_classifier", "classifier"),
         drops_layers=True,
     ),
     Family(
@@ -190,7 +190,7 @@ _RECORDS = (
         neurons=_feed_forward(
             Projection("intermediate.dense", ("neuron",)), Projection("output.dense", ("neuron",)), "intermediate_size"
         ),
-        head=("pooler", "classifier"),
+        task_head=("pooler", "classifier"),
         relative_positions=_deberta_relative_positions,
     ),
     Family(
@@ -202,7 +202,7 @@ _RECORDS = (
         neurons=_feed_forward(
             Projection("mlp.Wi", ("neuron", "neuron")), Projection("mlp.Wo", ("neuron",)), "intermediate_size"
         ),
-        head=("head", "classifier"),
+        task_head=("head", "classifier"),
     ),
     Family(
         model_type="albert",
@@ -215,7 +215,7 @@ _RECORDS = (
         neurons=_feed_forward(
             Projection("ffn", ("neuron",)), Projection("ffn_output", ("neuron",)), "intermediate_size"
         ),
-        head=("albert.pooler", "classifier"),
+        task_head=("albert.pooler", "classifier"),
         shares_layers=True,
     ),
     _llama_like("llama"),
@@ -237,7 +237,7 @@ _RECORDS = (
             Projection("mlp.dense_4h_to_h", ("neuron",)),
             "intermediate_size",
         ),
-        head=("score",),
+        task_head=("score",),
         is_decoder=True,
     ),
     Family(
@@ -250,7 +250,7 @@ _RECORDS = (
             attributes=(("self_attn", "num_heads", "heads"),),  # its views let the tokens absorb a wrong number
         ),
         neurons=_feed_forward(Projection("fc1", ("neuron",)), Projection("fc2", ("neuron",)), "ffn_dim"),
-        head=("score",),
+        task_head=("score",),
         is_decoder=True,
     ),
     Family(
@@ -267,7 +267,7 @@ _RECORDS = (
             Projection("mlp.c_proj", ("neuron",), transposed=True),
             "n_inner",
         ),
-        head=("score",),
+        task_head=("score",),
         is_decoder=True,
     ),
 )

@@ -577,7 +577,7 @@ def loaded_under_zero3(folders, is_language=False, precision="float32", only_str
         for name, tensor in found.model.state_dict(keep_vars=True).items():
             with engine.gathered([tensor] if isinstance(tensor, torch.nn.Parameter) else []):
                 tensors[name] = (tuple(tensor.shape), tensor.detach().contiguous().view(-1).view(torch.uint8).tolist())
-        return tensors, sorted(found.head_names), found.notes
+        return tensors, sorted(found.task_head_names), found.notes
 
     pairs = []
     for folder in folders:

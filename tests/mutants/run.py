@@ -201,7 +201,7 @@ MUTANTS = (
     Mutant("frozen tensors persist", "engine.py", '"stage3_param_persistence_threshold": 0}}',
            '"stage3_param_persistence_threshold": 100_000}}',
            f"{LAWS}::test_frozen_weights_are_sharded_and_untouched[lora]"),
-    Mutant("head left at random", "backbone.py", "if n in new or n.startswith(_prefixes(family.head)))", "if False)",
+    Mutant("head left at random", "backbone.py", "if n in new or n.startswith(_prefixes(family.task_head)))", "if False)",
            f"{LAWS}::test_the_whole_head_trains"),
     Mutant("resume without moments", "state.py", "parameters.items() if state.steps else ():", "():", DAMAGED),
     Mutant("resume without the open window", "importance.py", "self._sums = flat[:-1].view(len(STATISTICS), self.num_units)",

@@ -189,7 +189,7 @@ def test_what_was_passed_over_below_a_named_folder_is_said(tmp_path):
 
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 2)
     assert {p.name for p in tmp_path.iterdir()} == {"step-1"}

@@ -52,7 +52,7 @@ def test_the_model_answers_as_peft_s(tmp_path, model_type, targets, saved):
     with torch.no_grad():
         torch.testing.assert_close(loaded.model.eval()(**inputs()).logits, expected, rtol=1e-5, atol=1e-6)
     trains = {n for n, p in loaded.model.named_parameters() if p.requires_grad}
-    assert any("lora_A" in n for n in trains) and loaded.head_names <= trains
+    assert any("lora_A" in n for n in trains) and loaded.task_head_names <= trains
 
 
 def test_a_head_for_other_labels_begins_anew(tmp_path):
@@ -152,8 +152,8 @@ def test_a_fine_tuned_classifier_keeps_its_head(tmp_path, model_type):
         torch.testing.assert_close(loaded.model.eval()(**inputs()).logits, tuned(**inputs()).logits)
     labels.reorder_head(loaded, ("a", "b", "c"))
     assert not loaded.notes, "LABEL_0 is no name that anybody gave"
-    assert all(p.requires_grad for n, p in loaded.model.named_parameters() if n in loaded.head_names)
-    assert any(n.startswith(("classifier", "score")) for n in loaded.head_names)
+    assert all(p.requires_grad for n, p in loaded.model.named_parameters() if n in loaded.task_head_names)
+    assert any(n.startswith(("classifier", "score")) for n in loaded.task_head_names)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "llama"])

@@ -107,7 +107,7 @@ def really(model_type, words, cut=None):
     layout, structure = layout_and_structure(model, config.data.max_seq_length)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    head = FAMILIES[model_type].head
+    head = FAMILIES[model_type].task_head
     for name, parameter in model.named_parameters():
         outside = not name.startswith(model.base_model_prefix + ".")
         parameter.requires_grad_(outside or name.startswith(tuple(f"{h}." for h in head)))
