@@ -42,18 +42,22 @@ def timed(runs: list[dict], key: str) -> float | None:
 
 
 def score(task: str, predictions: np.ndarray, labels: np.ndarray) -> float:
-    """The task's mean measure, quickly: the bootstrap asks for it thousands of times."""
+    """The task's mean measure, quickly: the bootstrap asks for it thousands of times. 0 where constant answers leave none."""
     if task == "stsb":
         from scipy.stats import rankdata
 
+        if np.ptp(predictions) == 0:
+            return 0.0
         ranks = np.corrcoef(rankdata(predictions), rankdata(labels))[0, 1]
         return float(np.corrcoef(predictions, labels)[0, 1] + ranks) / 2
-    from sklearn.metrics import f1_score, matthews_corrcoef
-
-    if task == "cola":
-        return float(matthews_corrcoef(labels, predictions))
     accuracy = float((predictions == labels).mean())
-    return (accuracy + float(f1_score(labels, predictions))) / 2 if task in ("mrpc", "qqp") else accuracy
+    if task not in ("cola", "mrpc", "qqp"):
+        return accuracy
+    tn, fp, fn, tp = np.bincount(2 * labels + predictions, minlength=4).tolist()
+    if task == "cola":  # Matthews's correlation
+        square = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+        return (tp * tn - fp * fn) / square**0.5 if square else 0.0
+    return (accuracy + 2 * tp / max(1, 2 * tp + fp + fn)) / 2
 
 
 def bootstrap(task: str, ours: list[dict], base: list[dict]) -> np.ndarray:

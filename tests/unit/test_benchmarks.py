@@ -27,8 +27,9 @@ def run(seed=0, correct=0.8, size=200, **more):
     return {**found, "metric": {"score": score}, "live_bytes": 4, "live_after": 2, "peak_bytes": 8, **more}
 
 
+@pytest.mark.parametrize("constant", [False, True])
 @pytest.mark.parametrize("task", ["cola", "mrpc", "rte", "stsb"])
-def test_the_quick_scores_are_the_task_s_measures(task):
+def test_the_quick_scores_are_the_task_s_measures(task, constant):
     from prunadapt_ds.data.metrics import compute_metrics
     from prunadapt_ds.data.tasks import TASKS, TaskData
 
@@ -36,6 +37,7 @@ def test_the_quick_scores_are_the_task_s_measures(task):
     regression = task == "stsb"
     labels = draw.random(50) if regression else draw.integers(0, 2, 50)
     predictions = labels + draw.random(50) if regression else draw.integers(0, 2, 50)
+    predictions = 0 * predictions if constant else predictions
     logits = predictions[:, None] if regression else np.eye(2)[predictions]
     names = () if regression else ("a", "b")
     data = TaskData(TASKS[task], None, {}, names, num_labels=len(names) or 1, is_regression=regression)
