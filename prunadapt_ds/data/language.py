@@ -120,10 +120,12 @@ def _instruction(prompt: str, response: str, tokenizer: Any, longest: int) -> tu
 
 def _continuation(text: str, tokenizer: Any) -> list[int]:
     """A text's tokens behind another one: SentencePiece puts a space before whatever it is given first."""
-    before, both, alone = (
-        tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"] for words in ("\n", "\n" + text, text)
-    )
-    return both[len(before) :] if both[: len(before)] == before else alone
+
+    def ids(words: str) -> list[int]:
+        return list(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
+
+    before, both = ids("\n"), ids("\n" + text)
+    return both[len(before) :] if both[: len(before)] == before else ids(text)
 
 
 def _blocks(texts: list[str], tokenizer: Any, longest: int) -> list[list[int]]:

@@ -337,7 +337,7 @@ MUTANTS = (
     Mutant("one micro-batch's gradients are sent", "zero_costs.py", "(steps if stage >= 2 else 1)", "1",
            "tests/distributed/test_traffic.py::test_what_is_sent_is_what_deepspeed_counts[2-2]"),
     Mutant("a response begins with a space", "data/language.py",
-           "if both[: len(before)] == before else alone", "if False else alone",
+           "if both[: len(before)] == before else ids(text)", "if False else ids(text)",
            "tests/unit/test_language.py::test_prompt_and_response_are_joined_as_they_are_written"),
     Mutant("padded on the left, labelled on the right", "evaluate_command.py", "if is_decoder or tokenizer.pad_token_id is None:",
            "if tokenizer.pad_token_id is None:",
