@@ -26,6 +26,7 @@ DS_CONFIG = {
     "gradient_accumulation_steps": 1,
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100_000},
 }
+RATES = {"learning_rate": 1e-3, "gate_learning_rate": 1e-2}
 
 distributed.init()
 distributed.start_deepspeed()
@@ -41,7 +42,7 @@ sampler = Sampler(len(rows), 8, 1, distributed.rank(), distributed.world_size(),
 adapters.add_lora(b.model, b.layout, adapters.target_modules(b.layout), r=8, lora_alpha=16)
 recorder = importance.Recorder(b.structure.num_units, activations=False, device=distributed.device())
 gates.attach(b.model, b.layout, b.structure, recorder)
-groups = engine.parameter_groups(b.model, b.task_head_names, learning_rate=1e-3, gate_learning_rate=1e-2, weight_decay=0.01)
+groups = engine.parameter_groups(b.model, b.task_head_names, **RATES, weight_decay=0.01)
 ds = engine.build(b.model, groups, DS_CONFIG, adam={})
 for step in range(8):
     for samples, weight in sampler.micro_batches(step):

@@ -13,8 +13,8 @@ from prunadapt_ds.backbone import Backbone
 from prunadapt_ds.distributed import on_rank_0, rank
 from prunadapt_ds.engine import gathered
 from prunadapt_ds.files import whole_folder
-from prunadapt_ds.formats import auto_class_for
 from prunadapt_ds.model_folder import folder_of
+from prunadapt_ds.models import auto_classes
 
 
 def write(backbone: Backbone, base: str, targets: list[str], lora: Any, folder: Path) -> None:
@@ -48,7 +48,7 @@ def _write(
         config.save_pretrained(str(unfinished))
         save_file(tensors, unfinished / "adapter_model.safetensors", {"format": "pt"})
         backbone.tokenizer.save_pretrained(unfinished)
-        if auto_class_for(type(backbone.model).__name__) != "AutoModelForCausalLM":
+        if auto_classes.name_for(type(backbone.model).__name__) == auto_classes.CLASSIFIER:
             labels.write(backbone.model.config, unfinished)
 
 
@@ -82,7 +82,7 @@ def base_of(backbone: Backbone, base: str) -> dict[str, Any]:
     """What a stranger needs to load the base model: its folder, and the numbers of labels and of the padding token."""
     return {
         "model": str(folder_of(base).resolve()),
-        "auto_class": auto_class_for(type(backbone.model).__name__),
+        "auto_class": auto_classes.name_for(type(backbone.model).__name__),
         "num_labels": backbone.model.config.num_labels,
         "pad_token_id": backbone.model.config.pad_token_id,
     }

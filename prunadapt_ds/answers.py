@@ -19,8 +19,8 @@ from prunadapt_ds.backbone import class_names
 from prunadapt_ds.batches import Rows, refuse_unknown_tokens
 from prunadapt_ds.data import Columns, Task, tokenize
 from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.evaluate_command import load_folder, scored_length
 from prunadapt_ds.logits import predict
+from prunadapt_ds.trained_folder import load_folder, scored_length
 
 CHUNK = 8192  # rows that are tokenised, sorted by length and answered together: what is held in memory, whatever a file's size
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from prunadapt_ds import attention, distributed, model_folder
 from prunadapt_ds.errors import Problem, PrunadaptError, UserError
+from prunadapt_ds.models.auto_classes import auto_class
 from prunadapt_ds.models.families import Family
 from prunadapt_ds.models.layouts import family_of, layout_of, most_tokens
 from prunadapt_ds.models.modeling_prunadapt import Layout
@@ -68,8 +69,6 @@ def load(
     Where an `HfDeepSpeedConfig` of stage 3 is alive, every rank reads and keeps its shard only, see `streaming`. Collective;
     raises UserError on every rank for an unsupported family, a missing or pickled checkpoint, and a failed download.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
     labels = list(label_names) or [f"LABEL_{i}" for i in range(num_labels)]
     answers = {
         "num_labels": num_labels,
@@ -81,9 +80,8 @@ def load(
         lambda: _open(model_name_or_path, {} if is_language else answers, trust_remote_code, is_language)
     )
     family, config, tokenizer = opened.family, opened.config, opened.tokenizer
-    auto_class: Any = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
     with refusals(model_name_or_path), quiet(), streaming(model_name_or_path) as loading:
-        model, info = auto_class.from_pretrained(
+        model, info = auto_class(is_language).from_pretrained(
             str(model_folder.folder_of(model_name_or_path)),
             config=config,
             dtype=dtype,

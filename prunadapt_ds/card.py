@@ -8,6 +8,7 @@ from typing import Any
 
 from prunadapt_ds import hub, model_folder
 from prunadapt_ds.data import HUB_DATASET, TASKS, Task
+from prunadapt_ds.models import auto_classes
 from prunadapt_ds.report import markdown
 
 SAMPLE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # whose weights the sample extra carries
@@ -128,14 +129,11 @@ def _text(report: dict[str, Any], task: Task, kind: str, base: dict[str, Any]) -
     pipeline = pipeline_of(report)
     labels = ", ".join(task.label_names) if task.label_names else "one number (regression)"
     pair = '{"text": "first sentence", "text_pair": "second sentence"}'
-    what, example, auto_class = (
-        ("A language model", '"once upon a time"', "AutoModelForCausalLM")
-        if pipeline == "text-generation"
-        else (
-            f"A text classifier ({labels})",
-            pair if task.sentence2 else '"a sentence"',
-            "AutoModelForSequenceClassification",
-        )
+    is_language = pipeline == "text-generation"
+    what, example = (
+        ("A language model", '"once upon a time"')
+        if is_language
+        else (f"A text classifier ({labels})", pair if task.sentence2 else '"a sentence"')
     )
     return f"""# {task.name}-{report["method"]}
 
@@ -149,14 +147,14 @@ run({example})
 run([{example}] * 100, batch_size=32)  # many at once
 ```
 
-or `{auto_class}.from_pretrained("PATH"{argument})`. {_WHY[kind if remote or kind != "compact" else "whole"]}
+or `{auto_classes.name_of(is_language)}.from_pretrained("PATH"{argument})`. {_WHY[kind if remote or kind != "compact" else "whole"]}
 {_SHELL if pipeline == "text-classification" else ""}{_limits(report, base)}"""
 
 
 def _adapter_text(report: dict[str, Any], task: Task, base_model: Any, base: dict[str, Any]) -> str:
     """The card of a folder that holds no model of its own."""
     is_language = pipeline_of(report) == "text-generation"
-    auto_class = "AutoModelForCausalLM" if is_language else "AutoModelForSequenceClassification"
+    auto_class = auto_classes.name_of(is_language)
     labels = "" if is_language else f", num_labels={len(task.label_names) or 1}"
     name = base_model if isinstance(base_model, str) else "BASE"
     where = "" if isinstance(base_model, str) else " BASE is the model it was trained on."

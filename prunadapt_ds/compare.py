@@ -11,7 +11,6 @@ import html
 import io
 import json
 import os.path
-import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from prunadapt_ds import figures, files, pages, report
-from prunadapt_ds.errors import Problem, PrunadaptError, UserError, message
+from prunadapt_ds.errors import Problem, UserError, told
 from prunadapt_ds.options import Help, as_called
 
 KEY = ("task", "method", "criterion", "model", "target")
@@ -315,18 +314,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, or a folder of such folders")
     parser.add_argument("--output_dir", metavar="DIR", help="also write compare.md, compare.csv and compare.html there")
     arguments = parser.parse_args(argv)
-    try:
-        found = lines(find(arguments.runs))
-        rows = table(found)
-        text = report.markdown_table(HEADER, rows, TEXT_COLUMNS)
-        print(text)
-        if arguments.output_dir:
-            written = {"compare.md": text + "\n", "compare.csv": csv_text(found), "compare.html": page(found, rows)}
-            write(arguments.output_dir, written)
-    except PrunadaptError as error:
-        print(message(error), file=sys.stderr)
-        return error.exit_code
-    return 0
+    return told(lambda: show(arguments.runs, arguments.output_dir))
+
+
+def show(folders: Sequence[str], output_dir: str | None) -> None:
+    """Raises UserError for folders without runs, and for an `output_dir` that cannot be written."""
+    found = lines(find(folders))
+    rows = table(found)
+    text = report.markdown_table(HEADER, rows, TEXT_COLUMNS)
+    print(text)
+    if output_dir:
+        written = {"compare.md": text + "\n", "compare.csv": csv_text(found), "compare.html": page(found, rows)}
+        write(output_dir, written)
 
 
 def write(folder: str, texts: Mapping[str, str]) -> None:

@@ -11,7 +11,6 @@ import shutil
 import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ import torch
 from prunadapt_ds import distributed, launchers
 from prunadapt_ds.config import Config, parse
 from prunadapt_ds.ds_config import fast_bf16, resolve_ds_config
-from prunadapt_ds.errors import PrunadaptError, UserError, message
+from prunadapt_ds.entry import guarded
+from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.options import Usage
 
 PACKAGES = ("prunadapt_ds", "torch", "deepspeed", "transformers", "peft")
@@ -52,21 +52,20 @@ class Rank:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what was found on rank 0; 0 where nothing is wrong, 2 where something is, on every rank."""
-    try:
-        config = parse(argv, USAGE)
-        distributed.init()
-        ranks = [Rank(**values) for values in distributed.all_gather_objects(vars(examine(config)))]
-        times = {size: all_reduce_seconds(size) for size in ALL_REDUCE_BYTES}
-        wrong = problems(ranks)
-        if distributed.rank() == 0:
-            print("\n".join(describe(ranks, times, wrong)), flush=True)
-        return 2 if wrong else 0
-    except PrunadaptError as error:
-        if distributed.speaks_of(error):
-            print(message(error), file=sys.stderr)
-        return error.exit_code
-    finally:
-        distributed.shutdown()
+    wrong: list[str] = []
+    code = guarded(lambda: wrong.extend(run(parse(argv, USAGE))))
+    return code or (UserError.exit_code if wrong else 0)
+
+
+def run(config: Config) -> list[str]:
+    """What is wrong, on any rank; rank 0 prints it with all that was found. Collective."""
+    distributed.init()
+    ranks = [Rank(**values) for values in distributed.all_gather_objects(vars(examine(config)))]
+    times = {size: all_reduce_seconds(size) for size in ALL_REDUCE_BYTES}
+    wrong = problems(ranks)
+    if distributed.rank() == 0:
+        print("\n".join(describe(ranks, times, wrong)), flush=True)
+    return wrong
 
 
 def examine(config: Config) -> Rank:

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 user error, 3 parity failure, 4 ranks disagree, 75 stopped
 from __future__ import annotations
 
 import reprlib
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,16 @@ class RanksDisagree(PrunadaptError):
     """Two ranks hold different values of something that must be the same everywhere."""
 
     exit_code = 4
+
+
+def told(work: Callable[[], int | None]) -> int:
+    """Run `work` of a program that has one process; returns its exit code, 0 where it names none. An error is said on standard
+    error. Programs of several ranks have `entry.guarded`."""
+    try:
+        return work() or 0
+    except PrunadaptError as error:
+        print(message(error), file=sys.stderr)
+        return error.exit_code
 
 
 def message(error: PrunadaptError) -> str:

@@ -23,9 +23,9 @@ from prunadapt_ds.distributed import on_rank_0, rank
 from prunadapt_ds.engine import gathered, row_blocks
 from prunadapt_ds.faults import fault_point
 from prunadapt_ds.files import whole_folder
-from prunadapt_ds.formats import MODELING_FILE, auto_class_for
+from prunadapt_ds.formats import MODELING_FILE
 from prunadapt_ds.gates import Gate, gate_before
-from prunadapt_ds.models import modeling_prunadapt
+from prunadapt_ds.models import auto_classes, modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 from prunadapt_ds.models.structure import full_numel, full_shape
@@ -56,15 +56,12 @@ class Cut:
 
 def cuts_of(layout: Layout, plan: PruningPlan, present: PruningPlan) -> dict[str, Cut]:
     """By the projection's full name, what it keeps of a model that holds `present`."""
-    cuts, pairs = {}, iter(zip(present.kept, plan.kept, strict=True))
-    for layer in range(layout.num_layers):
-        for sublayer in layout.sublayers:
-            old, new = (torch.tensor(units, dtype=torch.long) for units in next(pairs))
-            units = torch.searchsorted(old, new)
-            sides = [(p, "out") for p in sublayer.inputs] + [(sublayer.output, "in")]
-            for projection, side in sides:
-                name = f"{layout.layers}.{layer}.{projection.path}"
-                cuts[name] = Cut(projection, len(old), units, side, vanishes=len(units) == 0)
+    cuts = {}
+    for (layer, sublayer), old, new in zip(layout.places, present.kept, plan.kept, strict=True):
+        units = torch.searchsorted(torch.tensor(old, dtype=torch.long), torch.tensor(new, dtype=torch.long))
+        for projection, side in sublayer.sides:
+            name = f"{layout.layers}.{layer}.{projection.path}"
+            cuts[name] = Cut(projection, len(old), units, side, vanishes=len(units) == 0)
     return cuts
 
 
@@ -195,7 +192,7 @@ def export(
         tensor.write(weights.room_for(name, tensor.shape) if rank() == 0 else None)
     config = exported_config(model, layout, plan, needs_remote_code)
     generation = None
-    if auto_class_for(type(model).__name__) == "AutoModelForCausalLM":
+    if auto_classes.name_for(type(model).__name__) == auto_classes.LANGUAGE_MODEL:
         generation, tokenizer = model.generation_config, copy.deepcopy(tokenizer)
         tokenizer.padding_side = "left"  # generation goes on at the right end
     parts = [part for part in (config, generation, tokenizer) if part is not None]
@@ -231,5 +228,5 @@ def exported_config(model: Any, layout: Layout, plan: PruningPlan, needs_remote_
         rows = [kept[i : i + width] for i in range(0, len(kept), width)]
         config.pruned_structure = {"layout": layout.to_dict(), "kept": rows}
         module = MODELING_FILE.removesuffix(".py")
-        config.auto_map = {auto_class_for(stock): f"{module}.Pruned{stock}"}
+        config.auto_map = {auto_classes.name_for(stock): f"{module}.Pruned{stock}"}
     return config

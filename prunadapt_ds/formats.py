@@ -23,26 +23,19 @@ from torch import Tensor
 
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.files import read_object, replace, usual_mode, whole_folder, whole_path
+from prunadapt_ds.models import auto_classes
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.layouts import head_dim_of, sayable_heads, stock_fields
-from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
+from prunadapt_ds.models.modeling_prunadapt import Layout
 
 MODELING_FILE = "modeling_prunadapt.py"
 Shapes = dict[str, tuple[int, ...]]
 Change = Callable[[str, Tensor], tuple[str, Tensor]]
 
 
-def auto_class_for(stock: str) -> str:
-    """The auto class that loads a stock class."""
-    return (
-        "AutoModelForCausalLM"
-        if stock.endswith(("ForCausalLM", "LMHeadModel"))
-        else "AutoModelForSequenceClassification"
-    )
-
-
 def auto_class_of(folder: Path) -> str:
-    return auto_class_for(json.loads((folder / "config.json").read_text())["architectures"][0])
+    """The name of the auto class that loads an exported folder."""
+    return auto_classes.name_for(json.loads((folder / "config.json").read_text())["architectures"][0])
 
 
 def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> None:
@@ -109,10 +102,10 @@ class _Units:
 
 def _compare(layout: Layout, kept: list[list[int]], units: list[_Units]) -> None:
     """Raises ValueError unless the plan's units are the layout's, and as many are kept as the configuration says."""
+    counts = [count for row in kept for count in row]
     wanted = [
-        (layer, sublayer.kind, sublayer.num_units, counts[i])
-        for layer, counts in zip(range(layout.num_layers), kept, strict=True)
-        for i, sublayer in enumerate(layout.sublayers)
+        (layer, sublayer.kind, sublayer.num_units, count)
+        for (layer, sublayer), count in zip(layout.places, counts, strict=True)
     ]
     if wanted != [(u.layer, u.kind, u.dense, len(u.kept)) for u in units]:
         raise ValueError("other units than the folder has")
@@ -215,17 +208,15 @@ def unsharded() -> Iterator[None]:
 
 def kept_places(layout: Layout, plan: dict[str, Any]) -> dict[str, tuple[int, Tensor]]:
     """By tensor name: the axis along which a cut was made, and the dense indices that the compact tensor holds."""
-    places, units = {}, iter(plan["units"])
-    for layer in range(layout.num_layers):
-        for sublayer in layout.sublayers:
-            kept = torch.tensor(next(units)["kept"], dtype=torch.long)
-            sides: list[tuple[ProjectionLayout, str]] = [(p, "out") for p in sublayer.inputs]
-            for projection, side in [*sides, (sublayer.output, "in")]:
-                name = f"{layout.layers}.{layer}.{projection.path}"
-                index = projection.indices(kept, sublayer.num_units)
-                places[f"{name}.weight"] = (projection.unit_axis(side), index)
-                if side == "out":
-                    places[f"{name}.bias"] = (0, index)
+    places = {}
+    for (layer, sublayer), units in zip(layout.places, plan["units"], strict=True):
+        kept = torch.tensor(units["kept"], dtype=torch.long)
+        for projection, side in sublayer.sides:
+            name = f"{layout.layers}.{layer}.{projection.path}"
+            index = projection.indices(kept, sublayer.num_units)
+            places[f"{name}.weight"] = (projection.unit_axis(side), index)
+            if side == "out":
+                places[f"{name}.bias"] = (0, index)
     return places
 
 

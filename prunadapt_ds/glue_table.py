@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 from prunadapt_ds import files
 from prunadapt_ds.config import TASK_NAMES
-from prunadapt_ds.errors import Problem, UserError, message
+from prunadapt_ds.errors import Problem, UserError, told
 from prunadapt_ds.options import Help, as_called
 
 TASKS = tuple(name for name in TASK_NAMES if name != "sample")
@@ -214,14 +213,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="[all nine]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="[0]")
     options = parser.parse_args(argv)
-    try:
-        found = gather(options.root, options.tasks, options.seeds)
-    except UserError as error:
-        print(message(error), file=sys.stderr)
-        return error.exit_code
+    return told(lambda: show(options.root, options.tasks, options.seeds))
+
+
+def show(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> int:
+    """Raises UserError for what `gather` refuses."""
+    found = gather(root, tasks, seeds)
     print(markdown(found))
     print(
-        f"written: {options.root}/glue.json, glue.md; "
-        f"tensorboard --logdir {shlex.quote(f'{options.root}/tensorboard')} --host 127.0.0.1"
+        f"written: {root}/glue.json, glue.md; "
+        f"tensorboard --logdir {shlex.quote(f'{root}/tensorboard')} --host 127.0.0.1"
     )
     return 0 if all(c["status"] == "complete" for c in found["cells"]) else 1

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from prunadapt_ds import files, resources
-from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.errors import Problem, UserError, told
 from prunadapt_ds.options import Help, as_called
 
 _EXAMPLE = "prunadapt init-slurm my-project"
@@ -23,13 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="is made where there is none")
     options = parser.parse_args(argv)
-    try:
-        with files.owner_writes_alone():
-            copy(options.folder)
-    except UserError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
-        return error.exit_code
-    return 0
+    return told(lambda: copy(options.folder))
 
 
 def copy(target: Path) -> None:
@@ -39,11 +32,12 @@ def copy(target: Path) -> None:
         remedy = "exists already and may hold your changes; name another folder, or move it away"
         raise UserError([Problem("folder", str(target / name), remedy) for name in there])
     try:
-        for name in resources.FOLDERS:
-            with files.whole_folder(target / name) as unfinished:
-                for file in sorted(resources.folder(name).iterdir()):
-                    if file.suffix in (".sh", ".json", ".md"):
-                        shutil.copyfile(file, unfinished / file.name)
+        with files.owner_writes_alone():
+            for name in resources.FOLDERS:
+                with files.whole_folder(target / name) as unfinished:
+                    for file in sorted(resources.folder(name).iterdir()):
+                        if file.suffix in (".sh", ".json", ".md"):
+                            shutil.copyfile(file, unfinished / file.name)
     except OSError as error:
         raise UserError(Problem("folder", str(target), f"cannot be written ({error.strerror})")) from error
     print(

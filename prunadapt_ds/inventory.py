@@ -18,6 +18,7 @@ from prunadapt_ds import adapters, backbone, gates, memory, tmp, zero3
 from prunadapt_ds.budget import PruningPlan, check_target
 from prunadapt_ds.config import Config
 from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.models.auto_classes import auto_class
 from prunadapt_ds.models.families import Family
 from prunadapt_ds.models.layouts import family_of, layout_of, most_tokens, with_floors
 from prunadapt_ds.models.modeling_prunadapt import Layout
@@ -82,7 +83,6 @@ class Skeleton:
 
 def skeleton(model_config: Any, config: Config, dtype: torch.dtype) -> Skeleton:
     """The dense model with everything that trains, on the meta device. Raises UserError as training would."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.initialization import no_init_weights
 
     is_language = config.is_language
@@ -92,11 +92,10 @@ def skeleton(model_config: Any, config: Config, dtype: torch.dtype) -> Skeleton:
     if family.is_decoder:
         model_config.use_cache = False
         model_config.pad_token_id = model_config.pad_token_id or 0
-    auto: Any = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
     _register()
     name = config.model.model_name_or_path
     with backbone.refusals(name), torch.device("meta"), no_init_weights():
-        model = auto.from_config(model_config, dtype=dtype, attn_implementation=NAME)
+        model = auto_class(is_language).from_config(model_config, dtype=dtype, attn_implementation=NAME)
     layout = layout_of(family, model_config, model.base_model_prefix)
     backbone.refuse_no_layers(name, layout)
     most = most_tokens(model)

@@ -14,7 +14,7 @@ from typing import Any
 
 from prunadapt_ds import resources
 from prunadapt_ds.config import parse_beside
-from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.errors import Problem, UserError, told
 from prunadapt_ds.options import Usage, option
 from prunadapt_ds.planner import plan, read_config
 from prunadapt_ds.zero_costs import BYTES, Machine
@@ -78,14 +78,7 @@ USAGE = Usage(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, plan, print; returns the exit code."""
-    from prunadapt_ds.entry import message
-
-    try:
-        print(run(list(sys.argv[1:] if argv is None else argv)))
-    except UserError as error:
-        print(message(error), file=sys.stderr)
-        return error.exit_code
-    return 0
+    return told(lambda: print(run(list(sys.argv[1:] if argv is None else argv))))
 
 
 def run(argv: list[str]) -> str:

@@ -59,8 +59,7 @@ def resize(
                     remove_sublayer(layer, sublayer)
                 continue
             units = torch.searchsorted(torch.tensor(old), torch.tensor(new))  # positions among the units still there
-            sides = [(p, "out") for p in sublayer.inputs] + [(sublayer.output, "in")]
-            for projection, side in sides:
+            for projection, side in sublayer.sides:
                 module = layer.get_submodule(projection.path)
                 with editing(module):
                     cut = resize_projection(module, projection, units, len(old), side)

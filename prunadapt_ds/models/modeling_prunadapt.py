@@ -78,6 +78,11 @@ class SubLayerLayout:
         """Features of one unit at the input of the output projection."""
         return sum(self.output.parts)
 
+    @property
+    def sides(self) -> tuple[tuple[ProjectionLayout, str], ...]:
+        """Every projection, and whether the units are what goes "out" of it or comes "in"."""
+        return (*((p, "out") for p in self.inputs), (self.output, "in"))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -88,6 +93,11 @@ class Layout:
     sublayers: tuple[SubLayerLayout, ...]
     passes: int = 1  # how often each block runs, where layers share their weights
     skips: bool = False  # a layer without any unit is skipped, its norms and biases too; else those stay
+
+    @property
+    def places(self) -> list[tuple[int, SubLayerLayout]]:
+        """Every sub-layer of the model with its layer's number, in the flat order of units."""
+        return [(layer, sublayer) for layer in range(self.num_layers) for sublayer in self.sublayers]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -234,10 +244,9 @@ def narrow(model: nn.Module, layout: Layout, kept: list[list[int]]) -> None:
                 remove_sublayer(layer, sublayer)
                 continue
             units = torch.arange(count)
-            for side, projections in (("out", sublayer.inputs), ("in", (sublayer.output,))):
-                for p in projections:
-                    index = p.indices(units, sublayer.num_units)
-                    slice_linear(layer.get_submodule(p.path), index, side, p.unit_axis(side))
+            for p, side in sublayer.sides:
+                index = p.indices(units, sublayer.num_units)
+                slice_linear(layer.get_submodule(p.path), index, side, p.unit_axis(side))
             update_attributes(layer, sublayer, count)
 
 

@@ -157,7 +157,7 @@ def measure(model: nn.Module, layout: Layout, seq_length: int) -> Structure:
         block_params += sum(full_numel(p) for p in layer.parameters())
         for sub in layout.sublayers:
             params = weights = 0
-            for side, p in [("out", p) for p in sub.inputs] + [("in", sub.output)]:
+            for p, side in sub.sides:
                 module: Any = layer.get_submodule(p.path)
                 params += projection_params(module, p, side)
                 other_features = full_shape(module.weight)[1 - p.unit_axis(side)]

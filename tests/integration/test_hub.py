@@ -394,10 +394,10 @@ def test_a_host_that_alone_lacks_a_file_ends_all_ranks(tmp_path, missing, said):
 
 LOAD_OTHERS = """
 import json
-from prunadapt_ds import given_adapter, evaluate_command
+from prunadapt_ds import given_adapter, trained_folder
 from prunadapt_ds.model_folder import check
 from prunadapt_ds.errors import UserError
-kinds = [type(evaluate_command.load_folder(name, trust=False)[0]).__name__ for name in ("some/adapter", "some/compact")]
+kinds = [type(trained_folder.load_folder(name, trust=False)[0]).__name__ for name in ("some/adapter", "some/compact")]
 refused = []
 for name in ("some/adapter", "some/compact"):
     try:

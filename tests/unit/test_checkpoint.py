@@ -506,7 +506,7 @@ def test_a_decision_of_the_clock_is_repeated_not_made_again(tmp_path, decided):
     """Killed between a decision to rebuild and the next checkpoint: the clock is not asked a second time."""
     from types import SimpleNamespace
 
-    from prunadapt_ds import train
+    from prunadapt_ds import rebuild
 
     config = parse(["--output_dir", str(tmp_path / "out"), "--shrink", "auto"])
     session = SimpleNamespace(
@@ -519,7 +519,7 @@ def test_a_decision_of_the_clock_is_repeated_not_made_again(tmp_path, decided):
     )
     resume.note_rebuilds(session)
     session.rebuilt = resume.noted_rebuilds(config)
-    assert train.pays_to_shrink(session, SimpleNamespace(decision_steps=(6, 8)), 6) is decided
+    assert rebuild.pays_to_shrink(session, SimpleNamespace(decision_steps=(6, 8)), 6) is decided
     assert resume.noted_rebuilds(parse(["--output_dir", str(tmp_path / "none")])) == {}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunadapt_ds import answers, distributed, evaluate_command, predict
+from prunadapt_ds import answers, distributed, evaluate_command, predict, trained_folder
 from prunadapt_ds.batches import evaluation_batches
 from prunadapt_ds.errors import Problem, UserError
 from tests.tiny import tiny_data, tiny_model, tiny_tokenizer
@@ -116,13 +116,13 @@ def test_inputs_are_cut_as_the_run_cut_them(base, exported, tmp_path, capsys):
 def test_where_the_length_of_a_run_stands(exported, tmp_path, monkeypatch):
     folder = exported / "exports" / "compact"
     monkeypatch.chdir(folder)
-    assert evaluate_command.run_length(folder) == evaluate_command.run_length(Path(".")) == 8
+    assert trained_folder.run_length(folder) == trained_folder.run_length(Path(".")) == 8
     for text in ("[", "{}", "[]", '{"max_seq_length": "8"}', "[" * 100_000):
         (exported / "run.json").write_text(text)
-        assert evaluate_command.run_length(folder) == 9
+        assert trained_folder.run_length(folder) == 9
     (exported / "report.json").write_text('{"macs": {"seq_length": null}}')
-    assert evaluate_command.run_length(folder) is None and evaluate_command.scored_length(str(folder)) == 128
-    assert evaluate_command.run_length(tmp_path) is None and evaluate_command.run_length(Path("org/model")) is None
+    assert trained_folder.run_length(folder) is None and trained_folder.scored_length(str(folder)) == 128
+    assert trained_folder.run_length(tmp_path) is None and trained_folder.run_length(Path("org/model")) is None
 
 
 def test_a_score_reads_as_much_as_the_run_did(exported, tmp_path):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prunadapt_ds import one_shot, resume, token_teacher, train, watchdog
+from prunadapt_ds import one_shot, rebuild, resume, token_teacher, watchdog
 from prunadapt_ds import session as sessions
 from prunadapt_ds.batches import Sampler
 from prunadapt_ds.clocks import Clocks
@@ -66,11 +66,11 @@ def test_an_evaluation_rests_for_its_measures(watch, seen, monkeypatch):
 
 def test_a_shrink_rests_and_then_steps_go_on(watch, seen, monkeypatch):
     resting, stub = seen
-    monkeypatch.setattr(train, "shrink", stub)
-    monkeypatch.setattr(train, "fault_point", stub)
+    monkeypatch.setattr(rebuild, "shrink", stub)
+    monkeypatch.setattr(rebuild, "fault_point", stub)
     plan = SimpleNamespace(mask=lambda: None)
     held = {"note_peak": lambda: None, "release_engine": lambda: None, "present": None, "recorder": None}
-    train.shrink_model(session(plan=plan, backbone=SimpleNamespace(layout=None), **held))
+    rebuild.shrink_model(session(plan=plan, backbone=SimpleNamespace(layout=None), **held))
     assert resting == [False, True, False], "begin, shrink, end"
 
 

@@ -1,0 +1,61 @@
+"""The run as its own teacher: when its dense model is asked, whether it is followed, and how far."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from prunadapt_ds import distributed, token_teacher, watchdog
+from prunadapt_ds.logits import predict
+from prunadapt_ds.objective import explained
+from prunadapt_ds.schedule import PruningSchedule
+from prunadapt_ds.session import Session, eval_batch, evaluate
+from prunadapt_ds.teacher import WeightAverage, averaged
+from prunadapt_ds.token_teacher import TokenTeacher, num_bytes
+
+TEACHER_TRIAL = 256  # training examples that tell whether the teacher knows enough
+
+
+def distill_weight(session: Session, pruning: PruningSchedule | None, step: int) -> float:
+    """Weight of the teacher in the loss of the step after `step`; 0 as long as there is none."""
+    prune = session.config.prune
+    if pruning is None or session.teacher is None:
+        return 0.0
+    return prune.distill_weight * (pruning.teacher_factor(step, session.total_steps) if prune.distill_fades else 1.0)
+
+
+def keep_teacher(session: Session, step: int) -> None:
+    """The dense model, at its mean weights so far: its score, and its logits on the training set for distillation."""
+    with averaged(session.engine, session.average):
+        metrics, _ = evaluate(session)
+        if session.config.prune.distill_weight > 0:
+            with session.clocks.timed("teacher"):
+                session.teacher = taught(session) if knows_enough(session, step) else None
+    session.average = WeightAverage()
+    session.report["metric"]["teacher"] = metrics
+    session.tracker.log(step, "teacher", {"eval/score": metrics["score"]})
+
+
+def knows_enough(session: Session, step: int) -> bool:
+    """Whether the teacher explains enough of a few hundred training labels to be worth a pass over all of them."""
+    if session.data.is_language:
+        return True
+    some, least = session.train_rows.sample(TEACHER_TRIAL), session.config.prune.distill_min_r2
+    logits = predict(session.engine, some, eval_batch(session), session.device)
+    r2 = explained(logits, some.labels, session.data.is_regression)
+    followed = bool(distributed.broadcast_object(r2 >= least))
+    session.report["distillation"] = {"r2": r2, "followed": followed}
+    if not followed:
+        share = f"it explains {r2:.1%} of the training labels, --distill_min_r2 asks for {least:.1%}"
+        session.tracker.say(f"step {step}: the dense model is no teacher yet: {share}")
+    return followed
+
+
+def taught(session: Session) -> Tensor | TokenTeacher:
+    """What the engine's model answers to the training set: logits, or of language the likeliest words, on disk."""
+    rows, batch_size, top_k = session.train_rows, eval_batch(session), session.config.prune.distill_top_k
+    if not session.data.is_language:
+        return predict(session.engine, rows, batch_size, session.device)
+    folder = session.output_dir / token_teacher.FOLDER
+    watchdog.rest()  # every token is counted first
+    session.tracker.say(f"the teacher's {top_k} likeliest words: {num_bytes(rows, top_k) / 2**20:.1f} MiB in {folder}")
+    return token_teacher.write(session.engine, rows, top_k, batch_size, session.device, folder)
