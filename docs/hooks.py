@@ -30,6 +30,10 @@ ELSEWHERE = {  # page of the site: the file it shows
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
 }
+GENERATED = {  # page of the site: what shows the same in a checkout
+    "models.md": "README.md#supported-families",
+    "commands.md": "prunadapt_ds/config.py",
+}
 LEAVING = re.compile(r"\[([^\]]*)\]\((?:benchmarks|tests|prunadapt_ds)/[^)]*\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
@@ -46,7 +50,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links that leave docs/ lead to the page that shows the same file; those of a file from outside lead to the site's pages,
     or are text where the site has none."""
-    for shown, path in ELSEWHERE.items():
+    for shown, path in {**ELSEWHERE, **GENERATED}.items():
         markdown = markdown.replace(f"](../{path}", f"]({shown}")
     if page.file.src_uri not in ELSEWHERE:
         return markdown

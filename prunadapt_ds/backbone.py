@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from prunadapt_ds import attention, distributed, model_folder
+from prunadapt_ds.config import EXPORT_DTYPES
 from prunadapt_ds.errors import Problem, PrunadaptError, UserError
 from prunadapt_ds.models.auto_classes import auto_class
 from prunadapt_ds.models.families import Family
@@ -27,6 +28,7 @@ class Backbone:
     `task_head_names`: parameters that are new or belong to the task head; they train.  `notes`: a line each about how it was
     loaded.
     `known_classes`: what the checkpoint calls the classes that its own head knows; () where the head is new.
+    `stored_dtype`: of the checkpoint's weights, by its configuration.
     """
 
     model: Any
@@ -37,6 +39,7 @@ class Backbone:
     task_head_names: frozenset[str]
     notes: list[str] = field(default_factory=list)
     known_classes: tuple[str, ...] = ()
+    stored_dtype: str = "float32"
 
 
 @contextmanager
@@ -105,20 +108,21 @@ def load(
     freeze(model, head)
     structure = measure(model, layout, seq_length)
     known = () if is_language or new & head else opened.classes
-    return Backbone(model, tokenizer, family, layout, structure, head, loading.notes, known)
+    return Backbone(model, tokenizer, family, layout, structure, head, loading.notes, known, opened.dtype)
 
 
 @dataclass(frozen=True)
 class _Opened:
     """A checkpoint whose small files are read and whose weights are on this host; nothing of it is built.
 
-    `classes`: what its own configuration calls them.
+    `classes`: what its own configuration calls them. `dtype`: of its weights.
     """
 
     family: Family
     config: Any
     tokenizer: Any
     classes: tuple[str, ...]
+    dtype: str
 
 
 def _open(name: str, answers: Mapping[str, Any], trust_remote_code: bool, is_language: bool) -> _Opened:
@@ -141,7 +145,7 @@ def _open(name: str, answers: Mapping[str, Any], trust_remote_code: bool, is_lan
         if family.is_decoder:
             agree_on_padding(name, config, tokenizer)
             config.use_cache = False  # nothing is generated while training; the export switches it on again
-    return _Opened(family, config, tokenizer, class_names(stock))
+    return _Opened(family, config, tokenizer, class_names(stock), stored_dtype(stock))
 
 
 @contextmanager
@@ -168,6 +172,12 @@ def refuse_no_layers(name: str, layout: Layout) -> None:
 def class_names(config: Any) -> tuple[str, ...]:
     """What a model's configuration calls its classes, in the order of its outputs."""
     return tuple(str(config.id2label[i]) for i in sorted(config.id2label))
+
+
+def stored_dtype(config: Any) -> str:
+    """The dtype that a checkpoint's configuration says its weights have, as exports name it; float32 where it says none."""
+    found = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return found if found in EXPORT_DTYPES else "float32"
 
 
 def agree_on_padding(name: str, config: Any, tokenizer: Any) -> None:

@@ -44,7 +44,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
-        return Batch(moved, self.labels.to(device), self.index, self.weights.to(device))
+        labels, weights = (part.to(device, non_blocking=True) for part in (self.labels, self.weights))
+        return Batch(moved, labels, self.index, weights)
 
 
 @dataclass(frozen=True)

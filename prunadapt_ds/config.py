@@ -109,7 +109,7 @@ class PruningOptions:
     )
     distill_top_k: int = option(
         0,
-        "language: likeliest words that the teacher keeps of each learnt token, on disk; 0: no teacher",
+        "language: most likely tokens that the teacher keeps of each target token, on disk; 0: no teacher",
         least=0,
         needs={"method": ("prunadapt",), "task_type": ("causal_lm",)},
     )
@@ -174,7 +174,7 @@ class TrainOptions:
     max_steps: int = option(-1, "optimizer steps instead of epochs; -1: by epochs", least=-1)
     eval_steps: int | None = option(None, "also evaluate every N steps", least=1)
     logging_steps: int = option(10, "steps between two lines of metrics", least=1)
-    group_by_length: bool = option(True, "samples of like length share a step; saves padding")
+    group_by_length: bool = option(True, "samples of similar length share a step; saves padding")
     dropout: bool = option(False, "keep the dropout that the backbone was pretrained with")
     seed: int = option(0, "of initialisation, order and dropout", least=0)
 
@@ -194,9 +194,13 @@ class OutputOptions:
         None, "sequences at a time where latency is measured, for the report and --budget latency (32)", least=1
     )
     latency_seq_length: int | None = option(None, "their length in tokens (128)", least=4)
-    export_dtype: str = option("float32", "dtype of the exported weights", choices=EXPORT_DTYPES)
+    export_dtype: str | None = option(
+        None, "dtype of the exported weights (that of the checkpoint that was loaded)", choices=EXPORT_DTYPES
+    )
     checkpoint_steps: int | None = option(
-        None, "steps between two checkpoints; default: by the clock, at a hundredth of the run's time", least=1
+        None,
+        "steps between two checkpoints (as often as takes at most 1 % of the time, at least a minute apart)",
+        least=1,
     )
     save_total_limit: int = option(2, "checkpoints that are kept, the newest ones", least=1)
     resume: str = option(
@@ -244,6 +248,13 @@ class Config:
 OPTIONS = options_of(SECTIONS)
 # Of the options of --method prunadapt those that mean something where nothing is cut.
 WITHOUT_CUTS = frozenset({"target_sparsity", "target_speedup", "budget", "gate_learning_rate", "uniform", "score_only"})
+
+NOT_SCORING = frozenset(  # options that mean nothing where scores are all that is wanted
+    {
+        *("num_decisions", "prune_start", "prune_end", "shrink", "num_train_epochs", "max_steps", "learning_rate"),
+        *("eval_steps", "export_formats", "export_dtype", "checkpoint_steps", "save_total_limit"),
+    }
+)
 
 
 TRAIN = Usage(
@@ -297,6 +308,10 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(Problem("export_formats", "adapter", "an adapter fits the unpruned model only: use --method lora"))
     if prune.prune_start >= prune.prune_end:
         found.append(Problem("prune_start", prune.prune_start, f"must be less than prune_end ({prune.prune_end})"))
+    if prune.score_only:
+        remedy = "has no effect with --score_only, which neither trains nor exports; leave it out"
+        idle = sorted(config.given & NOT_SCORING)
+        found += [Problem(name, getattr(getattr(config, OPTIONS[name].section), name), remedy) for name in idle]
     if train.max_steps == 0:
         found.append(Problem("max_steps", 0, "must be at least 1, or -1 to train by epochs"))
     if os.path.exists(output.output_dir) and not os.path.isdir(output.output_dir):

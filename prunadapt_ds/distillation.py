@@ -51,11 +51,13 @@ def knows_enough(session: Session, step: int) -> bool:
 
 
 def taught(session: Session) -> Tensor | TokenTeacher:
-    """What the engine's model answers to the training set: logits, or of language the likeliest words, on disk."""
+    """What the engine's model answers to the training set: logits, or of language the most likely tokens, on disk."""
     rows, batch_size, top_k = session.train_rows, eval_batch(session), session.config.prune.distill_top_k
     if not session.data.is_language:
         return predict(session.engine, rows, batch_size, session.device)
     folder = session.output_dir / token_teacher.FOLDER
     watchdog.rest()  # every token is counted first
-    session.tracker.say(f"the teacher's {top_k} likeliest words: {num_bytes(rows, top_k) / 2**20:.1f} MiB in {folder}")
+    session.tracker.say(
+        f"the teacher's {top_k} most likely tokens: {num_bytes(rows, top_k) / 2**20:.1f} MiB in {folder}"
+    )
     return token_teacher.write(session.engine, rows, top_k, batch_size, session.device, folder)

@@ -11,6 +11,7 @@ import datetime
 import os
 import re
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from prunadapt_ds.errors import LaunchError, PrunadaptError, RanksDisagree, User
 T = TypeVar("T")
 
 TIMEOUT_MINUTES = 60  # of a collective
+OPERATORS = ("deepspeed_shm_comm", "cpu_adam", "async_io")  # of DeepSpeed's: what a run may have it compile
 
 
 def init() -> None:
@@ -48,8 +50,7 @@ def init() -> None:
         torch.cuda.set_device(gpu)
         launchers.refuse_shared_gpu(place, store, str(torch.cuda.get_device_properties(gpu).uuid))
         show_deepspeed(gpu)
-    else:
-        use_local_threads()
+    use_local_threads()
     dist.init_process_group(
         backend, store=store, rank=place.rank, world_size=place.world_size, timeout=_timeout(), device_id=gpu
     )
@@ -73,8 +74,8 @@ def start_deepspeed() -> None:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import groups
 
-    if not torch.cuda.is_available():
-        free_compiler_lock(compiler_lock())
+    for operator in OPERATORS:
+        free_compiler_lock(compiler_lock(operator))
     backend = get_accelerator().communication_backend_name()
     deepspeed.init_distributed(dist_backend=backend, timeout=_timeout(), verbose=False)
     # The first engine would copy the group, and while it is copied a rank that dies is waited for half an hour. The group
@@ -92,11 +93,11 @@ def why_lost(error: RuntimeError) -> str:
     return re.sub(r"^\[[^]]*/gloo/[^]]*\]\s*", "", str(error).strip()).partition(". This is typically")[0]
 
 
-def compiler_lock() -> Path:
-    """Where torch keeps others out while it builds DeepSpeed's operator for CPU ranks."""
+def compiler_lock(operator: str) -> Path:
+    """Where torch keeps others out while it builds an operator of DeepSpeed's."""
     from torch.utils.cpp_extension import _get_build_directory
 
-    return Path(_get_build_directory("deepspeed_shm_comm", False)) / "lock"
+    return Path(_get_build_directory(operator, False)) / "lock"
 
 
 def free_compiler_lock(lock: Path, patience: float = 120) -> None:
@@ -129,6 +130,17 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_if_it_would_wait(error: BaseException | None = None) -> None:
+    """End this process with exit code 1, and the traceback of `error`, where to leave the group would wait for ranks that
+    wait for this one: under NCCL it does, for good, where gloo tells the others that a connection is gone. No-op elsewhere."""
+    if dist.is_initialized() and world_size() > 1 and device().type == "cuda":
+        if error is not None:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def together(work: Callable[[], T]) -> T:

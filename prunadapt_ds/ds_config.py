@@ -120,6 +120,9 @@ def resolve_ds_config(
         raise UserError(problems)
     values.setdefault("steps_per_print", 2**31 - 1)  # progress is ours to print
     dtype = "bf16" if values["bf16"]["enabled"] else "fp32"
+    if dtype == "bf16" and stage >= 2 and values["gradient_accumulation_steps"] > 1:
+        # In bf16 a sum over many micro-batches would lose what the last of them add. Lower stages cannot do otherwise.
+        values["data_types"] = {"grad_accum_dtype": "fp32", **values.get("data_types", {})}
     return DsConfig(values, resolved, stage, dtype, path, adam, board_dir)
 
 

@@ -68,7 +68,10 @@ ADAM_PARAMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "weight_decay": ("a number of at least 0", lambda v: _is_number(v) and v >= 0),
 }
 _REACH = "a cut, a checkpoint and a teacher's weights do not reach; remove it"
+_ROUNDS = "frozen weights would not stay what they are, and an export would not compute what was trained; remove it"
 NOT_TAKEN: dict[str, tuple[Any, str]] = {
+    "zero_quantized_weights": (False, f"DeepSpeed gathers weights in 8 bits then: {_ROUNDS}"),
+    "zero_quantized_nontrainable_weights": (False, f"DeepSpeed would keep what a cut leaves in 8 bits: {_ROUNDS}"),
     "zero_hpz_partition_size": (1, f"DeepSpeed gathers from a second copy then, which {_REACH}"),
     "round_robin_gradients": (False, f"the order in which DeepSpeed keeps masters is one then that {_REACH}"),
     "compute_grad_norm": (True, "gradients are clipped to that norm; remove it"),
@@ -83,7 +86,7 @@ NOT_TAKEN_OF_AN_OFFLOAD: dict[str, tuple[Any, str]] = {
     "super_offload": (False, f"it keeps masters and moments in a process of its own, which {_REACH}"),
 }
 NEED_A_GPU = (
-    *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
+    "zero_quantized_gradients",
     "stage3_module_granularity_threshold",
 )
 OFFLOADS = {"offload_optimizer": 1, "offload_param": 3}  # block: the lowest stage at which DeepSpeed heeds it

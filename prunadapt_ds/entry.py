@@ -11,20 +11,23 @@ from prunadapt_ds.errors import PrunadaptError, message
 
 def guarded(work: Callable[[], object]) -> int:
     """Run `work`; returns the process's exit code (see errors.py). Rank 0 says what went wrong."""
+    code = 0
     try:
         with files.owner_writes_alone():
             work()
     except PrunadaptError as error:
         if distributed.speaks_of(error):
             print(message(error), file=sys.stderr)
-        return error.exit_code
-    except RuntimeError as error:
-        if not distributed.is_lost_rank(error):
+        code = error.exit_code
+    except BaseException as error:  # of this rank alone: the others may be waiting for it
+        if isinstance(error, RuntimeError) and distributed.is_lost_rank(error):
+            mine, reason = distributed.rank(), distributed.why_lost(error)
+            print(f"error: rank {mine} has lost another rank, which died or is stuck: {reason}", file=sys.stderr)
+            distributed.end_if_it_would_wait()
+            code = 1
+        else:
+            distributed.end_if_it_would_wait(error)
+            distributed.shutdown()
             raise
-        mine = distributed.rank()
-        reason = distributed.why_lost(error)
-        print(f"error: rank {mine} has lost another rank, which died or is stuck: {reason}", file=sys.stderr)
-        return 1
-    finally:
-        distributed.shutdown()
-    return 0
+    distributed.shutdown()
+    return code

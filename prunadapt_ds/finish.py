@@ -125,6 +125,11 @@ def formats_of(session: Session) -> list[str]:
     return session.config.output.export_formats or ["compact"]
 
 
+def dtype_of(session: Session) -> str:
+    """Of the exported weights: what was asked for, or the dtype of the checkpoint that was loaded."""
+    return session.config.output.export_dtype or session.backbone.stored_dtype
+
+
 def parity_reference(session: Session, masked: dict[str, Tensor]) -> dict[str, Tensor]:
     """fp32 logits of the masked model: those at hand, or for a bf16 run those of the first rows, parameters upcast."""
     if session.ds.dtype == "fp32" and not session.data.is_language:
@@ -149,10 +154,10 @@ def prove(
 ) -> None:
     """Rank 0: reload the export without this package and compare; complete the report and the folder's card.
 
-    The comparison is made on fp32 weights; a lower `--export_dtype` is cast afterwards. Raises ParityError.
+    The comparison is made on fp32 weights; a lower dtype is cast to afterwards. Raises ParityError.
     """
     config, result = session.config, session.report
-    export_dtype = config.output.export_dtype
+    export_dtype = dtype_of(session)
 
     def compact(dtype: str, latency: bool) -> proof.Reload:
         low = "bfloat16" if session.ds.dtype == "bf16" else "float32"

@@ -44,7 +44,9 @@ class Keeper:
         self._hear()
         bad = torch.stack([~torch.isfinite(loss).all() for _, loss in losses]).any().float()
         mine = [bool(self.signals.name), bool(session.tracker.problem), self._is_time()]
-        self.pulse.send(torch.cat([bad[None], torch.tensor(mine, dtype=torch.float32).to(session.device)]))
+        self.pulse.send(
+            torch.cat([bad[None], torch.tensor(mine, dtype=torch.float32).to(session.device, non_blocking=True)])
+        )
         if settle:
             self._hear()
 

@@ -1,6 +1,6 @@
 """The loss of each sample: the task's own, and distillation from the run's own dense model once there is one.
 
-Legend: B samples, C classes (1 for regression), T tokens, V vocabulary, M learnt tokens of all B samples, k words.
+Legend: B samples, C classes (1 for regression), T tokens, V vocabulary, M target tokens of all B samples, k words.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ def explained(logits: Tensor, labels: Tensor, is_regression: bool) -> float:
 
 
 @dataclass(frozen=True)
-class TopWords:
-    """What a language model's teacher thinks of each learnt token: words int64 and their log-probabilities float32, [M, k]."""
+class TopTokens:
+    """What a language model's teacher thinks of each target token: words int64 and their log-probabilities float32, [M, k]."""
 
     words: Tensor
     log_probs: Tensor
 
-    def to(self, device: torch.device) -> TopWords:
-        return TopWords(self.words.to(device), self.log_probs.to(device))
+    def to(self, device: torch.device) -> TopTokens:
+        return TopTokens(self.words.to(device), self.log_probs.to(device))
 
 
-def language_losses(logits: Tensor, labels: Tensor, teacher: TopWords, distill_weight: float) -> tuple[Tensor, Tensor]:
+def language_losses(logits: Tensor, labels: Tensor, teacher: TopTokens, distill_weight: float) -> tuple[Tensor, Tensor]:
     """As `losses_and_distillation`, token by token, then each sequence's own means: [B, T, V], [B, T] -> float32 [B] twice.
 
     The KL divergence is that of k + 1 outcomes: the teacher's k words, and any other. Trust is the probability that it
@@ -98,7 +98,7 @@ def sample_losses(
     labels: Tensor,
     *,
     is_regression: bool,
-    teacher: Tensor | TopWords | None = None,
+    teacher: Tensor | TopTokens | None = None,
     distill_weight: float = 0.0,
 ) -> Tensor:
     """float32 [B]: (1 - w) * task + w * distillation, w = distill_weight * trust; the task's loss alone without a teacher.
@@ -115,7 +115,7 @@ def sample_losses(
 def losses_and_distillation(
     logits: Tensor,
     labels: Tensor,
-    teacher: Tensor | TopWords | None,
+    teacher: Tensor | TopTokens | None,
     *,
     is_regression: bool,
     distill_weight: float,
@@ -126,7 +126,7 @@ def losses_and_distillation(
     """
     if teacher is None or distill_weight == 0:
         return task_loss(logits, labels, is_regression), None
-    if isinstance(teacher, TopWords):
+    if isinstance(teacher, TopTokens):
         return language_losses(logits, labels, teacher, distill_weight)
     loss, distillation = task_loss(logits, labels, is_regression), distillation_loss(logits, teacher, is_regression)
     trusted = trust(teacher, labels, is_regression)

@@ -126,6 +126,30 @@ def read(
     return filled, frozenset(values), problems
 
 
+# What other programs call an option of ours, or what is to be said of one that is not here.
+ELSEWHERE = {
+    **dict.fromkeys(("lora_r", "lora_rank", "rank", "lora_dim"), "r"),
+    **dict.fromkeys(("lr", "lora_lr"), "learning_rate"),
+    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("sparsity", "pruning_ratio", "prune_ratio"), "target_sparsity"),
+    **dict.fromkeys(("save_steps", "save_strategy", "checkpointing_steps"), "checkpoint_steps"),
+    **dict.fromkeys(("deepspeed", "deepspeed_config"), "ds_config"),
+    **dict.fromkeys(("max_length", "max_source_length", "block_size", "cutoff_len"), "max_seq_length"),
+    **dict.fromkeys(("batch_size", "train_batch_size", "micro_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("model", "base_model", "model_id"), "model_name_or_path"),
+    "eval_batch_size": "per_device_eval_batch_size",
+    "lora_target_modules": "target_modules",
+    "resume_from_checkpoint": "resume",
+    "dataset_name": "task_name",
+    "torch_dtype": "export_dtype",
+    **dict.fromkeys(
+        ("bf16", "fp16", "mixed_precision"), "bf16.enabled in the file of --ds_config says it; there is no fp16"
+    ),
+    "report_to": "metrics go to TensorBoard and metrics.jsonl, and nowhere else",
+    "load_best_model_at_end": "the model of the last step is exported",
+    "push_to_hub": "upload a folder of exports/ afterwards, as the run's last lines say",
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit", "quantization"), "a quantised backbone cannot be cut"),
+}
 _BAD = object()  # a value that could not be read; its problem is already noted
 
 
@@ -191,6 +215,8 @@ def _command_line(
 
 
 def _did_you_mean(name: str, names: Sequence[str]) -> str:
+    if hint := ELSEWHERE.get(name):
+        return f"use --{hint}" if hint in names else hint
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean --{close[0]}?" if close else "see --help"
 

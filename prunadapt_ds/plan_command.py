@@ -63,7 +63,8 @@ class PlanOptions:
 USAGE = Usage(
     "Bytes, communication and seconds of a run for every file in ds_configs/ (or the one that is named), from the model's "
     "configuration alone. All options of a run are taken; those that a plan depends on most are listed.",
-    "prunadapt plan --model_name_or_path meta-llama/Llama-2-70b-hf --world_size 16 --target_sparsity 0.5",
+    "prunadapt plan --model_name_or_path ./llama --task_type causal_lm --max_seq_length 4096 --per_device_train_batch_size 1 "
+    "--gradient_checkpointing --world_size 16",
     frozenset(
         {
             *(f.name for f in dataclasses.fields(PlanOptions)),

@@ -107,6 +107,7 @@ def plan(
     best = min((c["run_s_per_step"] for c in able), default=0.0)
     names = next(iter(shapes.values()))
     first, last = names[0][2], names[-1][2]
+    export_dtype = config.output.export_dtype or backbone.stored_dtype(model_config)
     per_master, sizes = MASTERS + MOMENTS, next(iter(resolved.values())).values
     is_averaged = config.prune.method == "prunadapt" and config.prune.distill_weight > 0
     return {
@@ -128,7 +129,7 @@ def plan(
             name: macs_per_step(stock, config, sizes["gradient_accumulation_steps"])
             for name, stock in (("dense", first), ("last", last))
         },
-        "export_bytes": last.exported * {"float32": 4}.get(config.output.export_dtype, 2),
+        "export_bytes": last.exported * (4 if export_dtype == "float32" else 2),
         "checkpoint_bytes": {"dense": first.trainable * per_master, "last": last.trainable * per_master},
         "teacher_bytes": {  # in host memory, on every rank; a language teacher's answers lie on disk
             "logits": 0 if config.is_language or not is_averaged else 4 * train_examples * num_labels,

@@ -28,6 +28,10 @@ USAGE = Usage(
     "prunadapt predict --model_name_or_path outputs/exports/compact --input_file new.csv --output_file answers.csv",
 )
 FIELDS = ("sentence1", "sentence2")
+NEEDED = {
+    "model_name_or_path": "name the folder to answer with, e.g. outputs/exports/compact",
+    "input_file": "name the file to answer, or - for standard input",
+}
 
 
 @dataclass
@@ -113,7 +117,7 @@ def _contradictions(options: PredictOptions, glue: SubmissionOptions, given: fro
         found.append(Problem(name, getattr(glue, name), "needs --glue_submission"))
     for name in ("model_name_or_path", "input_file"):
         if getattr(options, name) is None:
-            found.append(Problem(name, None, "is needed"))
+            found.append(Problem(name, None, NEEDED[name]))
     output = options.output_file or STANDARD
     if output != STANDARD and Path(output).suffix.lower() not in WRITERS:
         found.append(Problem("output_file", output, f"must end in {' or '.join(WRITERS)}, or be `-`"))

@@ -101,9 +101,13 @@ def reload_in_fresh_process(*reloads: Reload) -> list[Reloaded]:
             folder = reloads[failed].folder
             raise ParityError(f"the exported folder {folder} could not be reloaded:\n{done.stderr[-3000:]}")
         answers = [scratch / str(i) for i in range(len(reloads))]
+        results = [json.loads((a / "result.json").read_text()) for a in answers]
+        for asked, result in zip(reloads, results, strict=True):
+            if result["on_cpu_because"]:
+                print(f"{asked.folder} is proven on the CPU and not timed: {result['on_cpu_because']}", file=sys.stderr)
         return [
-            Reloaded(load_file(a / "logits.safetensors"), json.loads((a / "result.json").read_text()).get("latency"))
-            for a in answers
+            Reloaded(load_file(a / "logits.safetensors"), result.get("latency"))
+            for a, result in zip(answers, results, strict=True)
         ]
 
 

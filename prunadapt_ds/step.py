@@ -10,7 +10,7 @@ from torch import Tensor
 from prunadapt_ds import memory
 from prunadapt_ds.batches import Batch
 from prunadapt_ds.importance import Recorder
-from prunadapt_ds.objective import TopWords, losses_and_distillation
+from prunadapt_ds.objective import TopTokens, losses_and_distillation
 from prunadapt_ds.session import Session
 from prunadapt_ds.token_teacher import TokenTeacher
 
@@ -87,7 +87,7 @@ def forward_backward(
     return losses.detach(), distillation
 
 
-def teacher_answers(session: Session, batch: Batch) -> Tensor | TopWords:
+def teacher_answers(session: Session, batch: Batch) -> Tensor | TopTokens:
     assert session.teacher is not None
     if isinstance(session.teacher, TokenTeacher):
         return session.teacher.answers(batch.index.tolist()).to(session.device)

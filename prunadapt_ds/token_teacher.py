@@ -1,11 +1,11 @@
-"""The teacher of a language model: of each learnt token the k likeliest words and their log-probabilities, on disk.
+"""The teacher of a language model: of each target token the k most likely tokens and their log-probabilities, on disk.
 
 All logits of a training set are N x T x V numbers, which fit nowhere. What a teacher thinks beyond its first few words is one
 number: how much is left for all the others. Each rank writes what it computes into files of its own, a part at a time, and
 reads back from all of them the few rows that a batch needs, so that the folder must be one that all ranks see, as
 `output_dir` is. Files appear whole or not at all, the index knows them all, and a checkpoint knows the index.
 
-Legend: B samples, T tokens, V vocabulary, M learnt tokens of a batch, k words.
+Legend: B samples, T tokens, V vocabulary, M target tokens of a batch, k words.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from prunadapt_ds import distributed, files, watchdog
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.logits import forward_passes
-from prunadapt_ds.objective import TopWords
+from prunadapt_ds.objective import TopTokens
 
 FOLDER = "teacher"  # in `output_dir`, as long as the run is not complete
 INDEX = "index.safetensors"  # written last: where it is, everything is
@@ -60,15 +60,15 @@ class TokenTeacher:
         default_factory=dict, init=False, compare=False, repr=False
     )  # opened and mapped so far
 
-    def answers(self, positions: Sequence[int]) -> TopWords:
-        """The learnt tokens of these rows, row by row: [M, k] each."""
+    def answers(self, positions: Sequence[int]) -> TopTokens:
+        """The target tokens of these rows, row by row: [M, k] each."""
         parts = []
         for i in positions:
             file, first = self._opened(int(self.of[i])), int(self.start[i])
             rows = slice(first, first + int(self.count[i]))
             parts.append([file.get_slice(name)[rows] for name in ("words", "log_probs")])
         words, log_probs = (torch.cat(column) for column in zip(*parts, strict=True))
-        return TopWords(words.long(), log_probs.float())
+        return TopTokens(words.long(), log_probs.float())
 
     def _opened(self, number: int) -> Any:
         from safetensors import safe_open
@@ -139,7 +139,7 @@ def bring(source: Path, folder: Path) -> None:
 
 
 def write(engine: Any, rows: Rows, k: int, batch_size: int, device: torch.device, folder: Path) -> TokenTeacher:
-    """Let `engine` answer every row, and keep its k likeliest words of each learnt token. Collective."""
+    """Let `engine` answer every row, and keep its k most likely tokens of each target token. Collective."""
     remove(folder)
     distributed.on_rank_0("making the teacher's folder", folder.mkdir)
     parts, place = _Parts(folder), torch.zeros(3, len(rows), dtype=torch.long)

@@ -45,12 +45,14 @@ def rank_bytes(stock: Inventory, ds: DsConfig, machine: Machine, *, recomputes: 
     n, share = stock.trainable, 1 / world if stage else 1.0
     if stage == 3:
         parts = [(ceil(size.elements / world), size.trains) for size in stock.tensors.values()]
-        frozen_e = 1 if zero.get("zero_quantized_nontrainable_weights") else e
-        frozen = sum(part for part, trains in parts if not trains) * frozen_e
+        frozen = sum(part for part, trains in parts if not trains) * e
         trainable = (sum(part for part, trains in parts if trains) + stock.whole(zero)) * e
     else:
         frozen, trainable = stock.frozen * e, n * e
-    gradients = round(n * e * (share if stage >= 2 else 1)) + (n * 4 if stage == 0 and e == 2 else 0)
+    summed_in_fp32 = ds.values.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    gradients = round(n * (4 if summed_in_fp32 else e) * (share if stage >= 2 else 1)) + (
+        n * 4 if stage == 0 and e == 2 else 0
+    )
     states = n * (MOMENTS if stage == 0 and e == 4 else MASTERS + MOMENTS)
     bucket = zero.get("reduce_bucket_size", DEEPSPEED_BUCKET_ELEMENTS) * e if stage else 0
     gathered = 0
@@ -109,8 +111,7 @@ def traffic(stock: Inventory, ds: DsConfig, machine: Machine, config: Config) ->
         gather = n * e * others
     if stage == 3:
         whole = stock.whole(zero)
-        quantised = zero.get("zero_quantized_nontrainable_weights") or zero.get("zero_quantized_weights")
-        total = stock.frozen * (1 if quantised else e) + (n - whole) * e
+        total = (stock.frozen + n - whole) * e
         held = _held_elements(stock, zero, train.gradient_checkpointing) / max(1, stock.frozen + n)
         passes = (2 - held) * steps
         gather = others * (total * passes + whole * e)

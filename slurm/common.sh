@@ -86,10 +86,11 @@ train() {
         return
     fi
     printf 'running\n' >"$output/exit_code"
+    # --wait: a rank that ended alone is waited for by the others, on GPUs without an end.
     # In the foreground: a signal that the script itself gets waits until the step has ended, and the last line is in the log,
     # which the table reads, before the script goes on.
     srun --nodes="$SLURM_NNODES" --ntasks-per-node="$ranks_per_node" --ntasks="$((SLURM_NNODES * ranks_per_node))" \
-        --cpus-per-task="$cpus_per_rank" --kill-on-bad-exit=0 "${srun_options[@]}" \
+        --cpus-per-task="$cpus_per_rank" --kill-on-bad-exit=0 --wait=120 "${srun_options[@]}" \
         python -m prunadapt_ds train "$@" --output_dir "$output" </dev/null 2>&1 |
         (trap '' TERM USR1 && exec tee -a -- "$output/log.txt")
     code=${PIPESTATUS[0]}

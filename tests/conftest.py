@@ -22,6 +22,15 @@ def pytest_configure(config):
         config.option.markexpr = "fast"
 
 
+TIERS = ("fast", "ci", "full", "slurm", "gpu")
+
+
+def pytest_itemcollected(item):
+    """A test of no tier would run in none."""
+    if not any(item.get_closest_marker(tier) for tier in TIERS):
+        raise pytest.UsageError(f"{item.nodeid} has no tier; mark it with one of {', '.join(TIERS)}")
+
+
 @pytest.fixture
 def glue_dir():
     """Real GLUE in the official layout, where this machine has it."""

@@ -109,10 +109,14 @@ def tokenize_language(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_
 
 def _instruction(prompt: str, response: str, tokenizer: Any, longest: int) -> tuple[list[int], list[int]]:
     first = tokenizer(prompt, verbose=False)["input_ids"]
-    if first and first[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if start is not None and first[:2] == [start, start]:
+        first = first[1:]  # a chat template has written it too
+    if first and first[-1] == end != start:
         first = first[:-1]  # it goes on
     second = _continuation(response, tokenizer)
-    second = [*second, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else second
+    if end is not None and second[-1:] != [end]:
+        second = [*second, end]
     second = second[: longest - 1]
     first = first[max(0, len(first) + len(second) - longest) :]
     return first + second, [IGNORED] * len(first) + second

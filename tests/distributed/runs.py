@@ -54,6 +54,8 @@ def fit(argv, *, threshold_zero=False):
             if "train/loss" in line
         ],
         "distillation": session.report["distillation"],
+        "lines": _lines(session),
+        "score_decay": session.scores.decay if session.scores else None,
         "plan_hash": session.plan.hash,
         "counts": session.plan.counts(),
         "mask": session.plan.mask().tolist(),
@@ -67,6 +69,15 @@ def fit(argv, *, threshold_zero=False):
         "metrics": metrics,
         "logits": {k: v.tolist() for k, v in logits.items()},
         "trained": sorted(trained),
+        "lora_ranks": {
+            name.partition(".lora_A")[0]: getattr(p, "ds_shape", p.shape)[0]
+            for name, p in session.model.named_parameters()
+            if ".lora_A." in name
+        },
+        "groups": [
+            {name: group[name] for name in ("name", "base_lr", "weight_decay", "betas", "eps")}
+            for group in session.engine.optimizer.param_groups
+        ],
     }
 
 
@@ -484,6 +495,7 @@ def shrink_in_training(argv, hold=False):
         "timed": vars(session.clocks.steps),
         "dense_size": session.backbone.structure.dense_cost("macs"),
         "live_bytes": session.memory.live,
+        "accumulates_in": str(getattr(session.engine.optimizer, "gradient_accumulation_dtype", None)),
         "numel": max(getattr(p, "ds_numel", p.numel()) for p in session.model.get_submodule(layers).parameters()),
     }
 

@@ -172,13 +172,16 @@ def test_with_the_optimizer_on_the_host_no_engine_outlives_a_shrink(folder, tmp_
         assert [s["engines"] for s in result["seen"]] == [1] * len(DECISIONS)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_masters_are_carried_in_fp32_under_bf16(folder, tmp_path, stage):
-    argv = arguments(folder, tmp_path / "out", batch=4, stage=stage, target_sparsity=0.6)
+@pytest.mark.parametrize("stage, accumulation", [(0, 1), (1, 2), (2, 2), (3, 2)])
+def test_masters_are_carried_in_fp32_under_bf16(folder, tmp_path, stage, accumulation):
+    """And so are sums of gradients over micro-batches, where DeepSpeed can (stages 2 and 3)."""
+    options = {"batch": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+    argv = arguments(folder, tmp_path / "out", stage=stage, target_sparsity=0.6, **options)
     path = tmp_path / "out" / "ds.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "bf16": {"enabled": True}}))
     for result in run_ranks(runs.shrink_in_training, 2, argv):
         check(result, rel=3e-2)
+        assert result["accumulates_in"] == ("torch.float32" if stage >= 2 else "torch.bfloat16" if stage else "None")
         masters = result["seen"][0]["state"][1]["masters"]
         rounded = {n: torch.tensor(v).bfloat16().float().numpy() for n, v in masters.items()}
         assert any(not np.array_equal(v, rounded[n]) for n, v in masters.items()), "more digits than bf16 has"

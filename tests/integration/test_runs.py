@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from prunadapt_ds import report as reports
 from prunadapt_ds.finish import PARITY_EXAMPLES
@@ -19,6 +21,7 @@ from tests.distributed.harness import Ranks, run_ranks
 from tests.distributed.test_laws import arguments
 from tests.integration.processes import deepspeed
 from tests.tiny import tiny_data, tiny_folder
+from tests.unit.test_data_tasks import write_official
 
 pytestmark = pytest.mark.ci
 TRAINABLE = list(FAMILIES)
@@ -264,6 +267,54 @@ def test_regression_and_macs_budget(base, tmp_path):
     assert report["macs"]["kept"] / report["macs"]["dense"] == pytest.approx(0.5, abs=0.05)
 
 
+def test_a_task_with_two_development_sets(base, tmp_path):
+    """MNLI: each is measured, proven and written by itself, and the score is the mean of both."""
+    write_official(tmp_path / "glue", "mnli", rows=18, more=5)
+    out = tmp_path / "out"
+    argv = arguments(base, out, batch=4, model_name_or_path=base / "bert", max_steps=6, per_device_eval_batch_size=4)
+    argv = [word for word in argv if not word.endswith(".csv") and word not in ("--train_file", "--validation_file")]
+    argv += ["--task_name", "mnli", "--data_dir", str(tmp_path / "glue")]
+    assert run_ranks(runs.whole_run, 2, argv) == [0, 0]
+    report, sets = json.loads((out / "report.json").read_text()), {"matched": 18, "mismatched": 23}
+    reports.validate(report)
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert {name: sum(line["split"] == name for line in lines) for name in sets} == sets
+    assert report["parity"]["examples"] == 41
+    for kind in ("masked", "exported"):
+        found = report["metric"][kind]
+        for name, count in sets.items():
+            right = sum(line[kind]["prediction"] == line["label"] for line in lines if line["split"] == name)
+            assert found[f"{name}/accuracy"] == pytest.approx(right / count)
+        assert found["score"] == pytest.approx(sum(found[f"{name}/accuracy"] for name in sets) / 2)
+    # The law's own number, of what was written.
+    pairs = [(line["masked"]["logits"], line["exported"]["logits"]) for line in lines]
+    worst = max(abs(a - b) for masked, exported in pairs for a, b in zip(masked, exported, strict=True))
+    largest = max(abs(a) for masked, _ in pairs for a in masked)
+    assert worst == pytest.approx(report["parity"]["max_abs_logit_diff"], abs=1e-7)
+    assert worst <= report["parity"]["tolerance"] == pytest.approx(1e-4 * max(1, largest))
+
+
+def test_options_that_shape_a_run(base, tmp_path):
+    """Epochs instead of steps, a level learning rate while units are cut, groups of neurons, outer layers that are spared."""
+    out = tmp_path / "out"
+    options = {"lr_scheduler_type": "warmup_stable_decay", "neuron_multiple": 6, "keep_in_outer_layers": 0.75}
+    options |= {"num_train_epochs": 3, "group_by_length": "false", "score_ema": 0.9, "warmup_ratio": 0.25}
+    options |= {"distill_fades": "false", "target_sparsity": 0.3}
+    argv = arguments(base, out, batch=8, logging_steps=1, model_name_or_path=base / "bert", **options)
+    argv = argv[: (at := argv.index("--max_steps"))] + argv[at + 2 :]
+    (found,) = run_ranks(runs.fit, 1, argv)
+    rates = [line["learning_rate/adapters"] for line in found["learning_rates"]]
+    assert len(rates) == 24, "three times 64 samples, 8 at a time"
+    level = [i for i, rate in enumerate(rates) if rate == pytest.approx(3e-3)]
+    assert level == list(range(5, 15)), "from the end of the warm-up to the last cut, after step 14"
+    counts = found["counts"]
+    assert all(row["neurons"] % 6 == 0 for row in counts) and sum(row["neurons"] for row in counts) < 3 * 48
+    assert all(counts[i]["heads"] >= 3 and counts[i]["neurons"] >= 36 for i in (0, -1))
+    assert found["score_decay"] == 0.9
+    taught = [line["distillation/weight"] for line in found["lines"] if "distillation/loss" in line]
+    assert taught and set(taught) == {0.5}
+
+
 def test_a_criterion_without_gradients(base, tmp_path):
     another_criterion(base, tmp_path, "activation_norm")
 
@@ -274,13 +325,13 @@ def another_criterion(base, tmp_path, criterion):
 
 
 def test_dropout_bf16_and_an_export_in_low_precision(base, tmp_path):
-    """Dropout everywhere; bf16: proven with parameters upcast, then cast; what is written predicts the same on all but
-    0.5 % of examples."""
+    """Dropout everywhere, the backbone's too; bf16: proven with parameters upcast, then cast; what is written
+    predicts the same on all but 0.5 % of examples."""
     from safetensors.torch import load_file
 
     tiny_folder(tmp_path / "bert", "bert", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     out = tmp_path / "out"
-    options = {"lora_dropout": 0.1, "gradient_checkpointing": True, "export_dtype": "bfloat16"}
+    options = {"lora_dropout": 0.1, "dropout": True, "gradient_checkpointing": True, "export_dtype": "bfloat16"}
     argv = arguments(base, out, batch=8, model_name_or_path=tmp_path / "bert", **options)
     config = json.loads((out / "ds.json").read_text()) | {"bf16": {"enabled": True}}
     (out / "ds.json").write_text(json.dumps(config))
@@ -292,7 +343,7 @@ def test_dropout_bf16_and_an_export_in_low_precision(base, tmp_path):
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     differ = sum(line["masked"]["prediction"] != line["exported"]["prediction"] for line in lines)
-    assert differ <= 0.005 * len(lines) + 1
+    assert differ <= 0.005 * len(lines)
 
 
 @pytest.mark.parametrize("factor", [float("nan"), pytest.param(20.0, marks=pytest.mark.full)])
@@ -348,9 +399,27 @@ def test_two_ranks_one_message_and_exit_code_2(base, tmp_path):
 
 
 def test_own_loop(base, tmp_path):
-    done = launch([sys.executable, "examples/own_loop.py", base / "bert", tmp_path / "exported"])
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "exported" / "model.safetensors").is_file()
+    """On two ranks: what is written is as small as it says, and loads."""
+    out = tmp_path / "exported"
+    (code, said), other = run_ranks(runs.example, 2, "examples/own_loop.py", str(base / "bert"), str(out))
+    assert (code, other) == (None, (None, "")), "no exit code but that of a program that ends"
+    kept, dense = (int(n.replace(",", "")) for n in re.search(r"kept ([\d,]+) of ([\d,]+) parameters", said).groups())
+    assert kept == encoder_parameters_in(out) and abs(kept - dense / 2) <= 8 * 32 * 4
+    model = AutoModelForSequenceClassification.from_pretrained(out, trust_remote_code=True)
+    assert torch.isfinite(model(torch.tensor([[2, 7, 3]])).logits).all()
+
+
+# offload_nvme needs a disk of its own and libaio: in the full tier (test_matrix.py).
+SHIPPED = [file.name for file in sorted((ROOT / "ds_configs").glob("*.json")) if "nvme" not in file.name]
+
+
+@pytest.mark.parametrize("file", SHIPPED)
+def test_the_shipped_files_train_and_shrink(base, tmp_path, file):
+    options = {"model_name_or_path": base / "bert", "max_steps": 4, "num_decisions": 1, "shrink": "always"}
+    argv = arguments(base, tmp_path / "out", batch=4, **options)
+    argv[1] = f"ds_configs/{file}"
+    for found in run_ranks(runs.fit, 2, argv):
+        assert found["frozen_same"] and len(found["strangers"]) == 1 and len(set(found["losses"])) == 4
 
 
 def test_own_data_and_a_pipeline_that_loads_its_export(base, tmp_path):

@@ -75,20 +75,9 @@ def start(tmp_path_factory):
             shutil.copy(data / f"train.{suffix}", folder / f"train.{suffix}")
             shutil.copy(data / f"validation.{suffix}", folder / f"dev.{suffix}")
     (folder / "new.csv").write_text("sentence1,sentence2\nsun and joy,rain\npain,tree\n")
-    argv = [
-        "--task_name",
-        "mrpc",
-        "--data_dir",
-        str(folder / "glue_data"),
-        "--uniform",
-        *SHORT,
-        "--num_decisions",
-        "1",
-        "--target_sparsity",
-        "0.3",
-    ]
-    argv += ["--model_name_or_path", str(folder / "bert-base-uncased"), "--output_dir", str(folder / "outputs")]
-    assert run_ranks(runs.whole_run, 1, argv) == [0]
+    argv = ["--task_name", "mrpc", "--data_dir", str(folder / "glue_data"), *SHORT, "--num_decisions", "1"]
+    argv += ["--target_sparsity", "0.3", "--model_name_or_path", str(folder / "bert-base-uncased"), "--output_dir"]
+    assert run_ranks(runs.whole_run, 1, [*argv, str(folder / "outputs"), "--uniform"]) == [0]
     copies = [
         "bert_mrpc",
         "own",
@@ -100,6 +89,7 @@ def start(tmp_path_factory):
         shutil.copytree(folder / "outputs", folder / "copies" / name)
     for copy in (folder / "copies").iterdir():
         shutil.move(copy, folder / "outputs" / copy.name)
+    assert run_ranks(runs.whole_run, 1, [*argv, str(folder / "outputs" / "quickstart")]) == [0]
     return folder
 
 

@@ -6,11 +6,11 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 
-from prunadapt_ds import adapters, backbone, hub, model_folder, zero3
+from prunadapt_ds import adapters, backbone, engine, gates, hub, model_folder, zero3
 from prunadapt_ds.batches import Rows, refuse_unknown_tokens
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.models.families import FAMILIES
-from tests.tiny import tiny_folder
+from tests.tiny import layout_and_structure, tiny_config, tiny_folder, tiny_model
 
 pytestmark = pytest.mark.fast
 TRAINABLE = list(FAMILIES)
@@ -74,6 +74,58 @@ def test_the_input_of_a_block_in_one_piece_has_a_gradient():
         block(hidden)
     block(needs := hidden.clone().requires_grad_())
     assert [x.requires_grad for x in seen] == [True, False, True] and seen[2] is needs
+
+
+@pytest.mark.parametrize("model_type", list(FAMILIES))
+def test_dropout_is_off_in_every_family(model_type):
+    names = (
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "dropout",
+        "attention_dropout",
+        "seq_classif_dropout",
+    )
+    names += ("embd_pdrop", "attn_pdrop", "resid_pdrop", "hidden_dropout", "embedding_dropout", "mlp_dropout")
+    known = vars(tiny_config(model_type))
+    model = tiny_model(model_type, **{name: 0.3 for name in names if name in known}).train()
+    inputs = {"input_ids": torch.arange(5, 29).reshape(4, 6)}
+
+    def same():
+        torch.manual_seed(0)
+        first = model(**inputs).logits
+        return torch.equal(first, model(**inputs).logits)
+
+    has_some = any(name in known for name in names)
+    assert same() != has_some
+    backbone.no_dropout(model)
+    assert same()
+
+
+def test_what_decays_and_how_fast_it_learns():
+    """Matrices of adapters and head decay; biases, norms and gates do not, and gates have a rate of their own."""
+    model = tiny_model("bert")
+    layout, structure = layout_and_structure(model, 16)
+    head = frozenset(n for n, _ in model.named_parameters() if n.startswith(("classifier", "bert.pooler")))
+    backbone.freeze(model, head | {n for n, _ in model.named_parameters() if "LayerNorm" in n})
+    adapters.add_lora(model, layout, adapters.target_modules(layout), r=2, lora_alpha=4)
+    gates.attach(model, layout, structure)
+    rates = {"learning_rate": 1e-3, "gate_learning_rate": 1e-2, "weight_decay": 0.1}
+    groups = {g["name"]: g for g in engine.parameter_groups(model, head, **rates)}
+    names = {id(p): n for n, p in model.named_parameters()}
+    inside = {name: {names[id(p)] for p in g["params"]} for name, g in groups.items()}
+    assert sum(len(g["params"]) for g in groups.values()) == sum(p.requires_grad for p in model.parameters())
+    assert all("lora_" in n for n in inside["adapters"]) and all("prune_gate" in n for n in inside["gates"])
+    assert inside["head"] == {"classifier.weight", "bert.pooler.dense.weight"}
+    assert inside["head_no_decay"] == {"classifier.bias", "bert.pooler.dense.bias"}
+    assert all("LayerNorm" in n for n in inside["backbone_no_decay"])
+    assert {name: g["weight_decay"] for name, g in groups.items() if g["weight_decay"]} == {
+        "adapters": 0.1,
+        "head": 0.1,
+    }
+    assert {name: g["base_lr"] for name, g in groups.items() if g["base_lr"] != 1e-3} == {"gates": 1e-2}
+    adam = {"betas": [0.8, 0.9], "eps": 1e-7, "lr": 5.0}
+    made = engine.make_optimizer(list(groups.values()), adam, offloaded=False)
+    assert {(tuple(g["betas"]), g["eps"]) for g in made.param_groups} == {((0.8, 0.9), 1e-7)}
 
 
 def test_rank_per_layer(tmp_path):

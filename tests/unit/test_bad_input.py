@@ -266,9 +266,17 @@ DS_CASES = {
         {"zero_optimization": {"stage": 3, "offload_param": "cpu"}},
         ("zero_optimization.offload_param", "must be an object"),
     ),
-    "quantised without CUDA": (
+    "quantised gradients without CUDA": (
+        {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+        ("zero_optimization.zero_quantized_gradients", "CUDA"),
+    ),
+    "weights that travel in 8 bits": (
         {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
-        ("zero_optimization.zero_quantized_weights", "CUDA"),
+        ("zero_optimization.zero_quantized_weights", "would not stay what they are"),
+    ),
+    "frozen weights in 8 bits": (
+        {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
+        ("zero_optimization.zero_quantized_nontrainable_weights", "would not stay what they are"),
     ),
     "a second copy of the shards": (
         {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},

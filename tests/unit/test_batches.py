@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from prunadapt_ds.batches import Rows, Sampler
-from prunadapt_ds.objective import distillation_loss, explained, losses_and_distillation, sample_losses, trust
+from prunadapt_ds.objective import explained, losses_and_distillation, sample_losses, trust
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.fast
@@ -96,10 +96,30 @@ def test_a_teacher_is_followed_as_far_as_it_is_right():
     led = sample_losses(logits, labels, is_regression=False, teacher=teacher, distill_weight=1.0)
     torch.testing.assert_close(led[1], alone[1], atol=1e-2, rtol=1e-2)
     assert abs(led[2] - alone[2]) > 1e-2
-    losses, apart = losses_and_distillation(logits, labels, teacher, is_regression=False, distill_weight=0.3)
-    assert torch.equal(apart, distillation_loss(logits, teacher, False)), "without weight or trust"
-    assert torch.equal(losses, sample_losses(logits, labels, is_regression=False, teacher=teacher, distill_weight=0.3))
     assert losses_and_distillation(logits, labels, None, is_regression=False, distill_weight=0.3)[1] is None
+
+
+def test_the_loss_is_what_its_formula_says():
+    """(1 - w p) * cross entropy + w p * KL(teacher || student), with p the teacher's probability of the label; of regression
+    (1 - w) * squared error to the label + w * squared error to the teacher."""
+    from math import exp, log
+
+    w, labels = 0.3, torch.tensor([1, 0])
+    logits, teacher = torch.tensor([[0.2, 1.1], [-0.4, 0.9]]), torch.tensor([[1.5, 0.5], [0.1, 0.3]])
+    losses, apart = losses_and_distillation(logits, labels, teacher, is_regression=False, distill_weight=w)
+
+    def softmax(row):
+        return [exp(x) / sum(map(exp, row)) for x in row]
+
+    for b, label in enumerate(labels.tolist()):
+        s, t = softmax(logits[b].tolist()), softmax(teacher[b].tolist())
+        kl = sum(q * (log(q) - log(p)) for p, q in zip(s, t, strict=True))
+        assert apart[b].item() == pytest.approx(kl, abs=1e-6)
+        assert losses[b].item() == pytest.approx((1 - w * t[label]) * -log(s[label]) + w * t[label] * kl, abs=1e-6)
+    grades, said, taught = torch.tensor([2.0, 3.0]), torch.tensor([[1.0], [5.0]]), torch.tensor([[1.5], [2.5]])
+    losses, apart = losses_and_distillation(said, grades, taught, is_regression=True, distill_weight=w)
+    assert apart.tolist() == pytest.approx([0.25, 6.25])
+    assert losses.tolist() == pytest.approx([0.7 * 1 + 0.3 * 0.25, 0.7 * 4 + 0.3 * 6.25])
 
 
 def test_what_a_teacher_explains_is_mcfadden_s_r2_and_of_regression_r2():

@@ -73,15 +73,15 @@ def problems(**given):
     return [str(problem) for problem in caught.value.problems]
 
 
-def write_official(root, name, rows=6):
-    """The task's files, with `rows` rows whose labels take turns."""
+def write_official(root, name, rows=6, more=0):
+    """The task's files, with `rows` rows whose labels take turns; each development file has `more` than the one before."""
     header, row, labels = OFFICIAL[name]
     folder = root / TASKS[name].folder
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [row.format(i=i, label=labels[i % len(labels)]) for i in range(rows)]
-    text = "\n".join(([header] if header else []) + lines) + "\n"
-    for file in ("train.tsv", *(split.tsv for split in TASKS[name].validation_splits)):
-        (folder / file).write_text(text, encoding="utf-8")
+    for number, file in enumerate(("train.tsv", *(split.tsv for split in TASKS[name].validation_splits))):
+        count = rows + max(0, number - 1) * more
+        lines = [row.format(i=i, label=labels[i % len(labels)]) for i in range(count)]
+        (folder / file).write_text("\n".join(([header] if header else []) + lines) + "\n", encoding="utf-8")
     return folder
 
 

@@ -1,5 +1,7 @@
 """Per-sample statistics: exact, and the same for every split of the same samples (law 2)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -232,7 +234,9 @@ def test_criteria():
     assert CRITERIA["activation_norm"].score(a).tolist() == [1.0, 2.0, 0.0]
     # Kurtosis of means 1 and 4, 3 and 64: 3 and 4. A unit that is always 0 has no outliers.
     assert CRITERIA["outlier"].score(a).tolist() == pytest.approx([0.5 * 3**0.5, 1.5 * 2, 0.25])
-    assert torch.equal(CRITERIA["random"].score(w), CRITERIA["random"].score(w))
+    drawn = CRITERIA["random"].score(a)
+    assert torch.equal(drawn, CRITERIA["random"].score(a)) and len(set(drawn.tolist())) == 3, "the same on every rank"
+    assert not torch.equal(drawn, CRITERIA["random"].score(replace(a, seed=4)))
 
 
 def test_registry_refuses_taken_names_and_unknown_statistics():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from prunadapt_ds import adapters, evaluate_command, files, gates, token_teacher
@@ -18,7 +18,7 @@ from prunadapt_ds.data import compute_perplexity, load_language, tokenize_langua
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.importance import STATISTICS, Recorder
 from prunadapt_ds.models.families import FAMILIES
-from prunadapt_ds.objective import TopWords, losses_and_distillation, sample_losses
+from prunadapt_ds.objective import TopTokens, losses_and_distillation, sample_losses
 from tests.tiny import VOCABULARY, layout_and_structure, tiny_config, tiny_instructions, tiny_tokenizer
 
 pytestmark = pytest.mark.fast
@@ -95,6 +95,18 @@ def test_prompt_and_response_are_joined_as_they_are_written(tmp_path):
     data = tokenize_language(Dataset.from_dict(pairs), fast, 64)
     joined = ["".join(letters[i] for i in ids) for ids in data["input_ids"]]
     assert joined == ["\u2581bad\u2581sun</s>", "\u2581bad\nsun</s>", "\u2581bad\u2581sun</s>"]
+
+
+def test_a_chat_template_s_own_start_and_end_are_not_doubled(tmp_path):
+    letters = ["[PAD]", "[UNK]", "<s>", "</s>", "sun", "joy"]
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="<s>", eos_token="</s>", model_max_length=64
+    )
+    pairs = {"prompt": ["sun", "<s> sun"], "response": ["joy", "joy </s>"]}
+    assert tokenize_language(Dataset.from_dict(pairs), fast, 64)["input_ids"] == [[2, 4, 5, 3]] * 2
 
 
 def test_text_is_cut_into_blocks(tmp_path):
@@ -234,7 +246,7 @@ def test_all_words_kept_is_the_whole_divergence():
     real = labels[:, 1:] >= 0
     top = teacher[:, :-1][real].log_softmax(-1).topk(6)
     found = sample_losses(
-        logits, labels, is_regression=False, teacher=TopWords(top.indices, top.values), distill_weight=0.7
+        logits, labels, is_regression=False, teacher=TopTokens(top.indices, top.values), distill_weight=0.7
     )
     for row in range(3):
         tokens = []
@@ -250,7 +262,7 @@ def test_all_words_kept_is_the_whole_divergence():
 
 
 def test_of_few_words_the_others_are_one_outcome():
-    teacher = TopWords(torch.tensor([[2, 0]]), torch.tensor([[0.5, 0.3]]).log())
+    teacher = TopTokens(torch.tensor([[2, 0]]), torch.tensor([[0.5, 0.3]]).log())
     student = torch.tensor([0.1, 0.2, 0.4, 0.3])
     logits, labels = student.log().expand(1, 2, 4), torch.tensor([[-100, 0]])
     found = sample_losses(logits, labels, is_regression=False, teacher=teacher, distill_weight=1.0)

@@ -1,6 +1,9 @@
 """Measured times of sub-layers: curves, sizes, and that what is timed is what it is said to be."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from types import SimpleNamespace
@@ -8,12 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from prunadapt_ds import latency, reload
+from prunadapt_ds import export, latency, proof, reload
+from prunadapt_ds.batches import Rows
+from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.models.families import FAMILIES
-from tests.tiny import VARIANTS, layout_and_structure, tiny_model
+from tests.tiny import VARIANTS, layout_and_structure, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.fast
 
@@ -90,6 +97,64 @@ def _runs(block, args, kwargs, device, calls, clock):
     out = block(*args, **kwargs)
     out = out[0] if isinstance(out, tuple) else out
     return out.shape[:2] == (2, 16) and calls == 1 and clock is time.perf_counter
+
+
+def test_the_worst_logit_of_all_sets_is_what_is_compared():
+    first, second = torch.tensor([[1.0, -3.0]]), torch.tensor([[0.5, 2.0], [4.0, 0.0]])
+    found = proof.compare_logits({"a": (first, first), "b": (second, second - torch.tensor([[0.0, 0.25], [0.0, 0.0]]))})
+    assert found == {"max_abs_logit_diff": 0.25, "tolerance": pytest.approx(4e-4), "examples": 3}
+
+
+def test_a_gpu_that_does_not_compute_the_proof_leaves_it_to_the_cpu(monkeypatch):
+    """Too small beside the run's engine, or taken by one process only. What the CPU cannot do either has failed."""
+    asked = []
+
+    def answer_on(device, request, why=""):
+        asked.append((device, request["latency"], why))
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(reload, "answer_on", answer_on)
+    reload.answer({"device": "cuda:0", "latency": {"repeats": 3}})
+    assert asked == [
+        ("cuda:0", {"repeats": 3}, ""),
+        ("cpu", None, "cuda:0 did not compute it: CUDA out of memory."),
+    ]
+    asked.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        reload.answer({"device": "cpu", "latency": None})
+
+
+TIMED_BY_SIZE = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("reload", sys.argv[1])
+reload = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reload)
+reload.latency = lambda models, **options: ([float(sum(p.numel() for p in m.parameters())) for m in models], 1)
+reload.answer(json.loads(open(sys.argv[2]).read()))
+"""
+
+
+def test_the_dense_model_is_timed_beside_the_exported_one(tmp_path):
+    model = tiny_model("bert")
+    layout, structure = layout_and_structure(model, 16)
+    mask = torch.ones(structure.num_units, dtype=torch.bool)
+    mask[1:40] = False
+    plan = PruningPlan.from_mask(structure, mask)
+    tokenizer, folder = tiny_tokenizer(tmp_path / "tokenizer"), tmp_path / "compact"
+    assert export.export(model, layout, plan, tokenizer, folder)
+    rows = Rows(Dataset.from_list([{"input_ids": [2, 7, 3], "attention_mask": [1, 1, 1], "labels": 0}]), tokenizer)
+    timing = {"batch_size": 1, "seq_length": 4, "repeats": 1, "dtype": "float32"}
+    asked = proof.Reload(folder, {"rows": rows}, 1, torch.device("cpu"), needs_remote_code=True, latency=timing)
+    (tmp_path / "request.json").write_text(json.dumps(asked.request(tmp_path)))
+    words = [sys.executable, "-c", TIMED_BY_SIZE, reload.__file__, str(tmp_path / "request.json")]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "result.json").read_text())["latency"]
+    kept = sum(t.numel() for t in load_file(folder / "model.safetensors").values())
+    assert found["dense_ms"] == sum(p.numel() for p in model.parameters()) > found["exported_ms"] == kept
+    assert found["speedup"] == pytest.approx(found["dense_ms"] / found["exported_ms"])
 
 
 @pytest.mark.parametrize(("call_s", "repeats", "warm_up"), [(0.1, 20, 3), (2.0, 12, 3), (9.0, 3, 1)])

@@ -1,0 +1,62 @@
+"""What a program does around its work."""
+
+import pytest
+
+from prunadapt_ds import distributed, entry, errors
+from prunadapt_ds.errors import Problem, PrunadaptError, UserError
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """As on a rank of several under NCCL: in order, what ended the process or left the group."""
+    seen = []
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "speaks_of", lambda error: True)
+    monkeypatch.setattr(distributed, "device", lambda: distributed.torch.device("cuda"))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: seen.append("left"))
+
+    def end(code):
+        seen.append(f"ended with {code}")
+        raise SystemExit(code)
+
+    monkeypatch.setattr(distributed.os, "_exit", end)
+    return seen
+
+
+def failing(error):
+    def work():
+        raise error
+
+    return work
+
+
+def test_an_error_of_one_rank_does_not_wait_for_the_others(ended, capsys):
+    """To leave NCCL's group would: they are in a collective, and the traceback would never be seen."""
+    with pytest.raises(SystemExit):
+        entry.guarded(failing(ZeroDivisionError("of this rank")))
+    assert ended == ["ended with 1"] and "ZeroDivisionError: of this rank" in capsys.readouterr().err
+
+
+def test_nor_does_one_that_has_lost_another(ended, capsys):
+    with pytest.raises(SystemExit):
+        entry.guarded(failing(distributed.dist.DistBackendError("NCCL error: remote process exited")))
+    assert ended == ["ended with 1"] and "rank 1 has lost another rank" in capsys.readouterr().err
+
+
+def test_what_all_ranks_know_is_said_and_the_group_left(ended, capsys):
+    assert entry.guarded(failing(UserError(Problem("r", 0, "must be more")))) == 2
+    assert entry.guarded(failing(PrunadaptError("the disk is full"))) == 1
+    assert entry.guarded(lambda: None) == 0
+    assert ended == ["left"] * 3 and capsys.readouterr().err == "error: r=0: must be more\nerror: the disk is full\n"
+
+
+def test_a_program_of_one_process(capsys):
+    assert [errors.told(lambda: None), errors.told(lambda: 1)] == [0, 1]
+    assert errors.told(failing(UserError(Problem("folder", "x", "exists")))) == 2
+    assert capsys.readouterr().err == "error: folder='x': exists\n"
+    with pytest.raises(ZeroDivisionError):
+        errors.told(failing(ZeroDivisionError()))
