@@ -139,7 +139,7 @@ def take_over(given: GivenAdapter, loaded: Backbone, lora: LoraOptions, asked: f
     lora.r, lora.lora_alpha = given.r, given.lora_alpha
     heads = [name for name in given.whole if name in loaded.task_head_names]
     new = _of_other_size(given, loaded)
-    head = ", its head" if set(heads) - new else ", without a head for this task, which begins anew"
+    head = ", its head" if set(heads) - new else ", without a head for this task, which starts from scratch"
     loaded.notes.append(
         f"starts from the adapter {given.name} (made for {given.base or 'an unnamed model'}): r={given.r}, "
         f"lora_alpha={given.lora_alpha:g}, {len(targets)} projections{head}"

@@ -211,7 +211,7 @@ def open_again(folder: Path, identity: Mapping[str, Any]) -> TokenTeacher:
     from safetensors import SafetensorError, safe_open
 
     def refuse(why: str) -> UserError:
-        remedy = f"{why}: by the teacher's answers this run goes on; bring that back, or begin anew with --resume never"
+        remedy = f"{why}: by the teacher's answers this run goes on; bring that back, or start over with --resume never"
         return UserError(Problem("output_dir", str(folder), remedy))
 
     def check(name: str, written: Mapping[str, Any]) -> None:

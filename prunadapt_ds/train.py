@@ -109,7 +109,7 @@ def owned(config: Config) -> Iterator[StopSignals]:
 
 def say_finished(config: Config, report: dict[str, Any]) -> None:
     if distributed.rank() == 0:
-        print(f"{config.output.output_dir}: this run is complete already; to run it anew, say --resume never")
+        print(f"{config.output.output_dir}: this run is complete already; to run it again, pass --resume never")
         print(reports.table(report))
 
 

@@ -102,7 +102,7 @@ def _delimited(field: str, path: Path, delimiter: str) -> Columns:
     check_duplicates(field, path, header)
     for line, row in rows[1:]:
         if len(row) != len(header):
-            remedy = f"line {line} has {len(row)} columns, the header has {len(header)}; mend or quote it"
+            remedy = f"line {line} has {len(row)} columns, the header has {len(header)}; fix or quote it"
             raise UserError(Problem(field, str(path), remedy))
     return {name: [row[i] for _, row in rows[1:]] for i, name in enumerate(header)}
 

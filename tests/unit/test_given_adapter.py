@@ -60,7 +60,7 @@ def test_a_head_for_other_labels_begins_anew(tmp_path):
     write_adapter(base, tmp_path / "a", num_labels=5, target_modules=["query"], modules_to_save=["classifier"])
     given, loaded = given_adapter.read(str(tmp_path / "a")), backbone.load(str(base), num_labels=2)
     names = given_adapter.take_over(given, loaded, LoraOptions(), frozenset())
-    assert "begins anew" in loaded.notes[-1]
+    assert "starts from scratch" in loaded.notes[-1]
     adapters.add_lora(loaded.model, loaded.layout, names, r=3, lora_alpha=5)
     given_adapter.load(given, loaded)
     assert loaded.model.classifier.weight.shape[0] == 2
