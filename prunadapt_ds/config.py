@@ -168,6 +168,7 @@ class TrainOptions:
         "linear",
         "linear decay after the warm-up, or (warmup_stable_decay) only once pruning has ended",
         choices=LR_SCHEDULES,
+        hints={"cosine": "is not there; linear decays over as many steps"},
     )
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: off", least=0)
     num_train_epochs: float = option(3.0, "passes over the training data", above=0, most=1e6)
@@ -189,6 +190,9 @@ class OutputOptions:
         "folders to write beside `compact`: stock shapes with zeros, a stock configuration (with --uniform: always), "
         "a PEFT adapter (with --method lora)",
         choices=EXPORT_FORMATS,
+        hints=dict.fromkeys(
+            ("onnx", "torch_export"), "is made of a finished run: prunadapt export --run_dir DIR --export_formats onnx"
+        ),
     )
     latency_batch_size: int | None = option(
         None, "sequences at a time where latency is measured, for the report and --budget latency (32)", least=1

@@ -31,16 +31,18 @@ def option(
     above: float | None = None,
     below: float | None = None,
     choices: Sequence[str] = (),
+    hints: Mapping[str, str] = types.MappingProxyType({}),
     needs: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
     reads: Callable[[str], Any] | None = None,
 ) -> Any:
     """A dataclass field with its help text and the values it takes: [least, most], (above, below), or `choices`.
 
+    hints: what to answer to a value that is no choice but may well be asked for.
     needs: another option with choices, and those of them with which this one has an effect; with others only its default is
     taken.  reads: makes something of a text, and raises ValueError, saying what it wants, of one that it cannot read.
     """
     limits = {"least": least, "most": most, "above": above, "below": below, "choices": tuple(choices), "needs": needs}
-    return field(default=default, metadata={"help": text, "reads": reads, **limits})
+    return field(default=default, metadata={"help": text, "hints": hints, "reads": reads, **limits})
 
 
 def as_called(example: str) -> str:
@@ -291,7 +293,7 @@ def _convert(o: Option, value: Any, problems: list[Problem]) -> Any:
 def _out_of_limits(o: Option, value: Any) -> str:
     wrong = [v for v in (value if o.is_list else [value]) if o.limits["choices"] and v not in o.limits["choices"]]
     if wrong:
-        return suggestion(str(wrong[0]), o.limits["choices"])
+        return o.limits["hints"].get(wrong[0]) or suggestion(str(wrong[0]), o.limits["choices"])
     if o.limits["reads"]:
         try:
             o.limits["reads"](value)

@@ -7,6 +7,7 @@ import pytest
 from prunadapt_ds.config import CRITERION_NAMES, OPTIONS, parse
 from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.errors import UserError
+from prunadapt_ds.options import ELSEWHERE
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.fast
@@ -129,6 +130,28 @@ def test_all_at_once():
     found = fields(["--r", "0", "--methd", "x", "--budget", "flops", "--seed", "-1", "--learning_rate", "zero"])
     assert set(found) == {"r", "methd", "budget", "seed", "learning_rate"}
     assert "did you mean --method?" in found["methd"].remedy
+
+
+@pytest.mark.parametrize("name, hint", ELSEWHERE.items())
+def test_what_other_programs_call_it(name, hint):
+    assert name not in OPTIONS and (hint in OPTIONS or " " in hint)
+    remedy = fields([f"--{name}", "1"])[name].remedy
+    assert remedy == f"there is no such option; {f'use --{hint}' if hint in OPTIONS else hint}"
+
+
+def test_what_is_had_elsewhere_or_not_at_all():
+    found = fields(["--export_formats", "onnx", "--lr_scheduler_type", "cosine", "--budget", "flops"])
+    assert "prunadapt export --run_dir DIR --export_formats onnx" in found["export_formats"].remedy
+    assert found["lr_scheduler_type"].remedy.startswith("is not there; linear")
+    assert found["budget"].remedy == "known are params, macs, latency"
+
+
+def test_scores_alone_are_no_training():
+    found = fields(["--score_only", "--max_steps", "3", "--export_formats", "padded", "--criterion", "taylor"])
+    assert set(found) == {"max_steps", "export_formats"}
+    assert (
+        found["max_steps"].remedy == "has no effect with --score_only, which neither trains nor exports; leave it out"
+    )
 
 
 def test_yaml_under_command_line(tmp_path):
