@@ -163,9 +163,11 @@ def score(argv):
     from safetensors.torch import load_file
 
     from prunadapt_ds import train
-    from prunadapt_ds.config import parse
+    from prunadapt_ds.config import NOT_SCORING, parse
 
-    config = parse([*argv, "--score_only"])
+    given = [i for i, word in enumerate(argv) if word.startswith("--") and word[2:] in NOT_SCORING]
+    kept = [word for i, word in enumerate(argv) if i not in given and i - 1 not in given]
+    config = parse([*kept, "--score_only"])
     train.run(config)
     from prunadapt_ds import distributed
 
