@@ -8,12 +8,14 @@ from pathlib import Path
 
 import compare
 
+INGREDIENTS = [variant for variant in compare.VARIANTS if variant != "5-epochs"]  # more steps are none
+
 if __name__ == "__main__":
     given = " ".join(sys.argv)
     if "--tasks" not in given:
         sys.argv += ["--tasks", "mrpc", "stsb"]
     if "--methods" not in given:
-        sys.argv += ["--methods", "peft", "ours@0.6", *(f"ours@0.6+{variant}" for variant in compare.VARIANTS)]
+        sys.argv += ["--methods", "peft", "ours@0.6", *(f"ours@0.6+{variant}" for variant in INGREDIENTS)]
     if "--results" not in given:
         sys.argv += ["--results", str(Path(__file__).resolve().parent / "results/ablation")]
     compare.main()

@@ -85,6 +85,10 @@ def test_table_and_picture_from_a_results_folder(tmp_path):
     ours |= {"params": 0.4, "macs": 0.42, "latency": 0.5}
     for method, found in (("peft", base), ("ours@0.6", ours)):
         (tmp_path / f"rte-{method}-0.json").write_text(json.dumps(found))
+    for variant in ("teacher", "teacher-stays"):
+        (tmp_path / f"rte-ours@0.6+{variant}-0.json").write_text(json.dumps(ours))
+    found = compare_table.load(tmp_path, ["rte"], ["ours@0.6", "ours@0.6+teacher", "ours@0.6+teacher-stays"])["rte"]
+    assert {method: len(runs) for method, runs in found.items()} == dict.fromkeys(found, 1) and len(found) == 4
     methods = ("peft", "ours@0.6", "tmp")
     two, _ = compare_table.tables(compare_table.load(tmp_path, ["rte", "mrpc"], methods), methods)
     assert "average" not in two, "no average of a task that is missing"

@@ -66,6 +66,15 @@ def test_large_tensors_rest_on_huge_pages():
     assert done.stdout == "True\n", done.stderr
 
 
+@pytest.mark.parametrize("stated, found", [({}, "64"), ({"LRU_CACHE_CAPACITY": "1024"}, "1024")])
+def test_kernels_of_shapes_that_do_not_come_again_are_kept_once(stated, found):
+    """What that is worth: benchmarks/results/bf16_caches. Whoever sets it is heard."""
+    code = "import os; from prunadapt_ds.environment import prepare_environment as p; p(); print(os.environ['LRU_CACHE_CAPACITY'])"
+    environment = {k: v for k, v in os.environ.items() if k != "LRU_CACHE_CAPACITY"} | stated
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{found}\n", done.stderr
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_has_help_with_an_example(prunadapt, name):
     code, out, _ = prunadapt(name, "--help")
