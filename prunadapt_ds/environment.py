@@ -25,8 +25,8 @@ def prepare_environment() -> None:
     if os.environ.get("DS_ACCELERATOR") == "cpu":  # torch must not see what DeepSpeed is told to leave alone
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large CPU tensors on huge pages: the heap wastes less
-    # Every new shape of a bf16 product leaves a kernel in two caches of torch's CPU libraries. A model that shrinks has many, most of
-    # which never come again; kept in one of the two, those that do are found all the same.
+    # Every new shape of a bf16 product leaves a kernel in two caches of torch's CPU libraries. A model that shrinks has many, and
+    # most never come again; kept in one of the two, those that do are found all the same.
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
