@@ -133,7 +133,8 @@ def answer(request: dict[str, Any]) -> None:
     except RuntimeError as error:  # the run's engine is there as well, or a GPU takes one process only
         if request["device"] == "cpu":
             raise
-        why = f"{request['device']} did not compute it: {str(error).splitlines()[0]}"
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        why = f"{request['device']} did not compute it: {reason}"
     answer_on("cpu", {**request, "latency": None}, why)
 
 
