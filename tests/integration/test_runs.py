@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from prunadapt_ds import report as reports
 from prunadapt_ds.finish import PARITY_EXAMPLES
@@ -330,8 +330,9 @@ def test_dropout_bf16_and_an_export_in_low_precision(base, tmp_path):
     from safetensors.torch import load_file
 
     tiny_folder(tmp_path / "bert", "bert", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    AutoModel.from_pretrained(tmp_path / "bert", dtype=torch.bfloat16).save_pretrained(tmp_path / "bert")
     out = tmp_path / "out"
-    options = {"lora_dropout": 0.1, "dropout": True, "gradient_checkpointing": True, "export_dtype": "bfloat16"}
+    options = {"lora_dropout": 0.1, "dropout": True, "gradient_checkpointing": True}
     argv = arguments(base, out, batch=8, model_name_or_path=tmp_path / "bert", **options)
     config = json.loads((out / "ds.json").read_text()) | {"bf16": {"enabled": True}}
     (out / "ds.json").write_text(json.dumps(config))

@@ -398,6 +398,8 @@ MUTANTS = (
            f"{SHRINK}::test_masters_are_carried_in_fp32_under_bf16[3-2]"),
     Mutant("an error of one rank waits for the others", "entry.py", "            distributed.end_if_it_would_wait(error)\n", "",
            "tests/unit/test_entry.py::test_an_error_of_one_rank_does_not_wait_for_the_others"),
+    Mutant("exports are float32 whatever was loaded", "finish.py", "or session.backbone.stored_dtype", 'or "float32"',
+           "tests/integration/test_runs.py::test_dropout_bf16_and_an_export_in_low_precision"),
     Mutant("long work is waited for in silence", "distributed.py", "                goes_on()\n", "                pass\n",
            f"{LAWS}::test_work_of_one_rank_may_take_longer_than_a_collective_may"),
 )  # fmt: skip

@@ -1,5 +1,7 @@
 """Loading: what is frozen, what trains, nothing at random."""
 
+import json
+
 import huggingface_hub
 import pytest
 import torch
@@ -99,6 +101,18 @@ def test_dropout_is_off_in_every_family(model_type):
     assert same() != has_some
     backbone.no_dropout(model)
     assert same()
+
+
+@pytest.mark.parametrize(
+    "stated, found", [("bfloat16", "bfloat16"), ("float16", "float16"), ("float64", "float32"), (None, "float32")]
+)
+def test_the_dtype_of_a_checkpoint(tmp_path, stated, found):
+    """By its configuration; what no export can have, and nothing, is float32."""
+    tiny_folder(tmp_path, "bert")
+    values = json.loads((tmp_path / "config.json").read_text())
+    values.pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps(values | ({"torch_dtype": stated} if stated else {})))
+    assert backbone.load(str(tmp_path), num_labels=2).stored_dtype == found
 
 
 def test_what_decays_and_how_fast_it_learns():
