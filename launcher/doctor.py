@@ -1,12 +1,10 @@
 """Ask every rank how it is: `python launcher/doctor.py`, or under any launcher exactly as launcher/train.py."""
 
-import sys
-
-from prunadapt_ds.environment import prepare_environment
+from prunadapt_ds.environment import leave, prepare_environment
 
 prepare_environment()  # before torch and deepspeed are imported
 
 from prunadapt_ds.doctor import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

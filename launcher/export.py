@@ -1,12 +1,10 @@
 """Other formats of a run, finished or interrupted: `python launcher/export.py --run_dir outputs --export_formats padded onnx`."""
 
-import sys
-
-from prunadapt_ds.environment import prepare_environment
+from prunadapt_ds.environment import leave, prepare_environment
 
 prepare_environment()  # before torch and deepspeed are imported
 
 from prunadapt_ds.reexport import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

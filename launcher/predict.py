@@ -1,12 +1,10 @@
 """Answer a file: `python launcher/predict.py --model_name_or_path DIR --input_file new.csv --output_file answers.csv`."""
 
-import sys
-
-from prunadapt_ds.environment import prepare_environment
+from prunadapt_ds.environment import leave, prepare_environment
 
 prepare_environment()  # before torch and deepspeed are imported
 
 from prunadapt_ds.predict import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,12 +1,10 @@
 """Train: `deepspeed launcher/train.py --ds_config ds_configs/zero3.json [options]`, or any other launcher, or plain python."""
 
-import sys
-
-from prunadapt_ds.environment import prepare_environment
+from prunadapt_ds.environment import leave, prepare_environment
 
 prepare_environment()  # before torch and deepspeed are imported
 
 from prunadapt_ds.train import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,8 +1,7 @@
 """`python -m prunadapt_ds COMMAND ...`, and so `deepspeed --module` and `torchrun -m`."""
 
-import sys
-
 from prunadapt_ds.console import main
+from prunadapt_ds.environment import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import shutil
 import sys
 import time
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 STARTED = time.monotonic()  # of this program: the imports that come next take seconds
 
@@ -33,3 +36,13 @@ def prepare_environment() -> None:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as `sys.exit` would, but for what C++ libraries do then: now and then one of torch's threads still runs, and
+    a rank whose work is done is aborted ("terminate called without an active exception")."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever listened is gone
+            stream.flush()
+    os._exit(code)
