@@ -26,12 +26,8 @@ TIMES = ("train_s", "train_cpu_s", "step_s", "step_cpu_s", "last_step_s", "last_
 def load(folder: Path, tasks: Sequence[str], methods: Sequence[str]) -> Results:
     """What is there of these methods, and of the base, beside which all of them are shown."""
     wanted = dict.fromkeys((BASE, *methods))
-
-    def runs(task: str, method: str) -> list[dict]:
-        files = {p.stem.removeprefix(f"{task}-{method}-"): p for p in sorted(folder.glob(f"{task}-{method}-*.json"))}
-        return [_read(p) for seed, p in files.items() if seed.isdecimal()]  # "teacher-stays-0" is no seed of "teacher"
-
-    return {t: {m: runs(t, m) for m in wanted} for t in tasks}
+    # A seed is a number: "teacher-stays-0" is none of "teacher".
+    return {t: {m: [_read(p) for p in sorted(folder.glob(f"{t}-{m}-[0-9]*.json"))] for m in wanted} for t in tasks}
 
 
 def _read(path: Path) -> dict:

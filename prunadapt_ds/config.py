@@ -190,9 +190,10 @@ class OutputOptions:
         "folders to write beside `compact`: stock shapes with zeros, a stock configuration (with --uniform: always), "
         "a PEFT adapter (with --method lora)",
         choices=EXPORT_FORMATS,
-        hints=dict.fromkeys(
-            ("onnx", "torch_export"), "is made of a finished run: prunadapt export --run_dir DIR --export_formats onnx"
-        ),
+        hints={
+            kind: f"is made of a finished run: prunadapt export --run_dir DIR --export_formats {kind}"
+            for kind in ("onnx", "torch_export")
+        },
     )
     latency_batch_size: int | None = option(
         None, "sequences at a time where latency is measured, for the report and --budget latency (32)", least=1

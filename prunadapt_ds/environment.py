@@ -1,4 +1,4 @@
-"""What has to be set before torch and deepspeed are imported. Imports neither."""
+"""What has to be set before torch and deepspeed are imported, and how a process that has them ends. Imports neither."""
 
 from __future__ import annotations
 

@@ -400,6 +400,8 @@ MUTANTS = (
            "tests/unit/test_entry.py::test_an_error_of_one_rank_does_not_wait_for_the_others"),
     Mutant("exports are float32 whatever was loaded", "finish.py", "or session.backbone.stored_dtype", 'or "float32"',
            "tests/integration/test_runs.py::test_dropout_bf16_and_an_export_in_low_precision"),
+    Mutant("a process waits for threads as it ends", "environment.py", "    os._exit(code)", "    sys.exit(code)",
+           "tests/unit/test_console.py::test_a_process_ends_with_its_code_and_waits_for_no_thread"),
     Mutant("long work is waited for in silence", "distributed.py", "                goes_on()\n", "                pass\n",
            f"{LAWS}::test_work_of_one_rank_may_take_longer_than_a_collective_may"),
 )  # fmt: skip

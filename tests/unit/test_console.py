@@ -66,6 +66,17 @@ def test_large_tensors_rest_on_huge_pages():
     assert done.stdout == "True\n", done.stderr
 
 
+def test_a_process_ends_with_its_code_and_waits_for_no_thread():
+    """What was said is out and exit functions have run; a thread that still runs, as torch's may, holds nothing up."""
+    code = (
+        "import atexit, threading, time; from prunadapt_ds.environment import leave\n"
+        "atexit.register(print, 'tidied'); threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "print('said'); leave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (3, "said\ntidied\n"), done.stderr
+
+
 @pytest.mark.parametrize("stated, found", [({}, "64"), ({"LRU_CACHE_CAPACITY": "1024"}, "1024")])
 def test_kernels_of_shapes_that_do_not_come_again_are_kept_once(stated, found):
     """What that is worth: benchmarks/results/bf16_caches. Whoever sets it is heard."""
