@@ -1,12 +1,10 @@
 """What a run would need, from the configuration alone: `python launcher/plan.py --model_name_or_path DIR --world_size 8`."""
 
-import sys
-
-from prunadapt_ds.environment import prepare_environment
+from prunadapt_ds.environment import leave, prepare_environment
 
 prepare_environment()  # before torch and deepspeed are imported
 
 from prunadapt_ds.plan_command import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,7 +1,15 @@
-"""`python -m prunadapt_ds COMMAND ...`, and so `deepspeed --module` and `torchrun -m`."""
+"""`prunadapt COMMAND ...`, also as `python -m prunadapt_ds`, and so `deepspeed --module` and `torchrun -m`."""
+
+from typing import NoReturn
 
 from prunadapt_ds.console import main
 from prunadapt_ds.environment import leave
 
-if __name__ == "__main__":
+
+def run() -> NoReturn:
+    """The installed script. What `main` returns is the exit code."""
     leave(main())
+
+
+if __name__ == "__main__":
+    run()

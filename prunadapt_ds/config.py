@@ -21,6 +21,7 @@ METHODS = ("prunadapt", "tmp", "lora", "full")
 BUDGETS = ("params", "macs", "latency")
 CRITERION_NAMES = ("fisher", "taylor", "outlier", "activation_norm", "magnitude", "random")
 TASK_TYPES = ("sequence_classification", "causal_lm")
+PROBLEM_TYPES = ("single_label_classification", "regression")
 TASK_NAMES = tuple(TASKS)
 EXPORT_FORMATS = ("compact", "padded", "uniform", "adapter")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
@@ -46,13 +47,22 @@ class DataOptions:
 
     task_type: str = option(
         "sequence_classification",
-        "predict labels, or model text (causal_lm: a .txt file, columns prompt and response, or text)",
+        "predict labels, or model text (causal_lm: a .txt file, or columns prompt and response, messages, or text)",
         choices=TASK_TYPES,
     )
     task_name: str | None = option(None, "GLUE task, or the built-in `sample`", choices=TASK_NAMES)
     data_dir: str | None = option(None, "official GLUE TSVs, one folder per task, instead of the hub")
-    train_file: str | None = option(None, "own training data: csv, tsv, jsonl, parquet; sentence1[, sentence2], label")
+    train_file: str | None = option(
+        None, "own training data: csv, tsv, jsonl, json or parquet with sentence1[, sentence2], label"
+    )
     validation_file: str | None = option(None, "own development data, same columns")
+    problem_type: str | None = option(
+        None,
+        "what the labels of --train_file are (with a decimal point a regression, else classes)",
+        choices=PROBLEM_TYPES,
+        needs={"task_type": ("sequence_classification",)},
+        hints={"classification": "is called single_label_classification"},
+    )
     test_file: str | None = option(None, "refused: answer a test set afterwards, with `prunadapt predict`")
     max_seq_length: int = option(
         128,
@@ -118,6 +128,11 @@ class PruningOptions:
     )
     neuron_multiple: int = when_deciding(
         8, "cut feed-forward neurons in groups of N, so that multiples of N stay", least=1
+    )
+    head_multiple: int = when_deciding(
+        1,
+        "with --uniform: layers keep a multiple of N heads or groups, as servers that split them over N GPUs need",
+        least=1,
     )
     uniform: bool = when_deciding(
         False, "layers keep the same counts or go whole, so that stock classes load what is left"
@@ -306,6 +321,9 @@ def _contradictions(config: Config) -> list[Problem]:
     if prune.keep_in_outer_layers and prune.uniform:
         remedy = "layers are all alike with --uniform; leave it out"
         found.append(Problem("keep_in_outer_layers", prune.keep_in_outer_layers, remedy))
+    if prune.head_multiple > 1 and not prune.uniform:
+        remedy = "says how many heads all layers keep with --uniform; add that, or leave it out"
+        found.append(Problem("head_multiple", prune.head_multiple, remedy))
     if "uniform" in formats and not prune.uniform:
         remedy = "layers that differ fit no stock configuration; add --uniform"
         found.append(Problem("export_formats", "uniform", remedy))
@@ -369,6 +387,9 @@ def _data_problems(data: DataOptions) -> list[Problem]:
     if data.test_file is not None:
         remedy = "no test set is used in a run; answer it afterwards with prunadapt predict"
         found.append(Problem("test_file", data.test_file, remedy))
+    if data.problem_type is not None and not data.train_file:
+        remedy = "says what the labels of --train_file are; a named task knows that itself: leave it out"
+        found.append(Problem("problem_type", data.problem_type, remedy))
     if data.validation_file and not data.train_file:
         found.append(Problem("train_file", None, "--validation_file needs one"))
     if data.train_file:

@@ -30,7 +30,14 @@ from prunadapt_ds.trained_folder import load_folder, scored_length
 OPTIONS = frozenset(
     {
         *("model_name_or_path", "trust_remote_code", "task_type", "task_name", "data_dir", "train_file"),
-        *("validation_file", "max_seq_length", "max_eval_samples", "per_device_eval_batch_size", "output_dir"),
+        *(
+            "validation_file",
+            "problem_type",
+            "max_seq_length",
+            "max_eval_samples",
+            "per_device_eval_batch_size",
+            "output_dir",
+        ),
     }
 )
 USAGE = Usage(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunadapt_ds import older_readers
 from prunadapt_ds.adapters import ADAPTER, is_lora
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.distributed import on_rank_0, rank
@@ -210,6 +211,7 @@ def write_folder(folder: Path, weights: WeightFiles, parts: list[Any], needs_rem
                 shutil.copyfile(Path(modeling_prunadapt.__file__), unfinished / MODELING_FILE)
             for part in parts:
                 part.save_pretrained(unfinished)
+            older_readers.add_old_names(unfinished)
     finally:
         weights.discard()
 

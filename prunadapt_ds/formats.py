@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.files import read_object, replace, usual_mode, whole_folder, whole_path
+from prunadapt_ds.files import read_object, usual_mode, whole_folder, whole_path
 from prunadapt_ds.models import auto_classes
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.layouts import head_dim_of, sayable_heads, stock_fields
 from prunadapt_ds.models.modeling_prunadapt import Layout
+from prunadapt_ds.older_readers import write_config
 
 MODELING_FILE = "modeling_prunadapt.py"
 Shapes = dict[str, tuple[int, ...]]
@@ -63,7 +64,7 @@ def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> Non
 
     with whole_folder(folder) as unfinished:
         copy_others(compact, unfinished)
-        (unfinished / "config.json").write_text(json.dumps(stock, indent=2, sort_keys=True) + "\n")
+        write_config(unfinished, stock)
         _rewrite_weights(compact, unfinished, change, shapes)
 
 
@@ -285,5 +286,4 @@ def cast(folder: Path, dtype: torch.dtype) -> None:
             save_file({name: t.to(dtype) for name, t in load_file(file).items()}, unfinished, {"format": "pt"})
             unfinished.chmod(usual_mode())
     config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    replace(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_config(folder, config | {"dtype": str(dtype).removeprefix("torch.")})

@@ -23,6 +23,7 @@ from prunadapt_ds import formats, proof
 from prunadapt_ds.config import EXPORT_FORMATS
 from prunadapt_ds.errors import ParityError, Problem, PrunadaptError
 from prunadapt_ds.files import discard, whole_folder
+from prunadapt_ds.older_readers import TOKENIZER_CONFIG, write_config, write_tokenizer_config
 
 KINDS = ("onnx", "torch_export")
 
@@ -70,12 +71,10 @@ def convert(kind: str, compact: Path, folder: Path) -> dict[str, Any]:
 def write_small_files(compact: Path, folder: Path) -> None:
     """A stock configuration; and a tokenizer that pads on the right, from where a graph counts its positions."""
     config = formats.stock_config(json.loads((compact / "config.json").read_text()))
-    tokenizer_file = folder / "tokenizer_config.json"
-    files = {folder / "config.json": {**config, "use_cache": False, "dtype": "float32"}}
+    write_config(folder, config | {"use_cache": False, "dtype": "float32"})
+    tokenizer_file = folder / TOKENIZER_CONFIG
     if tokenizer_file.is_file():
-        files[tokenizer_file] = {**json.loads(tokenizer_file.read_text()), "padding_side": "right"}
-    for file, values in files.items():
-        file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        write_tokenizer_config(folder, json.loads(tokenizer_file.read_text()) | {"padding_side": "right"})
 
 
 def traced(kind: str, compact: Path, folder: Path, scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:

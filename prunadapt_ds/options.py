@@ -142,7 +142,19 @@ ELSEWHERE = {
     "eval_batch_size": "per_device_eval_batch_size",
     "lora_target_modules": "target_modules",
     "resume_from_checkpoint": "resume",
-    "dataset_name": "task_name",
+    **dict.fromkeys(
+        ("dataset_name", "dataset_config_name", "dataset"),
+        "of the hub's data sets only GLUE's tasks are known by name (--task_name); write another one's splits with "
+        "to_parquet() and give them as --train_file and --validation_file",
+    ),
+    **dict.fromkeys(
+        ("text_column_name", "text_column_names", "text_column", "label_column_name", "label_column"),
+        "columns go by their names: sentence1[, sentence2], label; rename yours",
+    ),
+    **dict.fromkeys(
+        ("revision", "model_revision"),
+        "fetch that revision (hf download NAME --revision R --local-dir DIR) and name the folder",
+    ),
     "torch_dtype": "export_dtype",
     **dict.fromkeys(
         ("bf16", "fp16", "mixed_precision"), "bf16.enabled in the file of --ds_config says it; there is no fp16"

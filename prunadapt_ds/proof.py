@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from prunadapt_ds import reload
 from prunadapt_ds.batches import Rows
-from prunadapt_ds.errors import Interrupted, ParityError
+from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.formats import auto_class_of
 from prunadapt_ds.pulse import STOP_SIGNALS
 
@@ -120,12 +121,22 @@ def run_script(
 
 
 def raise_if_stopped(done: subprocess.CompletedProcess[str]) -> None:
-    """Raises Interrupted where a process ended by a signal that asks a run to stop: a terminal and SLURM send it to all alike."""
+    """Raises Interrupted where a process ended by a signal that asks a run to stop: a terminal and SLURM send it to all alike.
+
+    Raises PrunadaptError where another signal ended it: that says nothing about what it was to prove.
+    """
     for number in STOP_SIGNALS:
         if done.returncode == -number:
             raise Interrupted(
                 f"stopped by {number.name} before the export was proven; the same command goes on from there"
             )
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        why = ", as the system does when memory runs out (the proof holds the exported model in fp32)"
+        raise PrunadaptError(
+            f"the process that proves the export was ended by {name}{why if name == 'SIGKILL' else ''}; with more memory for "
+            "rank 0's host the same command goes on from here"
+        )
 
 
 def compare_logits(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:

@@ -41,6 +41,7 @@ RESOLVED = {
     "learning_rate",
     "weight_decay",
 }
+EXPORT_OPTIONS = {"export_formats", "export_dtype"}
 LATENCY = "latency.json"
 LEFT_BEHIND = ("report.json", "report.md", "report.html", "plan.json", "predictions.jsonl", "run.json", LATENCY)
 REBUILDS = "rebuilds.json"
@@ -212,13 +213,28 @@ def _finished(output_dir: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         before = json.loads((output_dir / "run.json").read_text())
-        problems = changes(asked, before, str(output_dir))
+        problems = _answered_by_export(changes(asked, before, str(output_dir)), output_dir)
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         remedy = "holds a complete run of unknown options; name another folder, or overwrite it with --resume never"
         problems = [Problem("output_dir", str(output_dir), remedy)]
     if problems:
         raise UserError(problems)
     return report
+
+
+def _answered_by_export(problems: list[Problem], output_dir: Path) -> list[Problem]:
+    """A complete run has everything that another format or dtype is made of: nothing needs training again."""
+    given = {p.field: p.value for p in problems}
+    formats = [kind for kind in given.get("export_formats") or () if kind != "compact"]
+    words = (["--export_formats", *formats] if formats else []) + (
+        ["--export_dtype", given["export_dtype"]] if given.get("export_dtype") else []
+    )
+    if not words or not given.keys() <= EXPORT_OPTIONS:
+        return problems
+    remedy = (
+        f"this run is complete; write other exports of it: prunadapt export --run_dir {output_dir} {' '.join(words)}"
+    )
+    return [dataclasses.replace(problem, remedy=remedy) for problem in problems]
 
 
 def begin(session: Session) -> None:

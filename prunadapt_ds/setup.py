@@ -322,6 +322,18 @@ def tracker_of(
     return found[0]
 
 
+def _cut_rows(session: Session) -> str | None:
+    """How many training rows are as long as rows may be: what they had beyond that is not read."""
+    if session.data.is_language and "text" in session.data.train.column_names:
+        return None  # a text is cut into blocks, and nothing of it left out
+    longest, rows = session.config.data.max_seq_length, session.train_rows
+    full = sum(length >= longest for length in rows.lengths)
+    if full < len(rows) / 100:
+        return None
+    what = "their prompts' beginnings" if session.data.is_language else "what follows"
+    return f"{full} of {len(rows)} training rows fill --max_seq_length {longest}; longer ones lose {what}"
+
+
 def announce(session: Session) -> None:
     """Say what will happen, and what the "auto" fields became."""
     config, ds, say = session.config, session.ds, session.tracker.say
@@ -333,12 +345,16 @@ def announce(session: Session) -> None:
     if config.data.train_file and not session.data.is_language:
         names = session.data.label_names
         kind = f"{len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
-        say(
-            f"{config.data.train_file}: {kind if names else 'labels with decimal points, so that this is a regression'}"
+        regression = (
+            "labels with decimal points, so this is a regression (classes: --problem_type single_label_classification)"
         )
+        stated = "labels are numbers of a regression" if config.data.problem_type else regression
+        say(f"{config.data.train_file}: {kind if names else stated}")
     resolved = ", ".join(f"{name}={value}" for name, value in ds.resolved.items()) or "nothing"
     say(f"{ds.path}: ZeRO stage {ds.stage}, {ds.dtype}, {distributed.world_size()} ranks; auto: {resolved}")
     for note in session.backbone.notes:
+        say(note)
+    if note := _cut_rows(session):
         say(note)
     say(f"peak learning rate {session.learning_rate:.2g}, {session.total_steps} steps")
     if config.prune.uniform and not session.backbone.family.heads.config_fields:

@@ -9,7 +9,8 @@ umask go-w
 site_setup() {
     # Modules, containers, network: put your site's lines here, e.g.
     #   module load cuda/12.4
-    #   SRUN_OPTIONS="--container-image=/images/train.sqsh --container-mounts=$PWD"
+    #   SRUN_OPTIONS="--container-image=/images/train.sqsh --container-mounts=$PWD --container-workdir=$PWD" VENV=none
+    #   SRUN_OPTIONS="apptainer exec --nv --pwd $PWD /images/train.sif" VENV=none
     #   export NCCL_SOCKET_IFNAME=ib0
     local environment="${VENV:-.venv}"
     if [[ -f "$environment/bin/activate" ]]; then
@@ -35,7 +36,9 @@ job_setup() {
     [[ -n "${SLURM_JOB_ID:-}" ]] || fail "this is a SLURM job: submit it with sbatch"
     site_setup
     # Every GPU of a node gets a rank; a node without GPUs gets one, or RANKS_PER_NODE.
-    ranks_per_node="${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
+    local gpus="${SLURM_GPUS_ON_NODE:-1}"
+    [[ "$gpus" != 0 ]] || gpus=1
+    ranks_per_node="${RANKS_PER_NODE:-$gpus}"
     [[ "${MAX_REQUEUES:-100}" =~ ^(0|[1-9][0-9]{0,8})$ ]] || fail "MAX_REQUEUES='$MAX_REQUEUES': must be a whole number"
     [[ "$ranks_per_node" =~ ^[1-9][0-9]{0,3}$ ]] || fail "RANKS_PER_NODE='$ranks_per_node': must be a whole number of at least 1"
     cpus_per_rank=$((${SLURM_CPUS_ON_NODE:-1} / ranks_per_node))
@@ -73,7 +76,9 @@ is_taken() {
 train() {
     output="$1"
     shift
-    local word
+    # A container need not start in this folder: the program is told the whole path.
+    local word folder="$output"
+    [[ "$folder" == /* ]] || folder="$PWD/$folder"
     for word in "$@"; do
         [[ "$word" != --output_dir && "$word" != --output_dir=* ]] || fail "$word: a job names it itself, to find it again; set OUTPUT_DIR (of glue_all.sh OUTPUT_ROOT)"
     done
@@ -91,7 +96,7 @@ train() {
     # which the table reads, before the script goes on.
     srun --nodes="$SLURM_NNODES" --ntasks-per-node="$ranks_per_node" --ntasks="$((SLURM_NNODES * ranks_per_node))" \
         --cpus-per-task="$cpus_per_rank" --kill-on-bad-exit=0 --wait=120 "${srun_options[@]}" \
-        python -m prunadapt_ds train "$@" --output_dir "$output" </dev/null 2>&1 |
+        python -m prunadapt_ds train "$@" --output_dir "$folder" </dev/null 2>&1 |
         (trap '' TERM USR1 && exec tee -a -- "$output/log.txt")
     code=${PIPESTATUS[0]}
     # Ranks that have not yet got to where they listen are ended by the signal that asks them to stop.

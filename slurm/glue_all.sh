@@ -48,7 +48,8 @@ if [[ "$SLURM_ARRAY_TASK_ID" == "$SLURM_ARRAY_TASK_MIN" && ! -e "$marker" ]]; th
     # Words that were checked above, and a folder: the only values that the second job needs.
     if gather="$(TASKS="${tasks[*]}" SEEDS="${seeds[*]}" OUTPUT_ROOT="$root" \
         sbatch --parsable --dependency="afterany:$SLURM_ARRAY_JOB_ID" --partition="${GATHER_PARTITION:-$SLURM_JOB_PARTITION}" \
-        ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} --output="$root/gather-%j.out" slurm/gather.sh)"; then
+        ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} \
+        --output="$root/gather-%j.out" slurm/gather.sh)"; then
         printf '%s\n' "$gather" >"$marker" # after a requeue it is there already; where it could not be submitted, once more
     else
         printf 'no job to gather; afterwards run: TASKS=%q SEEDS=%q OUTPUT_ROOT=%q bash slurm/gather.sh\n' \

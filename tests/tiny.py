@@ -12,6 +12,7 @@ _CONFIGS = {
     "bert": _BERT,
     "roberta": {**_BERT, "max_position_embeddings": 130},
     "xlm-roberta": {**_BERT, "max_position_embeddings": 130},
+    "camembert": {**_BERT, "max_position_embeddings": 130},
     "electra": {**_BERT, "embedding_size": 16},
     "distilbert": {
         "dim": 32,
@@ -54,6 +55,15 @@ _CONFIGS = {
     },
     "qwen3": {**_DECODER, "num_key_value_heads": 2, "head_dim": 12},
     "gemma": {**_DECODER, "num_key_value_heads": 2, "head_dim": 12},
+    "gemma2": {**_DECODER, "num_key_value_heads": 2, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 6},
+    "gemma3_text": {
+        **_DECODER,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 6,
+    },
+    "smollm3": {**_DECODER, "num_key_value_heads": 2, "no_rope_layers": [1, 0, 1]},
     "phi3": {**_DECODER, "num_key_value_heads": 2},
     "gpt_neox": {**_DECODER, "hidden_dropout": 0.0, "attention_dropout": 0.0},
     "opt": {

@@ -1,7 +1,9 @@
-"""Text for language modelling: a plain text file, or prompts with responses, of which the responses alone are learnt."""
+"""Text for language modelling: plain text; or prompts with responses, or conversations, where only the answers are learnt."""
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +17,15 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of a token that is not learnt
 NAME = "causal_lm"
+SAME_AS_RESPONSE = ("completion", "output")
+FORMS = (("prompt", "response"), ("messages",), ("text",))  # columns of a file; the first form whose last one is there
 
 
 def load_language(config: Any) -> TaskData:
-    """Datasets with columns prompt and response, or text; index. `config`: the data options.
+    """Datasets with the columns of one of `FORMS`, and index. `config`: the data options.
 
-    A .txt file is one text; csv, tsv, jsonl and parquet have the columns prompt and response, or text. Raises UserError
-    with the problems of both files.
+    A .txt file is one text; csv, tsv, jsonl, json and parquet have prompt and response (or completion, or output), messages
+    (lists of {"role", "content"} that end with the assistant's), or text. Raises UserError with the problems of both files.
     """
     from datasets import Dataset
 
@@ -62,12 +66,17 @@ def _columns(field: str, path: str) -> Columns:
             raise UserError(Problem(field, path, "holds no text; give a file with some"))
         return {"text": [text]}
     columns = read_columns(field, path)
-    names = ("prompt", "response") if "response" in columns else ("text",)
-    missing = [name for name in names if name not in columns]
-    if missing:
+    if "prompt" in columns and "response" not in columns:
+        renamed = next((name for name in SAME_AS_RESPONSE if name in columns), None)
+        if renamed:
+            columns["response"] = columns.pop(renamed)
+    names = next((form for form in FORMS if form[-1] in columns), FORMS[-1])
+    if any(name not in columns for name in names):
         found = ", ".join(map(repr, columns))
-        remedy = f"needs the columns prompt and response, or text (found {found}); or give a .txt file"
+        remedy = f"needs the columns prompt and response, messages, or text (found {found}); or give a .txt file"
         raise UserError(Problem(field, path, remedy))
+    if names == ("messages",):
+        return {"messages": [_conversation(field, path, row, m) for row, m in enumerate(columns["messages"], start=1)]}
     for name in names:
         for row, text in enumerate(columns[name], start=1):
             if not isinstance(text, str) or (name != "prompt" and not text.strip()):
@@ -81,17 +90,22 @@ def _columns(field: str, path: str) -> Columns:
 def tokenize_language(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
     """Columns input_ids, attention_mask, labels (a list for each row; `IGNORED` where nothing is learnt).
 
-    Texts are joined and cut into blocks of `max_seq_length`. A response ends with the end-of-sequence token; what is too
-    long loses the beginning of its prompt first, then the end of its response. Raises UserError where nothing is left to
-    learn, and for more tokens than the model takes.
+    Texts are joined and cut into blocks of `max_seq_length`. The tokenizer's chat template spells a conversation out; its
+    last answer is the response. A response ends with the end-of-sequence token; a row that is too long loses the beginning of
+    its prompt first, then the end of its response. Raises UserError where nothing is left to learn, for more tokens than the
+    model takes, and for conversations where the tokenizer has no chat template.
     """
     from datasets import Dataset
 
     if max_seq_length > tokenizer.model_max_length:
         remedy = f"must be at most {tokenizer.model_max_length}, which is what the model takes"
         raise UserError(Problem("max_seq_length", max_seq_length, remedy))
-    if "response" in dataset.column_names:
+    pairs = None
+    if "messages" in dataset.column_names:
+        pairs = map(functools.partial(_as_pair, tokenizer), map(json.loads, dataset["messages"]))
+    elif "response" in dataset.column_names:
         pairs = zip(dataset["prompt"], dataset["response"], strict=True)
+    if pairs is not None:
         rows = [_instruction(prompt, response, tokenizer, max_seq_length) for prompt, response in pairs]
     else:
         rows = [(block, block) for block in _blocks(dataset["text"], tokenizer, max_seq_length)]
@@ -105,6 +119,44 @@ def tokenize_language(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_
             "labels": [labels for _, labels in rows],
         }
     )
+
+
+def _conversation(field: str, path: str, row: int, messages: Any) -> str:
+    """A conversation as JSON: its messages may have keys of their own, which columns of a table would fill up."""
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and "role" in m and "content" in m for m in messages
+    ):
+        remedy = (
+            f'row {row}: messages is not a list of objects like {{"role": "user", "content": "a text"}}; write that'
+        )
+        raise UserError(Problem(field, path, remedy))
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        remedy = (
+            f"row {row}: messages must end with an assistant's, which is what is learnt, and begin with another; add it"
+        )
+        raise UserError(Problem(field, path, remedy))
+    text = json.dumps(messages)
+    if has_surrogate("".join(str(m["content"]) for m in messages)):
+        raise UserError(Problem(field, path, f"row {row}: messages holds half a surrogate pair; remove the character"))
+    return text
+
+
+def _as_pair(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, str]:
+    """A conversation as the prompt up to its last answer, and that answer with what the template puts behind it."""
+    name = getattr(tokenizer, "name_or_path", "")
+    if not tokenizer.chat_template:
+        remedy = "its tokenizer has no chat template, which messages need; give the columns prompt and response"
+        raise UserError(Problem("model_name_or_path", name, remedy))
+    try:
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template's own words: roles that must alternate, no system message
+        remedy = f"its chat template refuses a conversation ({error}); change that one, or give prompt and response"
+        raise UserError(Problem("model_name_or_path", name, remedy)) from error
+    if not whole.startswith(prompt):
+        # Some templates rewrite what comes before an answer (hidden thoughts, for one).
+        return prompt, str(messages[-1]["content"])
+    return prompt, whole[len(prompt) :].rstrip()
 
 
 def _instruction(prompt: str, response: str, tokenizer: Any, longest: int) -> tuple[list[int], list[int]]:

@@ -26,7 +26,7 @@ def load_task(config: Any, seed: int) -> TaskData:
     `seed` picks the subset of `max_train_samples`; development sets keep their first `max_eval_samples`.
     Raises UserError with every problem found."""
     if config.train_file:
-        task, columns = load_files(config.train_file, config.validation_file)
+        task, columns = load_files(config.train_file, config.validation_file, config.problem_type)
         train = _from_columns(columns["train"], task)
         validation = {"validation": _from_columns(columns["validation"], task)}
     else:

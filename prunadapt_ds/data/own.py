@@ -25,9 +25,9 @@ class _File:
         return Problem(self.field, self.path, remedy)
 
 
-def load_files(train: str, validation: str) -> tuple[Task, dict[str, Columns]]:
+def load_files(train: str, validation: str, problem_type: str | None = None) -> tuple[Task, dict[str, Columns]]:
     """Read the files and find out the task: classification (label names sorted; integers by value) or, where
-    train labels are floats, regression.
+    train labels are floats, regression. `problem_type` ("regression" or "single_label_classification") decides it instead.
 
     Returns the task and the columns of "train" and "validation", labels encoded as int or float. Raises UserError with the
     problems of both files."""
@@ -40,6 +40,7 @@ def load_files(train: str, validation: str) -> tuple[Task, dict[str, Columns]]:
         except UserError as error:
             problems.extend(error.problems)
             continue
+        _rename_text(file.columns)
         problems.extend(_column_problems(file))
         files.append(file)
     if problems:
@@ -52,8 +53,11 @@ def load_files(train: str, validation: str) -> tuple[Task, dict[str, Columns]]:
             problems.append(
                 lack.problem(f"has no column 'sentence2' but {have.field} has one; use it in both or in none")
             )
+    if problem_type == "single_label_classification":
+        for file in files:
+            file.columns["label"] = _whole_numbers(file.columns["label"])
     kinds = [_kind(file.columns["label"]) for file in files]
-    regression = kinds[0] == "float"
+    regression = problem_type == "regression" or (problem_type is None and kinds[0] == "float")
     encode = _scores if regression else _classes
     label_names, encoded = encode(files, kinds, problems)
     if problems:
@@ -67,6 +71,20 @@ def load_files(train: str, validation: str) -> tuple[Task, dict[str, Columns]]:
         columns = {text: file.columns[text] for text in texts}
         splits[file.field.removesuffix("_file")] = {**columns, "label": labels}
     return task, splits
+
+
+def _rename_text(columns: Columns) -> None:
+    """A single text column may have the name that most data sets give it."""
+    if "sentence1" not in columns and "text" in columns:
+        columns["sentence1"] = columns.pop("text")
+
+
+def _whole_numbers(labels: list[Any]) -> list[Any]:
+    """Class numbers that were written with a decimal point ("1.0"), as pandas does beside a missing one, as "1"."""
+    if any(label is None or not FLOAT.fullmatch(_text(label)) for label in labels):
+        return labels
+    values = [float(_text(label)) for label in labels]
+    return [str(int(value)) for value in values] if all(value.is_integer() for value in values) else labels
 
 
 def _column_problems(file: _File) -> list[Problem]:
@@ -118,7 +136,8 @@ def _scores(files: list[_File], kinds: list[str], problems: list[Problem]) -> tu
     for file, kind in zip(files, kinds, strict=True):
         if kind == "name":
             odd = next(text for text in map(_text, file.columns["label"]) if not FLOAT.fullmatch(text))
-            problems.append(file.problem(f"label {odd!r} is a name, but labels in train_file are floats; use one kind"))
+            theirs = "this is a regression" if file.field == "train_file" else "labels in train_file are numbers"
+            problems.append(file.problem(f"label {odd!r} is a name, but {theirs}; write numbers"))
             encoded.append([0.0])
             continue
         scores = [float(_text(label)) for label in file.columns["label"]]

@@ -26,7 +26,7 @@ DELIMITERS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 
 
 def read_columns(field: str, path: str | Path) -> Columns:
-    """Read a csv, tsv, jsonl or parquet file, chosen by extension.
+    """Read a csv, tsv, jsonl, json or parquet file, chosen by extension.
 
     `field` is the option the path came from and is only used in messages.
     Raises UserError: file missing, empty, header only, not UTF-8, ragged, of unknown extension, and so on."""
@@ -153,24 +153,27 @@ def _tsv(field: str, path: Path) -> Columns:
     return _delimited(field, path, "\t")
 
 
-def _jsonl(field: str, path: Path) -> Columns:
+def _json(field: str, path: Path) -> Columns:
+    """An array of objects, or an object on each line."""
     text = read_text(field, path)
     if text.lstrip().startswith("["):
-        raise UserError(Problem(field, str(path), "is a JSON array; write one object a line"))
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(Problem(field, str(path), f"line {number} is not JSON: {error}")) from None
+        numbered = [(f"entry {i}", entry) for i, entry in enumerate(_parsed(field, path, "it", text), start=1)]
+    else:
+        lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        numbered = [(place, _parsed(field, path, place, line)) for place, line in lines]
+    for place, record in numbered:
         if not isinstance(record, dict):
-            remedy = f'line {number} is not an object; write lines like {{"sentence1": "a text", "label": 0}}'
+            remedy = f'{place} is not an object; write objects like {{"sentence1": "a text", "label": 0}}'
             raise UserError(Problem(field, str(path), remedy))
-        records.append(record)
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: [record.get(name) for record in records] for name in names}
+    names = dict.fromkeys(name for _, record in numbered for name in record)
+    return {name: [record.get(name) for _, record in numbered] for name in names}
+
+
+def _parsed(field: str, path: Path, place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(Problem(field, str(path), f"{place} is not JSON: {error}")) from None
 
 
 def _parquet(field: str, path: Path) -> Columns:
@@ -208,6 +211,7 @@ def check_duplicates(field: str, path: Path, names: list[str]) -> None:
 READERS: dict[str, Callable[[str, Path], Columns]] = {
     ".csv": _csv,
     ".tsv": _tsv,
-    ".jsonl": _jsonl,
+    ".jsonl": _json,
+    ".json": _json,
     ".parquet": _parquet,
 }

@@ -157,6 +157,7 @@ _RECORDS = (
     _bert_like("bert", task_head=("bert.pooler", "classifier")),
     _bert_like("roberta", task_head=("classifier",)),
     _bert_like("xlm-roberta", task_head=("classifier",)),
+    _bert_like("camembert", task_head=("classifier",)),
     _bert_like("electra", task_head=("classifier",)),
     Family(
         model_type="distilbert",
@@ -223,6 +224,9 @@ _RECORDS = (
     _llama_like("qwen2"),
     _llama_like("qwen3"),
     _llama_like("gemma"),
+    _llama_like("gemma2"),
+    _llama_like("gemma3_text"),
+    _llama_like("smollm3"),
     _llama_like("phi3", fused=True),
     Family(
         model_type="gpt_neox",

@@ -117,10 +117,18 @@ def sayable_heads(family: Family, config: Any) -> tuple[int, ...]:
     return (*filter(takes, fewer), dense)
 
 
-def uniform_floors(family: Family, structure: Structure, config: Any, neuron_multiple: int) -> Structure:
+def uniform_floors(
+    family: Family, structure: Structure, config: Any, neuron_multiple: int, head_multiple: int = 1
+) -> Structure:
     """The same structure where each layer keeps what a stock configuration needs: at least one unit of each kind, and numbers
-    of heads that it can say; where it can say fewer layers, whole ones may go."""
-    fewest, *others = heads = sayable_heads(family, config)
+    of heads that it can state and `head_multiple` divides; where it can state fewer layers, whole ones may go.
+
+    Raises UserError if `head_multiple` does not divide the number that the model has."""
+    dense, _ = num_units(family, config)
+    if dense % head_multiple:
+        remedy = f"must divide the {dense} heads (or groups that share a key) of this model's layers"
+        raise UserError(Problem("head_multiple", head_multiple, remedy))
+    fewest, *others = heads = tuple(n for n in sayable_heads(family, config) if n % head_multiple == 0)
     floors = {"heads": fewest, "neurons": neuron_multiple if family.neurons.config_fields else structure.num_units}
     counts = {"heads": heads if len(others) < heads[-1] - fewest else (), "neurons": ()}
     sublayers = (replace(s, floor=min(floors[s.kind], s.num_units), counts=counts[s.kind]) for s in structure.sublayers)
@@ -128,12 +136,12 @@ def uniform_floors(family: Family, structure: Structure, config: Any, neuron_mul
 
 
 def with_floors(family: Family, structure: Structure, config: Any, prune: Any) -> Structure:
-    """The same structure with what the options of pruning (uniform, keep_in_outer_layers, neuron_multiple) have stay in it.
+    """The same structure with what the options of pruning (uniform, keep_in_outer_layers, *_multiple) have stay in it.
 
     config: the dense model's.
     """
     if prune.uniform:
-        structure = uniform_floors(family, structure, config, prune.neuron_multiple)
+        structure = uniform_floors(family, structure, config, prune.neuron_multiple, prune.head_multiple)
     return with_outer_floor(structure, prune.keep_in_outer_layers, prune.neuron_multiple)
 
 

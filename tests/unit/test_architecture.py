@@ -28,7 +28,7 @@ FLOORS = (
         "norms",
         "ds_fields",
     },
-    {"ds_config", "models", "entry", "objective", "outline", "figures", "memory"},
+    {"ds_config", "models", "entry", "objective", "outline", "figures", "memory", "older_readers"},
     {"formats", "tracing", "zero3", "model_folder"},
     {"streaming"},
     {"batches", "backbone", "adapters", "gates", "latency"},

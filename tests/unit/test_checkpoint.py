@@ -465,6 +465,16 @@ def test_a_complete_run_is_known_again_by_its_options(tmp_path):
         resume._finished(tmp_path, {"seed": 0})
 
 
+def test_other_exports_of_a_complete_run_need_no_training(tmp_path):
+    finished(tmp_path, seed=0, export_formats=["compact"], export_dtype=None)
+    asked = {"seed": 0, "export_formats": ["compact", "padded"], "export_dtype": "bfloat16"}
+    words = f"prunadapt export --run_dir {tmp_path} --export_formats padded --export_dtype bfloat16"
+    with pytest.raises(UserError, match=f"this run is complete; .*{words}"):
+        resume._finished(tmp_path, asked)
+    with pytest.raises(UserError, match=r"seed=1.*began with 0"):
+        resume._finished(tmp_path, {**asked, "seed": 1})
+
+
 def test_a_run_that_goes_on_elsewhere_leaves_its_options_there(tmp_path):
     """Once: what it began with stays."""
     session = SimpleNamespace(config=parse([]), options={"seed": 3, "r": 4}, output_dir=tmp_path)

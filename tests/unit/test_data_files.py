@@ -23,7 +23,9 @@ ROWS = [
 def write(path, rows):
     """Rows (dicts) as a file of the kind its extension says, as the usual tools would write it."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    if path.suffix == ".jsonl":
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".jsonl":
         path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     elif path.suffix == ".parquet":
         pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), path)
@@ -42,7 +44,7 @@ def labelled(*labels):
 
 
 def load(train, validation, **given):
-    names = ("task_name", "data_dir", "max_train_samples", "max_eval_samples")
+    names = ("task_name", "data_dir", "problem_type", "max_train_samples", "max_eval_samples")
     files = {"train_file": str(train), "validation_file": str(validation)}
     return load_task(SimpleNamespace(**{**dict.fromkeys(names), **files, **given}), seed=0)
 
@@ -58,7 +60,7 @@ def good(tmp_path):
     return write(tmp_path / "good.csv", labelled("a", "b", "a"))
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet"])
 def test_reads_each_kind_as_it_stands(kind, tmp_path):
     train, dev = (write(tmp_path / f"{name}.{kind}", ROWS) for name in ("train", "dev"))
     data = load(train, dev)
@@ -119,7 +121,7 @@ def test_classes_of_any_number_and_names(labels, names, encoded, kind, tmp_path)
     assert data.train["label"][:] == encoded and not data.is_regression
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet"])
 def test_float_labels_mean_regression(kind, tmp_path):
     train = write(tmp_path / f"train.{kind}", labelled(0.5, 2.0, 1e-3, -4.25))
     dev = write(tmp_path / f"dev.{kind}", labelled(3, 1))  # whole numbers are scores too
@@ -128,6 +130,41 @@ def test_float_labels_mean_regression(kind, tmp_path):
     assert data.task.metrics == ("pearson", "spearmanr")
     assert data.train["label"][:] == [0.5, 2.0, 1e-3, -4.25]
     assert data.validation["validation"]["label"][:] == [3.0, 1.0]
+
+
+def test_json_lines_and_arrays_are_the_same(tmp_path):
+    rows = labelled("a", "b")
+    array, lines = write(tmp_path / "array.json", rows), tmp_path / "lines.json"
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    assert load(array, lines).train.to_dict() == load(lines, array).train.to_dict()
+
+
+def test_a_text_column_is_the_sentence(tmp_path):
+    path = write(tmp_path / "a.csv", [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}])
+    assert load(path, path).train["sentence1"][:] == ["x", "y"]
+    path = write(tmp_path / "b.csv", [{"text": "x", "sentence1": "z", "label": k} for k in "ab"])
+    assert load(path, path).train["sentence1"][:] == ["z", "z"], "a column of our name is meant"
+
+
+@pytest.mark.parametrize(
+    "labels, problem_type, names, encoded",
+    [
+        ([1.0, 0.0, 10.0], "single_label_classification", ("0", "1", "10"), [1, 0, 2]),
+        (["1.0", 0], "single_label_classification", ("0", "1"), [1, 0]),
+        ([0.5, 1.0], "single_label_classification", ("0.5", "1.0"), [0, 1]),
+        ([3, 1, 2], "regression", (), [3.0, 1.0, 2.0]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_the_kind_of_problem_can_be_said(labels, problem_type, names, encoded, kind, tmp_path):
+    path = write(tmp_path / f"train.{kind}", labelled(*labels))
+    data = load(path, path, problem_type=problem_type)
+    assert data.label_names == names and data.train["label"][:] == encoded
+    assert data.is_regression == (problem_type == "regression")
+
+
+def test_names_are_no_numbers_of_a_regression(good):
+    assert "label 'a' is a name, but this is a regression" in refused(good, good, problem_type="regression")[0]
 
 
 def test_class_labels_that_datasets_wrote_keep_their_names(tmp_path):
@@ -147,9 +184,9 @@ BAD_FILES = {
     "empty.jsonl": (b"\n\n", "has no rows"),
     "header.csv": (b"sentence1,label\n", "has no rows (columns: sentence1, label)"),
     "header.tsv": (b"sentence1\tlabel\n\n", "has no rows"),
-    "data.xlsx": (b"PK", "unknown extension '.xlsx'; use one of .csv, .tsv, .jsonl, .parquet"),
+    "data.xlsx": (b"PK", "unknown extension '.xlsx'; use one of .csv, .tsv, .jsonl, .json, .parquet"),
     "noextension": (b"x", "unknown extension ''"),
-    "columns.csv": (b"text,label\na,b\n", "columns missing: sentence1; found 'text', 'label'"),
+    "columns.csv": (b"words,label\na,b\n", "columns missing: sentence1; found 'words', 'label'"),
     "columns.jsonl": (b'{"a": 1}\n', "columns missing: sentence1, label; found 'a'"),
     "semicolon.csv": (b"sentence1;label\na;b\n", "the delimiter looks like a semicolon"),
     "comma.tsv": (b"sentence1,label\na,b\n", "the delimiter looks like a comma; name it .csv"),
@@ -170,7 +207,8 @@ BAD_FILES = {
     ),
     "notext.jsonl": (b'{"sentence1": 5, "label": 1}\n', "row 1: sentence1 is 5, not a text"),
     "surrogate.jsonl": (b'{"sentence1": "\\ud800", "label": 1}\n', "half a surrogate pair"),
-    "array.jsonl": (b'[{"sentence1": "a", "label": 1}]', "is a JSON array; write one object a line"),
+    "array.json": (b'[{"sentence1": "a", "label": 1}, 5]', "entry 2 is not an object"),
+    "open.json": (b'[{"sentence1": "a", "label": 1}', "it is not JSON"),
     "broken.jsonl": (b'{"sentence1": "a", "label": 1}\n{"sent\n', "line 2 is not JSON"),
     "scalar.jsonl": (b"5\n", "line 1 is not an object"),
     "fake.parquet": (b"not a parquet file at all", "is not a readable parquet file"),
@@ -215,7 +253,7 @@ def test_problems_of_all_files_come_at_once(tmp_path):
         (["a", "b"], [0.5, 1.5], "labels are floats ('0.5', '1.5'), but names in train_file"),
         ([0, 1], [0.5, 1.5], "labels are floats ('0.5', '1.5'), but integers in train_file"),
         ([0, 1], ["no", "yes"], "labels are names ('no', 'yes'), but integers in train_file"),
-        ([0.5, 1.5], ["no", "yes"], "label 'no' is a name, but labels in train_file are floats"),
+        ([0.5, 1.5], ["no", "yes"], "label 'no' is a name, but labels in train_file are numbers"),
     ],
 )
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])

@@ -1,15 +1,17 @@
 """Writing an export: file by file, whole or not at all."""
 
 import json
+import signal
+import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from prunadapt_ds import export, weight_files
+from prunadapt_ds import export, proof, weight_files
 from prunadapt_ds.budget import PruningPlan
-from prunadapt_ds.errors import PrunadaptError
+from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from tests.tiny import layout_and_structure, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.fast
@@ -63,3 +65,18 @@ def test_a_write_that_fails_is_said_when_all_is_done(dense, tmp_path, monkeypatc
     with pytest.raises(PrunadaptError, match="writing the export"):
         export.export(*dense, tmp_path / "out" / "compact")
     assert len(taken) == len(list(dense[0].parameters())) and not (tmp_path / "out" / "compact").exists()
+
+
+@pytest.mark.parametrize(
+    "number, kind, words",
+    [
+        (signal.SIGKILL, PrunadaptError, "ended by SIGKILL, as the system does when memory runs out"),
+        (signal.SIGSEGV, PrunadaptError, "ended by SIGSEGV; with"),
+        (signal.SIGUSR1, Interrupted, "stopped by SIGUSR1"),
+    ],
+)
+def test_a_proof_that_a_signal_ends_says_nothing_of_the_export(number, kind, words):
+    with pytest.raises(kind, match=words) as raised:
+        proof.raise_if_stopped(subprocess.CompletedProcess([], -number, "", ""))
+    assert not isinstance(raised.value, ParityError)
+    proof.raise_if_stopped(subprocess.CompletedProcess([], 1, "", ""))

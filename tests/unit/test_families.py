@@ -111,6 +111,16 @@ def test_numbers_of_heads_that_a_stock_configuration_takes(model_type, sayable):
     assert heads.floor == sayable[0] and heads.counts == (sayable if sayable != every else ()) and neurons.counts == ()
 
 
+def test_multiples_of_heads_that_servers_split():
+    model = tiny_model("llama-mha")
+    _, structure = layout_and_structure(model, 16)
+    family = family_of(model.config)
+    heads = uniform_floors(family, structure, model.config, 8, head_multiple=2).sublayers[0]
+    assert heads.floor == 2 and heads.counts == (2, 4)
+    with pytest.raises(UserError, match="head_multiple=3: must divide the 4 heads"):
+        uniform_floors(family, structure, model.config, 8, head_multiple=3)
+
+
 def test_multi_query_attention_keeps_its_key_and_value():
     model = tiny_model("llama-mqa")
     layout, structure = layout_and_structure(model, 16)

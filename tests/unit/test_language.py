@@ -109,6 +109,68 @@ def test_a_chat_template_s_own_start_and_end_are_not_doubled(tmp_path):
     assert tokenize_language(Dataset.from_dict(pairs), fast, 64)["input_ids"] == [[2, 4, 5, 3]] * 2
 
 
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CONVERSATIONS = [
+    [{"role": "user", "content": "sun"}, {"role": "assistant", "content": "joy"}],
+    [
+        {"role": "system", "content": "day"},
+        {"role": "user", "content": "sun"},
+        {"role": "assistant", "content": "joy", "name": "a key of its own"},
+        {"role": "user", "content": "joy"},
+        {"role": "assistant", "content": "sun"},
+    ],
+]
+
+
+def conversational(template):
+    """A tokenizer of words for `CONVERSATIONS`, with a chat template."""
+    words = ["[UNK]", "</s>", "<user>", "<assistant>", "<system>", "sun", "joy", "day"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "</s>", "additional_special_tokens": words[2:5]}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", model_max_length=64, **special)
+    fast.chat_template = template
+    return fast
+
+
+def conversations(tmp_path):
+    text = "".join(json.dumps({"messages": messages, "source": "x"}) + "\n" for messages in CONVERSATIONS)
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    return load_language(data_options(tmp_path)).train
+
+
+def test_the_last_answer_of_a_conversation_is_learnt(tmp_path):
+    tokens = tokenize_language(conversations(tmp_path), conversational(TEMPLATE), 64)
+    assert tokens["input_ids"] == [[2, 5, 1, 3, 6, 1], [4, 7, 1, 2, 5, 1, 3, 6, 1, 2, 6, 1, 3, 5, 1]]
+    assert tokens["labels"] == [[-100] * 4 + [6, 1], [-100] * 13 + [5, 1]]
+
+
+def test_a_template_that_rewrites_what_came_before(tmp_path):
+    """Prompt and whole conversation then differ before the answer, whose own words are learnt."""
+    template = "{% if add_generation_prompt %}day{% endif %}" + TEMPLATE
+    tokens = tokenize_language(conversations(tmp_path), conversational(template), 64)
+    assert tokens["input_ids"][0] == [7, 2, 5, 1, 3, 6, 1] and tokens["labels"][0] == [-100] * 5 + [6, 1]
+
+
+@pytest.mark.parametrize(
+    "template, words", [(None, "has no chat template"), ("{{ raise_exception('roles must alternate') }}", "alternate")]
+)
+def test_conversations_that_cannot_be_spelt_out(tmp_path, template, words):
+    with pytest.raises(UserError, match=words):
+        tokenize_language(conversations(tmp_path), conversational(template), 64)
+
+
+@pytest.mark.parametrize("name", ["response", "completion", "output"])
+def test_names_of_the_response(tmp_path, name):
+    for file in ("train", "validation"):
+        (tmp_path / f"{file}.jsonl").write_text(json.dumps({"prompt": "a", name: "b"}) + "\n")
+    assert load_language(data_options(tmp_path)).train.to_dict() == {"prompt": ["a"], "response": ["b"], "index": [0]}
+
+
 def test_text_is_cut_into_blocks(tmp_path):
     tokenizer = tiny_tokenizer(tmp_path, of_decoder=True)
     data = load_language(data_options(tiny_instructions(tmp_path / "data"), "txt"))

@@ -359,3 +359,22 @@ def test_requeueing_ends(shell):
 def test_submitted_from_elsewhere(shell):
     done, _ = shell("train.sh", SLURM_SUBMIT_DIR="/usr")
     assert done.returncode == 2 and "submit from the project's folder" in done.stderr
+
+
+def test_the_program_is_told_the_whole_path_of_its_folder(shell):
+    """A container may start elsewhere than the job."""
+    _, calls = shell("train.sh")
+    words = calls["srun"]
+    assert words[words.index("--output_dir") + 1].startswith(f"{shell.project}/outputs/")
+
+
+def test_a_node_that_reports_no_gpu_gets_one_rank(shell):
+    _, calls = shell("train.sh", SLURM_GPUS_ON_NODE="0")
+    assert "--ntasks-per-node=1" in calls["srun"]
+
+
+def test_the_gathering_job_has_the_array_s_quality_of_service(shell):
+    _, calls = shell("glue_all.sh", TASKS="rte", SLURM_JOB_QOS="high", **array(0, 1))
+    assert "--qos=high" in calls["sbatch"]
+    _, calls = shell("glue_all.sh", TASKS="rte", OUTPUT_ROOT="outputs/other", **array(0, 1))
+    assert not any(word.startswith("--qos") for word in calls["sbatch"])
