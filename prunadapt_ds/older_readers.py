@@ -47,9 +47,9 @@ def old_names(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         names |= _rope(rope)
-        if config["model_type"] == "gpt_neox":
+        if config.get("model_type") == "gpt_neox":
             names |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 0.25)}
-    elif config["model_type"] in _BASES:  # a base for each kind of attention
+    elif config.get("model_type") in _BASES:  # a base for each kind of attention
         bases = [rope[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention")]
         names |= dict(zip(_BASES[config["model_type"]], bases, strict=True))
         if config["model_type"] == "gemma3_text":  # full attention alone is scaled; ModernBERT has no scaling to state

@@ -198,7 +198,10 @@ _RECORDS = (
         model_type="modernbert",
         layers="layers",
         heads=SubLayer(
-            inputs=(Projection("attn.Wqkv", ("q", "k", "v")),), output=Projection("attn.Wo", ("q",)), core="attn"
+            inputs=(Projection("attn.Wqkv", ("q", "k", "v")),),
+            output=Projection("attn.Wo", ("q",)),
+            core="attn",
+            attributes=(("attn", "num_heads", "heads"), ("attn", "all_head_size", "q")),  # transformers 4 reads them
         ),
         neurons=_feed_forward(
             Projection("mlp.Wi", ("neuron", "neuron")), Projection("mlp.Wo", ("neuron",)), "intermediate_size"
@@ -224,7 +227,6 @@ _RECORDS = (
     _llama_like("qwen2"),
     _llama_like("qwen3"),
     _llama_like("gemma"),
-    _llama_like("gemma2"),
     _llama_like("gemma3_text"),
     _llama_like("smollm3"),
     _llama_like("phi3", fused=True),

@@ -24,6 +24,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+# In transformers 4 the layers that can be skipped return tuples.
+LAYERS_RETURN_TUPLES = int(transformers.__version__.partition(".")[0]) < 5
+
 
 @dataclass(frozen=True)
 class ProjectionLayout:
@@ -160,7 +163,9 @@ class RemovedAttention(nn.Module):
         if output_name is not None:
             self.add_module(output_name, output)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor | None = None, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if hidden_states is None:
+            hidden_states = kwargs["query"]  # DistilBERT's name for them in transformers 4
         nothing = hidden_states[..., :0]
         if self.output_name is None:
             return nothing, None
@@ -171,8 +176,8 @@ class RemovedAttention(nn.Module):
 class SkippedLayer(nn.Module):
     """Stands where a layer was that is skipped: its output is its input."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        return (hidden_states,) if LAYERS_RETURN_TUPLES else hidden_states
 
 
 def select(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:

@@ -53,7 +53,11 @@ def exported(tmp_path_factory):
     for name in MODELS:
         model, layout, structure = adapted(name)
         family = FAMILIES[model.config.model_type]
-        for how, kinds in (("unequal", ("compact", "padded")), ("no-heads", ("padded",)), ("uniform", ("uniform",))):
+        for how, kinds in (
+            ("unequal", ("compact", "padded")),
+            ("no-heads", ("padded",)),
+            ("uniform", ("compact", "uniform")),
+        ):
             if how == "uniform":
                 plan = uniform_plan(family, structure, model.config)
                 model, layout, _ = adapted(name, skips=family.drops_layers)
@@ -70,26 +74,49 @@ def exported(tmp_path_factory):
                 if kind != "compact":
                     formats.convert(kind, compact, plan.to_dict(), folder)
                 wanted[str(folder)], remote[str(folder)] = logits, kind == "compact"
+    found = stranger(base, remote)
+    return base, {folder: (logits, found[folder]) for folder, logits in wanted.items()}, plans
+
+
+def stranger(base, remote, **variables):
+    """The logits of each folder in a fresh process; `remote`: which of them bring code of their own."""
     from safetensors.torch import load_file, save_file
 
     save_file(inputs(), base / "batch.safetensors")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment["HF_MODULES_CACHE"] = str(base / "modules")
+    environment |= {"HF_MODULES_CACHE": str(base / "modules"), **variables}
     arguments = [json.dumps(remote), str(base / "batch.safetensors"), str(base / "logits.safetensors")]
     done = subprocess.run(
         [sys.executable, "-c", LOADER, *arguments], cwd=base, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(base / "logits.safetensors")
-    return base, {folder: (logits, found[folder]) for folder, logits in wanted.items()}, plans
+    return load_file(base / "logits.safetensors")
 
 
-@pytest.mark.parametrize("how", ["unequal-compact", "unequal-padded", "no-heads-padded", "uniform-uniform"])
+HOW = ("unequal-compact", "unequal-padded", "no-heads-padded", "uniform-compact", "uniform-uniform")
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_stranger_computes_the_same(exported, name, how):
     base, logits, _ = exported
     masked, found = logits[str(base / f"{name}-{how}")]
     torch.testing.assert_close(found, masked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.full
+def test_transformers_4_computes_the_same(exported, tmp_path):
+    """Servers are slow to follow. The names of its fields are older_readers.py's matter."""
+    base, logits, _ = exported
+    older = ["transformers==4.57.3", "tokenizers==0.22.1", "huggingface_hub==0.36.2"]
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "older"), *older]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("transformers 4 cannot be installed here")
+    remote = {folder: folder.endswith("compact") for folder in logits}
+    modules = {"PYTHONPATH": str(tmp_path / "older"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    found = stranger(base, remote, **modules)
+    for folder, (masked, _) in logits.items():
+        torch.testing.assert_close(found[folder], masked, rtol=1e-4, atol=1e-5, msg=folder)
 
 
 @pytest.mark.parametrize("name", MODELS)
