@@ -11,7 +11,7 @@ from torch import nn
 from prunadapt_ds import norms
 from prunadapt_ds.config import Config
 from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.models.modeling_prunadapt import Layout
+from prunadapt_ds.models.modeling_prunadapt import Layout, RemovedAttention
 
 ADAPTER = "default"  # PEFT's name of the one adapter
 PREFIX = "base_model.model."  # PEFT's name for the model below its wrapper, in files
@@ -108,9 +108,11 @@ def add_lora(
 
 
 def train_norms(model: nn.Module) -> None:
-    """Let every layer normalisation train as well."""
-    for module in model.modules():
-        if norms.is_norm(module):
+    """Let every layer normalisation train as well, but for those that stand unread where an attention was."""
+    modules = list(model.modules())
+    unread = {norm for m in modules if isinstance(m, RemovedAttention) for norm in m.modules()}
+    for module in modules:
+        if norms.is_norm(module) and module not in unread:
             module.requires_grad_(True)
 
 

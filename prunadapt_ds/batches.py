@@ -12,6 +12,7 @@ waits for it.
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -103,6 +104,14 @@ class Rows:
     @property
     def highest_token(self) -> int:
         return int(self.tokens["input_ids"].values.max())
+
+    def digest(self) -> str:
+        """sha256 of all tokens and labels of tokens."""
+        found = hashlib.sha256()
+        for column in (*self.tokens.values(), *([self.token_labels] if self.token_labels else ())):
+            for array in (column.lengths, column.values):
+                found.update(array.tobytes())
+        return found.hexdigest()
 
     def row(self, position: int) -> dict[str, list[int]]:
         """One row's numbers, by model input."""

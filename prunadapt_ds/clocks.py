@@ -33,10 +33,11 @@ class StepTimes:
     def add(self, size: int, seconds: float, *, records: bool = False) -> None:
         (self.recording if records else self.plain).setdefault(size, []).append(seconds)
 
-    def ends(self) -> tuple[float | None, float | None]:
+    def ends(self, dense: int | None = None) -> tuple[float | None, float | None]:
         """Median seconds of a step at the first size and at the last, which is the smallest; None where no step was timed.
 
-        Of steps that do not record, or of steps that do, where both sizes have had such; else of what there is.
+        `dense`: what the first size must be; None for the first where it is another. Both are of steps that do not record, or
+        both of steps that do, where both sizes have had such; else of what there is.
         """
         sizes = self.plain.keys() | self.recording.keys()
         if not sizes:
@@ -44,7 +45,7 @@ class StepTimes:
         first, last = max(sizes), min(sizes)
         alike = [times for times in (self.plain, self.recording) if times.keys() >= {first, last}]
         times = alike[0] if alike else {**self.recording, **self.plain}
-        return median(times[first]), median(times[last])
+        return median(times[first]) if dense in (None, first) else None, median(times[last])
 
     def predict(self, size: int) -> float:
         """Seconds of a step at another size: a fixed part and one that grows, fitted to the medians of every size so far.
@@ -136,9 +137,11 @@ class Clocks:
         seconds = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         return {**seconds, **steps, "build": self.build, "rebuild": self.rebuild}
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on as one run's."""
+    def restore(self, saved: Mapping[str, Any], *, steps: bool = True) -> None:
+        """Go on as one run's. `steps`: those to come are of the same ranks and devices, so that all can be compared."""
         self.seconds, self.cpu_seconds = dict(saved["seconds"]), dict(saved["cpu_seconds"])
+        if not steps:
+            return
         self.steps, self.cpu_steps = step_times(saved["step_times"]), step_times(saved["step_cpu_times"])
         self.build, self.rebuild = saved["build"], saved["rebuild"]
 

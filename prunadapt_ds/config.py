@@ -272,7 +272,9 @@ WITHOUT_CUTS = frozenset({"target_sparsity", "target_speedup", "budget", "gate_l
 NOT_SCORING = frozenset(  # options that mean nothing where scores are all that is wanted
     {
         *("num_decisions", "prune_start", "prune_end", "shrink", "num_train_epochs", "max_steps", "learning_rate"),
-        *("eval_steps", "export_formats", "export_dtype", "checkpoint_steps", "save_total_limit"),
+        *("eval_steps", "export_formats", "export_dtype", "checkpoint_steps", "save_total_limit", "save_scores"),
+        *("score_ema", "gate_learning_rate", "weight_decay", "warmup_ratio", "max_grad_norm", "lr_scheduler_type"),
+        *("distill_weight", "teacher_window", "distill_min_r2", "distill_top_k", "distill_fades", "logging_steps"),
     }
 )
 
@@ -335,6 +337,8 @@ def _contradictions(config: Config) -> list[Problem]:
         remedy = "has no effect with --score_only, which neither trains nor exports; leave it out"
         idle = sorted(config.given & NOT_SCORING)
         found += [Problem(name, getattr(getattr(config, OPTIONS[name].section), name), remedy) for name in idle]
+        if output.resume not in ("auto", "never"):
+            found.append(Problem("resume", output.resume, "scores are those of the initial weights; leave it out"))
     if train.max_steps == 0:
         found.append(Problem("max_steps", 0, "must be at least 1, or -1 to train by epochs"))
     if os.path.exists(output.output_dir) and not os.path.isdir(output.output_dir):

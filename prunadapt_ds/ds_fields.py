@@ -35,16 +35,21 @@ KNOWN_KEYS = {
     "aio": "object",
     "comms_logger": "object",
     "flops_profiler": "object",
-    "activation_checkpointing": "object",
     "tensorboard": "object",
     "csv_monitor": "object",
     "wandb": "object",
     "data_types": "object",
     "seq_parallel_communication_data_type": "text",
     "disable_allgather": "switch",
-    "checkpoint": "object",
 }
 """Fields that are taken, and what they hold. DeepSpeed reads on where a type is wrong, and stumbles later."""
+
+
+ELSEWHERE = {
+    "activation_checkpointing": "DeepSpeed's own is not called here; remove it and pass --gradient_checkpointing",
+    "checkpoint": "DeepSpeed's own checkpoints are not written here; remove it, see --checkpoint_steps",
+}
+"""Blocks of DeepSpeed's that would change nothing here, and what does."""
 
 
 def _is_number(value: Any) -> bool:
@@ -97,6 +102,7 @@ def refuse_unknown(values: dict[str, Any], problems: list[Problem]) -> None:
         if name not in KNOWN_KEYS:
             close = difflib.get_close_matches(name, KNOWN_KEYS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "DeepSpeed options that do not apply here are refused"
+            hint = ELSEWHERE.get(name, hint)
             problems.append(Problem(name, values[name], hint))
             continue
         kind = KNOWN_KEYS[name]

@@ -242,9 +242,12 @@ def describe(session: Session) -> None:
     clocks, seconds, steps = session.clocks, session.clocks.seconds, session.step
     phases = {name: seconds.get(f"{name}_phase", 0.0) for name in PHASES}
     train_s, train_cpu_s = clocks.train_seconds(), distributed.dist_max(clocks.train_cpu_seconds())
-    (dense_step, last_step), (dense_cpu, last_cpu) = clocks.steps.ends(), clocks.cpu_steps.ends()
     on_cpu = clocks.on_cpu
     is_pruning = config.prune.method == "prunadapt"
+    dense = (
+        structure.dense_cost("macs") if is_pruning else None
+    )  # a run that went on elsewhere may not have timed it there
+    (dense_step, last_step), (dense_cpu, last_cpu) = clocks.steps.ends(dense), clocks.cpu_steps.ends(dense)
     trainable = sum(full_numel(p) for p in session.model.parameters() if p.requires_grad)
     frozen_bytes = memory.parameter_bytes(session.model, only_frozen=True)
     result |= {

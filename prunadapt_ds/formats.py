@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.files import read_object, usual_mode, whole_folder, whole_path
+from prunadapt_ds.files import read_object, replace, usual_mode, whole_folder, whole_path
 from prunadapt_ds.models import auto_classes
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.layouts import head_dim_of, sayable_heads, stock_fields
@@ -257,7 +257,7 @@ def _rewrite_weights(source: Path, target: Path, change: Change, shapes: Shapes)
             tensors |= {name: torch.zeros(shapes[name], dtype=dtype) for name in missing}
         save_file(tensors, target / file.name, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file.name)
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
+        total += sum(t.nbytes for t in tensors.values())
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -281,9 +281,17 @@ def cast(folder: Path, dtype: torch.dtype) -> None:
     """Store the weights of an exported folder in another dtype, file by file."""
     from safetensors.torch import load_file, save_file
 
+    total = 0
     for file in sorted(folder.glob("*.safetensors")):
+        tensors = {name: t.to(dtype) for name, t in load_file(file).items()}
+        total += sum(t.nbytes for t in tensors.values())
         with whole_path(file) as unfinished:
-            save_file({name: t.to(dtype) for name, t in load_file(file).items()}, unfinished, {"format": "pt"})
+            save_file(tensors, unfinished, {"format": "pt"})
             unfinished.chmod(usual_mode())
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        values = json.loads(index.read_text())
+        values["metadata"]["total_size"] = total
+        replace(index, json.dumps(values, indent=2, sort_keys=True) + "\n")
     config = json.loads((folder / "config.json").read_text())
     write_config(folder, config | {"dtype": str(dtype).removeprefix("torch.")})

@@ -133,15 +133,14 @@ class MemoryMarks:
         marks = {"live": self.live, "parts": self.parts, "sent": self.sent, "peak": self.peaks}
         return {**marks, **of_engine, "now": distributed.dist_max(self.peak.bytes())}
 
-    def restore(self, saved: Mapping[str, Any], *, is_shrunk: bool, same_batches: bool) -> None:
-        """Go on as one run's; what was counted of activations holds for micro-batches of the same size."""
+    def restore(self, saved: Mapping[str, Any], *, is_shrunk: bool) -> None:
+        """Go on as one run's."""
         self.live, self.peaks = dict(saved["live"]), dict(saved["peak"])
         self.parts, self.sent = dict(saved.get("parts", {})), dict(saved.get("sent", {}))
         self.peaks["after_shrink" if is_shrunk else "dense_phase"] = int(saved["now"])
         self.peak.reset()
         self.peak.before = int(saved["now"])
-        if same_batches:
-            self.activation_bytes, self.watched_length = saved["activations"], saved["watched_length"]
+        self.activation_bytes, self.watched_length = saved["activations"], saved["watched_length"]
 
 
 def parameter_bytes(model: nn.Module, *, only_frozen: bool = False) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 
 from prunadapt_ds import board, distributed, gates, tmp, watchdog
@@ -14,29 +17,32 @@ from prunadapt_ds.shrink import cut
 from prunadapt_ds.step import train_step
 
 
-def score_samples(session: Session, samples: list[int]) -> WindowSums:
-    """Statistics of these training samples at the present weights: steps are taken at a learning rate of zero."""
+def score_samples(session: Session, samples: list[int], stop_if_asked: Callable[[], None] = lambda: None) -> WindowSums:
+    """Statistics of these training samples at the present weights: steps are taken at a learning rate of zero.
+
+    `stop_if_asked` is called after every step; collective.
+    """
     assert session.recorder is not None
-    everything, plain = session.train_rows, session.sampler
-    session.sampler = Sampler(
+    plain = session.sampler
+    scored = copy.copy(session)
+    scored.sampler = Sampler(
         len(samples), plain.micro_batch_size, plain.accumulation_steps, plain.rank, plain.world_size, plain.seed
     )
-    session.train_rows = everything.pick(samples)
+    scored.train_rows, scored.losses = session.train_rows.pick(samples), []
     engines.set_learning_rates(session.engine, 0.0)
-    for step in range(session.sampler.steps_per_epoch):
-        train_step(session, step, record=True)
+    for step in range(scored.sampler.steps_per_epoch):
+        train_step(scored, step, record=True)
         watchdog.beat()
+        stop_if_asked()
     watchdog.rest()  # what becomes of the scores: written, or a cut and another engine
-    session.sampler, session.train_rows = plain, everything
-    session.losses.clear()
     return session.recorder.all_reduce()
 
 
-def score_only(session: Session) -> None:
+def score_only(session: Session, stop_if_asked: Callable[[], None]) -> None:
     """Write the statistics of the whole training set at the initial weights."""
     samples = list(range(len(session.train_rows)))
     places = session.train_rows.places.tolist()
-    save_sums(score_samples(session, samples), session.output_dir / "scores", 0, places)
+    save_sums(score_samples(session, samples, stop_if_asked), session.output_dir / "scores", 0, places)
     session.report["status"] = "complete"
     session.tracker.close()
 

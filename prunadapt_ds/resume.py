@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -131,7 +132,17 @@ def find(config: Config) -> Start:
     Only rank 0 looks, so that no two ranks can find different things.
     """
     ds = agreed_ds_config(config)
+    distributed.same_on_all_ranks("what the options and the DeepSpeed file ask for", _digest(config, ds))
     return distributed.on_rank_0("reading the output folder", lambda: _find(config, options(config, ds)))
+
+
+def _digest(config: Config, ds: DsConfig) -> str:
+    """sha256 of all that ranks must be told alike: files on the disks of several hosts may differ. Paths may, too."""
+    given = {name: value for section in config.to_dict().values() for name, value in section.items()}
+    alike = {
+        name: value for name, value in given.items() if name not in BY_CONTENT | {"ds_config", "output_dir", "resume"}
+    }
+    return hashlib.sha256(json.dumps([alike, ds.values, ds.adam], sort_keys=True).encode()).hexdigest()
 
 
 def _find(config: Config, asked: dict[str, Any]) -> Start:
@@ -140,6 +151,7 @@ def _find(config: Config, asked: dict[str, Any]) -> Start:
     if config.output.resume != "auto":
         _refuse_another_run(Path(config.output.output_dir), asked)
         found, damaged = _given(Path(config.output.resume))
+        _refuse_other_inputs(Path(config.output.output_dir), found)
         start = Start(asked, found, notes=damaged)
     else:
         finished = _finished(Path(config.output.output_dir), {**asked, **names(config)})
@@ -159,6 +171,22 @@ def _refuse_another_run(output_dir: Path, asked: Mapping[str, Any]) -> None:
     with contextlib.suppress(*checkpoint.NOT_THERE, ValueError, RecursionError):
         before = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
         if isinstance(before, dict) and (problems := changes(asked, before, str(output_dir))):
+            raise UserError(problems)
+
+
+def _refuse_other_inputs(output_dir: Path, found: Checkpoint) -> None:
+    """What is in a folder beside the checkpoint that is gone on from must have been made of the same model and data."""
+    if found.run_dir.resolve() == output_dir.resolve():
+        return
+    with contextlib.suppress(*checkpoint.NOT_THERE, ValueError, RecursionError):
+        before = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+        theirs = found.state.get("names") or {}
+        remedy = "the run in {} has {!r}, the checkpoint {!r}; name another --output_dir"
+        if problems := [
+            Problem(name, value, remedy.format(output_dir, before[name], value))
+            for name, value in theirs.items()
+            if isinstance(before, dict) and name in before and before[name] != value
+        ]:
             raise UserError(problems)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,8 @@ def setup(
             lambda: given_adapter.take_over(given, loaded, config.lora, config.given),
         )
     train_rows = rows_of(data.train, config, data, loaded)
+    validation_rows = {name: rows_of(split, config, data, loaded) for name, split in data.validation.items()}
+    identity |= {"tokens": same_tokens(config, [train_rows, *validation_rows.values()], saved)}
     distributed.together(lambda: refuse_fewer_than_ranks(len(train_rows)))
     sampler = sampler_of(config, ds, train_rows)
     steps = config.train.max_steps
@@ -92,7 +94,7 @@ def setup(
         data=data,
         backbone=loaded,
         train_rows=train_rows,
-        validation_rows={name: rows_of(split, config, data, loaded) for name, split in data.validation.items()},
+        validation_rows=validation_rows,
         sampler=sampler,
         total_steps=total,
         tracker=tracker_of(config, ds, total, saved, tracked=tracked),
@@ -272,6 +274,22 @@ def same_data(data: TaskData) -> str:
     return digest.hexdigest()
 
 
+def same_tokens(config: Config, rows: Sequence[Rows], saved: Mapping[str, Any] | None) -> str:
+    """Every rank, and every part of an interrupted run, must read the same tokens: tokenizers are files of their own.
+
+    Returns their sha256. Raises UserError where the checkpoint `saved` was made with others.
+    """
+    digest = hashlib.sha256("".join(r.digest() for r in rows).encode()).hexdigest()
+    distributed.same_on_all_ranks("what the tokenizer makes of the data", digest)
+    before = (saved or {}).get("identity", {}).get("tokens", digest)  # older checkpoints do not say
+    if before != digest:
+        remedy = (
+            "its tokenizer makes other tokens of the data than when the checkpoint was written; bring that one back"
+        )
+        raise UserError(Problem("model_name_or_path", config.model.model_name_or_path, remedy))
+    return digest
+
+
 def model_identity(config: Config, given: given_adapter.GivenAdapter | None) -> dict[str, str]:
     """sha256 of what the run starts from."""
     found = {"backbone": model_folder.identity(config.model.model_name_or_path)}
@@ -354,8 +372,8 @@ def announce(session: Session) -> None:
     say(f"{ds.path}: ZeRO stage {ds.stage}, {ds.dtype}, {distributed.world_size()} ranks; auto: {resolved}")
     for note in session.backbone.notes:
         say(note)
-    if note := _cut_rows(session):
-        say(note)
+    if longer := _cut_rows(session):
+        say(longer)
     say(f"peak learning rate {session.learning_rate:.2g}, {session.total_steps} steps")
     if config.prune.uniform and not session.backbone.family.heads.config_fields:
         whole = "neurons and whole layers go" if session.backbone.layout.skips else "neurons go"

@@ -141,9 +141,22 @@ def restore(session: Session, start: Checkpoint, *, to_train: bool = True) -> No
         session.scores.value = tensors.get("scores")
     session.rebuilt = {int(step): rebuilt for step, rebuilt in saved["rebuilt"].items()}
     restore_of_ranks(session, saved, tensors)
-    session.clocks.restore(saved["clocks"])
-    same_batches = saved["memory"]["micro_batch"] == session.sampler.micro_batch_size
-    session.memory.restore(saved["memory"], is_shrunk=session.is_shrunk, same_batches=same_batches)
+    alike = not to_train or measured_alike(session, saved)
+    session.clocks.restore(saved["clocks"], steps=alike)
+    if alike:
+        session.memory.restore(saved["memory"], is_shrunk=session.is_shrunk)
+
+
+def measured_alike(session: Session, saved: Mapping[str, Any]) -> bool:
+    """Whether seconds of a step and bytes of a rank from before can stand beside those to come."""
+    before = (
+        saved["world_size"],
+        saved["memory"]["micro_batch"],
+        saved["place"]["zero_stage"],
+        saved["place"]["device"],
+    )
+    now = (distributed.world_size(), session.sampler.micro_batch_size, session.ds.stage)
+    return before == (*now, distributed.device_name(session.device))
 
 
 def restore_of_ranks(session: Session, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

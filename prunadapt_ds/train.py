@@ -55,10 +55,10 @@ def run(config: Config) -> dict[str, Any]:
             go_on(session, start)
         else:
             begin(session)
-        if config.prune.score_only:
-            score_only(session)
-            return session.report
         keeper = Keeper(session, signals, start.checkpoint)
+        if config.prune.score_only:
+            score_only(session, keeper.stop_if_asked)
+            return session.report
         try:
             fit(session, keeper)
             finish(session, keeper.stop_if_asked)
@@ -129,7 +129,8 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
             losses = watched_step(session, step, record=record, distill_weight=teaching)
         session.step = done = step + 1
         decides = pruning is not None and pruning.decides_at(done)
-        keeper.step_done(losses, settle=decides)
+        evaluates = config.train.eval_steps is not None and done % config.train.eval_steps == 0
+        keeper.step_done(losses, settle=decides or evaluates)
         fault_point(f"step-{done}")
         if pruning and config.prune.distill_weight and pruning.averages_at(done, config.prune.teacher_window):
             with session.clocks.timed("teacher"):
@@ -138,7 +139,7 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
             if done == pruning.decision_steps[0]:
                 keep_teacher(session, done)
             decide_and_cut(session, pruning, done)
-        if config.train.eval_steps and done % config.train.eval_steps == 0:
+        if evaluates:
             score = evaluate(session)[0]["score"]
             session.tracker.log(done, phase, {"eval/score": score, "time/train(s)": session.clocks.train_seconds()})
         if done % config.train.logging_steps == 0 or done == session.total_steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,7 @@ def tokenize_language(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_
     if max_seq_length > tokenizer.model_max_length:
         remedy = f"must be at most {tokenizer.model_max_length}, which is what the model takes"
         raise UserError(Problem("max_seq_length", max_seq_length, remedy))
-    pairs = None
+    pairs: Iterable[tuple[str, str]] | None = None
     if "messages" in dataset.column_names:
         pairs = map(functools.partial(_as_pair, tokenizer), map(json.loads, dataset["messages"]))
     elif "response" in dataset.column_names:
