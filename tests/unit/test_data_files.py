@@ -170,7 +170,7 @@ BAD_FILES = {
     ),
     "notext.jsonl": (b'{"sentence1": 5, "label": 1}\n', "row 1: sentence1 is 5, not a text"),
     "surrogate.jsonl": (b'{"sentence1": "\\ud800", "label": 1}\n', "half a surrogate pair"),
-    "array.jsonl": (b'[{"sentence1": "a", "label": 1}]', "is a JSON array; write one object a line"),
+    "array.jsonl": (b'[{"sentence1": "a", "label": 1}]', "is a JSON array; write one object per line"),
     "broken.jsonl": (b'{"sentence1": "a", "label": 1}\n{"sent\n', "line 2 is not JSON"),
     "scalar.jsonl": (b"5\n", "line 1 is not an object"),
     "fake.parquet": (b"not a parquet file at all", "is not a readable parquet file"),
