@@ -1,4 +1,4 @@
-"""The ingredients of the defaults, on and off, at one sparsity: MRPC and STS-B at 0.6 unless told otherwise.
+"""Ablates the ingredients of the defaults one by one, by default on MRPC and STS-B at a sparsity of 0.6.
 
 python benchmarks/ablation.py --data_dir GLUE        (all other options are compare.py's)
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import compare
 
-INGREDIENTS = [variant for variant in compare.VARIANTS if variant != "5-epochs"]  # more steps are none
+INGREDIENTS = [variant for variant in compare.VARIANTS if variant != "5-epochs"]  # more steps are not an ingredient
 
 if __name__ == "__main__":
     given = " ".join(sys.argv)

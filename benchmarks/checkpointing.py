@@ -1,10 +1,10 @@
-"""What checkpoints cost at the default interval: their share of the training time of the built-in sample.
+"""Measures the share of the training time that checkpoints take at the default interval, on the built-in sample.
 
     python benchmarks/checkpointing.py [--ranks 2] [--epochs 3] [--batch_size 16]
 
-The aim is less than 2 %. Runs that are shorter than the interval of a minute write a checkpoint at their end only, so that of a
-short one the share says little: the table has the length beside it. Seconds of rank 0, which writes. Results that are there
-already are kept.
+The target is less than 2 %. Runs shorter than the interval of a minute write a checkpoint only at their end, so the share of
+a short run says little; the table also shows the training time. Seconds are those of rank 0, which writes. Existing results
+are kept.
 """
 
 import argparse
@@ -21,7 +21,7 @@ AIM = 0.02
 
 
 def measure(result: Path, argv: list[str]) -> None:
-    """One whole run on every rank; rank 0 writes what it spent on checkpoints and on training."""
+    """Do one whole run on every rank; rank 0 writes the seconds it spent on checkpoints and on training."""
     from prunadapt_ds import distributed, resume, train
     from prunadapt_ds.config import parse
 
@@ -52,7 +52,7 @@ def measure(result: Path, argv: list[str]) -> None:
 
 
 def share(found: dict, kind: str) -> float:
-    """Of the training time, by the clock ("wall") or in CPU seconds ("cpu")."""
+    """The checkpoints' share of the training time, in wall ("wall") or CPU seconds ("cpu")."""
     return found[kind]["checkpoint_s"] / found[kind]["train_s"]
 
 

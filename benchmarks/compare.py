@@ -1,12 +1,12 @@
-"""Ours beside what a user would take instead: same data, epochs, batch and seeds, on real ranks.
+"""Compares ours with the usual alternatives: same data, epochs, batch size and seeds, on real ranks.
 
     python benchmarks/compare.py --data_dir GLUE [--tasks mrpc rte stsb cola] [--methods peft ours@0.6 ...] [--seeds 0 1 2]
 
-Methods: `peft` (HF Trainer, PEFT LoRA, ZeRO-3), `trainer-full` (the same, full fine-tuning), `lora`, `tmp`, `ours@S`, and
-one cut in the middle of a LoRA training: `fisher@S`, `magnitude@S`, `random@S`. A result that is there already is kept,
-so that a stopped run goes on. `--dry_run` prints what would run and how long it takes; `--table_only` draws what is there.
-With `--evaluations N` the development score is followed, N times a run, for the time until 97 % of the base's final score.
-`--workers N` has N runs at a time, where a machine has room for them: their scores count, their times are left out.
+Methods: `peft` (HF Trainer, PEFT LoRA, ZeRO-3), `trainer-full` (the same with full fine-tuning), `lora`, `tmp`, `ours@S`, and
+a single cut in the middle of LoRA training: `fisher@S`, `magnitude@S`, `random@S`. Existing results are kept, so an
+interrupted comparison can be continued. `--dry_run` prints what would run and for how long; `--table_only` only draws
+existing results. `--evaluations N` computes the development score N times per run, for the time until 97 % of the base's
+final score. `--workers N` runs N runs at a time if the machine has room; their scores count, but their times do not.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from ranks import ROOT, deepspeed
 
 METHODS = ("peft", "fisher@0.6", "ours@0.6", "fisher@0.8", "ours@0.8", "ours@0.5", "ours@0.9", "ours@0.95")
 METHODS += ("lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
-BASE_LEARNING_RATE = 1e-3  # best of the trials in results/tuning, as many as ours had
-VARIANTS = {  # "ours@0.6+teacher": one ingredient of the defaults changed
+BASE_LEARNING_RATE = 1e-3  # the best of the trials in results/tuning, of which ours had as many
+VARIANTS = {  # "ours@0.6+teacher": the defaults with one ingredient changed
     "teacher": ["--distill_weight", "0.5"],
     "any-teacher": ["--distill_weight", "0.5", "--distill_min_r2", "-1000"],
-    "5-epochs": ["--num_train_epochs", "5"],  # what the time that is saved could buy
+    "5-epochs": ["--num_train_epochs", "5"],  # a use for the time saved
     "teacher-stays": ["--distill_weight", "0.5", "--distill_fades", "false"],
     "frozen-norms": ["--train_norms", "false"],
     "no-gates": ["--gate_learning_rate", "1e-9"],
     "newest-scores": ["--score_ema", "0"],
     "masked-to-the-end": ["--shrink", "never"],
 }
-ORDERS = ("fisher", "magnitude", "random")  # of one cut
+ORDERS = ("fisher", "magnitude", "random")  # criteria of the methods with one cut
 ONE_CUT: dict[str, object] = {  # plain LoRA, one cut, plain LoRA
     "prune_start": 0.3,
     "prune_end": 0.5,
@@ -49,7 +49,7 @@ ROWS = {"cola": 8551, "mrpc": 3668, "rte": 2490, "stsb": 5749, "sst2": 67349, "w
 
 
 def options_of(method: str) -> list[str]:
-    """What this method adds to the trainer's options."""
+    """The trainer's options for this method."""
     method, _, variant = method.partition("+")
     name, _, sparsity = method.partition("@")
     if name in ("lora", "tmp"):
@@ -80,7 +80,7 @@ def command(method: str, task: str, seed: int, args: argparse.Namespace, output:
 
 
 def collect(method: str, output: Path) -> dict:
-    """One result in a common form, whichever program wrote it."""
+    """One run's result in a form common to both programs."""
     if method in ("peft", "trainer-full"):
         found = json.loads((output / "result.json").read_text())
         predictions = next(iter(found.pop("predictions").values()))
@@ -127,11 +127,11 @@ def commit() -> str:
 
 
 def run(seed: int, task: str, method: str, args: argparse.Namespace, ports: queue.SimpleQueue[int]) -> None:
-    """One cell of the grid, on a port that no run beside it uses; a failure is said, and the others go on."""
+    """Run one cell of the grid, on a port of its own. A failure is printed, and the other cells continue."""
     name = f"{task}-{method}-{seed}"
     output, port = args.work_dir / name, ports.get()
     output.mkdir(parents=True, exist_ok=True)
-    # A busy machine may take longer to import a trainer than a user would want to wait for a rank that is not coming.
+    # On a busy machine, importing a trainer may take longer than the default timeout for a missing rank.
     environment = {"PRUNADAPT_RENDEZVOUS_SECONDS": "180", **os.environ, "PYTHONPATH": str(ROOT)}
     with (output / "log.txt").open("w") as log:
         line = command(method, task, seed, args, output, port)
@@ -140,7 +140,7 @@ def run(seed: int, task: str, method: str, args: argparse.Namespace, ports: queu
     if code:
         print(f"{name}: failed with exit code {code}, see {output / 'log.txt'}", flush=True)
         return
-    epochs = float(dict(pairwise(line))["--num_train_epochs"])  # the last one given holds
+    epochs = float(dict(pairwise(line))["--num_train_epochs"])  # the last one given wins
     result = {"task": task, "method": method, "seed": seed, "epochs": epochs, "ranks": args.ranks}
     result |= {"batch_size": args.batch_size, "dtype": args.dtype, "commit": commit(), "workers": args.workers}
     result |= collect(method, output)
@@ -149,7 +149,7 @@ def run(seed: int, task: str, method: str, args: argparse.Namespace, ports: queu
 
 
 def write_ds_config(args: argparse.Namespace) -> None:
-    """The ZeRO-3 configuration of both sides, in the asked-for dtype."""
+    """Write the ZeRO-3 configuration that both programs use, with the requested dtype."""
     values = json.loads((ROOT / "ds_configs/zero3.json").read_text())
     if args.dtype != "auto":
         values["bf16"]["enabled"] = args.dtype == "bf16"
@@ -183,9 +183,9 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs/compare")
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--table_only", action="store_true")
-    parser.add_argument("--readme", action="store_true", help="put the averages into README.md between their marks")
+    parser.add_argument("--readme", action="store_true", help="write the averages into README.md, between the marks")
     args = parser.parse_args()
-    args.work_dir = args.work_dir.resolve()  # each run has a working directory of its own
+    args.work_dir = args.work_dir.resolve()  # each run has its own working directory
     if args.data_dir:
         args.data_dir = str(Path(args.data_dir).resolve())
     args.results.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""What the results of compare.py say: a table with bootstrap intervals, and the trade-off picture.
+"""Draws the results of compare.py: a table with bootstrap intervals, and the trade-off picture.
 
-A ratio is ours over the base's, task by task. Training time is given in CPU seconds of the busiest rank, which other jobs on the
-machine do not stretch (on a GPU there are none), and in wall seconds, which is what a user waits for. Of runs that shared a
-machine with each other no time is given.
+Ratios are a method's value over the base's, task by task. Training time is given in CPU seconds of the busiest rank, which
+other jobs on the machine do not affect (on GPUs there are none), and in wall seconds, which is what a user waits for. Times of
+runs that shared a machine with each other are left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from statistics import mean
 import numpy as np
 
 BASE = "peft"
-ENOUGH = 0.97  # of the base's final score: how long until it is reached
+ENOUGH = 0.97  # share of the base's final score whose time is compared
 BOOTSTRAPS = 2000
 Results = dict[str, dict[str, list[dict]]]  # by task and method, a dictionary per seed
 
@@ -24,9 +24,9 @@ TIMES = ("train_s", "train_cpu_s", "step_s", "step_cpu_s", "last_step_s", "last_
 
 
 def load(folder: Path, tasks: Sequence[str], methods: Sequence[str]) -> Results:
-    """What is there of these methods, and of the base, beside which all of them are shown."""
+    """Load the existing results of these methods and of the base."""
     wanted = dict.fromkeys((BASE, *methods))
-    # A seed is a number: "teacher-stays-0" is none of "teacher".
+    # Seeds are digits: "teacher-stays-0" is not a run of "teacher".
     return {t: {m: [_read(p) for p in sorted(folder.glob(f"{t}-{m}-[0-9]*.json"))] for m in wanted} for t in tasks}
 
 
@@ -37,13 +37,16 @@ def _read(path: Path) -> dict:
 
 
 def timed(runs: list[dict], key: str) -> float | None:
-    """The mean over those runs that know it; None where none does."""
+    """The mean over the runs that have the value; None if none has."""
     values = [run[key] for run in runs if run.get(key) is not None]
     return mean(values) if values else None
 
 
 def score(task: str, predictions: np.ndarray, labels: np.ndarray) -> float:
-    """The task's mean measure, quickly: the bootstrap asks for it thousands of times. 0 where constant answers leave none."""
+    """The mean of the task's measures, computed fast because the bootstrap needs it thousands of times.
+
+    predictions, labels: [N]. A correlation is 0 where constant predictions leave it undefined.
+    """
     if task == "stsb":
         from scipy.stats import rankdata
 
@@ -62,9 +65,10 @@ def score(task: str, predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def bootstrap(task: str, ours: list[dict], base: list[dict]) -> np.ndarray:
-    """(scores of ours, scores of the base): float [2, BOOTSTRAPS], over examples and seeds.
+    """(scores of ours, scores of the base): float [2, BOOTSTRAPS], resampled over examples and seeds.
 
-    Paired where both hold their predictions in the same order; a run that does not is drawn on its own, which is wider.
+    Examples are paired if all runs have them in the same order. Otherwise each side's are drawn independently, which widens
+    the interval.
     """
     generator = np.random.default_rng(0)
     sides = [[(np.array(run["predictions"]), np.array(run["labels"])) for run in runs] for runs in (ours, base)]
@@ -81,7 +85,7 @@ def bootstrap(task: str, ours: list[dict], base: list[dict]) -> np.ndarray:
 
 
 def seconds_until(run: dict, level: float) -> float | None:
-    """Training seconds until the development score first reached `level`; None where it was not followed or never did."""
+    """Training seconds until the development score first reached `level`; None if it never did or was not recorded."""
     return next((seconds for _, seconds, found in run.get("scores", ()) if found >= level), None)
 
 
@@ -102,8 +106,10 @@ COLUMNS = (
 
 
 def tables(results: Results, methods: Sequence[str]) -> tuple[str, str]:
-    """Markdown, twice: a line per task and method over the seeds that are there, then one per method over all tasks; and the
-    latter alone, where all tasks were run. Columns that nobody knows anything of are left out."""
+    """Two Markdown tables: all rows, and the averages alone (all rows if there are none). Columns without values are dropped.
+
+    There is a row per task and method, over its seeds, and an average over tasks for every method that was run on all of them.
+    """
     rows: list[list[str]] = []
     averages: list[list[str]] = []
     drawn: dict[str, list[np.ndarray]] = {m: [] for m in methods}
@@ -133,7 +139,7 @@ def _row(task: str, method: str, found: list[dict], base: list[dict], both: np.n
         return "-" if None in values else f"{values[0] / values[1]:.2f}"  # type: ignore[operator]
 
     def share(key: str) -> str:
-        if "params" not in found[0]:  # of what cuts nothing
+        if "params" not in found[0]:  # the method does not prune
             return "1.00"
         value = timed(found, key)
         return "-" if value is None else f"{value:.2f}"
@@ -161,7 +167,7 @@ def _interval(both: np.ndarray) -> str:
 
 
 def _until(found: list[dict], base: list[dict]) -> str:
-    """Training seconds to 97 % of the base's final score, over the base's own, on the seeds where both were followed."""
+    """Training seconds to 97 % of the base's final score, as a ratio to the base's own; mean over seeds where both reach it."""
     ratios = []
     for run in found:
         other = next((b for b in base if b["seed"] == run["seed"]), None)
@@ -175,7 +181,7 @@ def _until(found: list[dict], base: list[dict]) -> str:
 
 
 def _average(method: str, pairs: list[tuple[list[dict], list[dict]]], parts: list[np.ndarray]) -> list[str]:
-    """Mean score over the tasks; other columns are means of the tasks' ratios."""
+    """A method's row of averages: the mean score over tasks, and the means of the tasks' ratios."""
 
     def scores(runs: list[dict]) -> float:
         return 100 * mean(r["metric"]["score"] for r in runs)
@@ -200,8 +206,10 @@ def _average(method: str, pairs: list[tuple[list[dict], list[dict]]], parts: lis
 
 
 def draw(results: Results, methods: Sequence[str], path: Path) -> None:
-    """Score against latency and against training time (CPU seconds), relative to the base, a line per task; nothing where no
-    run was timed."""
+    """Draw score against latency and against training time, with a line per task; nothing if no run was timed.
+
+    Scores and training times (CPU seconds where known) are relative to the base, latency to the dense model.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""Seconds and memory of a decision (ranking, plan, hash, masks) on synthetic scores: `python benchmarks/decision.py`.
+"""Measures time and memory of a decision (ranking, plan, hash, masks) on synthetic scores: `python benchmarks/decision.py`.
 
-Scores are what every rank holds of its samples between two decisions, and what is sent once for each.
+The table also gives the bytes of scores that every rank holds between two decisions and sends once for each.
 """
 
 import json
@@ -16,7 +16,7 @@ from prunadapt_ds.importance import STATISTICS
 from prunadapt_ds.models.structure import Structure, SubLayer
 
 RESULTS = Path(__file__).resolve().parent / "results/decision"
-SCORE_BYTES = 4 * len(STATISTICS)  # of a unit: the window's sums
+SCORE_BYTES = 4 * len(STATISTICS)  # per unit: the window's sums
 SHAPES = {  # layers, heads, neurons, parameters of a head, of a neuron
     "BERT-base": (12, 12, 3072, 4 * 64 * 768 + 3 * 64, 2 * 768 + 1),
     "80 layers, 64 heads, 28,672 neurons": (80, 64, 28672, 4 * 128 * 8192, 3 * 8192),
@@ -44,7 +44,7 @@ def main() -> None:
             plan = decide(scores, model, 0.5)
             digest, mask = plan.hash, plan.mask()
             seconds.append(time.perf_counter() - start)
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB; the smaller model came first
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB; the smaller model comes first
         rows.append({"model": name, "units": model.num_units, "seconds": median(seconds), "peak_bytes": 1024 * grown})
         print(f"{name}: {int(mask.sum()):,} of {model.num_units:,} units kept, plan {digest[:8]}")
     found = {"torch": torch.__version__, "score_bytes_per_unit": SCORE_BYTES, "rows": rows}

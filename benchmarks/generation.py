@@ -1,12 +1,12 @@
-"""Latency of generating with the KV cache: dense model, compact export (widths per layer) and uniform export, turn and turn about.
+"""Measures the latency of generation with the KV cache: dense model, compact export (widths per layer) and uniform export.
 
     python benchmarks/generation.py [--shape small] [--sparsities 0.3 0.5] [--batches 1 32]
     python benchmarks/generation.py --models dense=DIR compact=DIR uniform=DIR
 
-Without `--models` a Llama-shaped model of random weights is trained for some steps at each sparsity, as it likes and with
-`--uniform`, and deleted afterwards. Greedy, random prompts, as many new tokens for all. Given are medians: of the pass over the
-prompt, and of each token after it; and the MACs of a token's projections, as a ratio, which no latency gets below where products
-are what takes the time.
+Without `--models`, a Llama-shaped model with random weights is trained for a few steps at each sparsity, with and without
+`--uniform`, and deleted afterwards. Models take turns. Decoding is greedy, prompts are random, and the number of new tokens is
+fixed. The table has the median latency of the prompt and of each token after it, and the ratio of MACs in a token's
+projections: a lower bound for the ratio of latencies where matrix products dominate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 @torch.inference_mode()
 def one_turn(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prompt, and of a token after it. prompt: int64 [B, T]."""
+    """Seconds for the prompt, and per token after it. prompt: int64 [B, T]."""
     start = _now(prompt.device)
     out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     middle = _now(prompt.device)
@@ -50,7 +50,7 @@ def _now(device: torch.device) -> float:
 
 
 def exports(args: argparse.Namespace) -> dict[str, Path]:
-    """A random model and what is left of it at each sparsity, by name. One rank trains them, a few steps each."""
+    """A random model and its exports at each sparsity, by name. One rank trains each for a few steps."""
     dense = args.work_dir / "dense"
     dense.mkdir(parents=True)
     random_llama.write(dense, random_llama.SHAPES[args.shape])
@@ -119,7 +119,7 @@ def main() -> None:
             for name, model in models.items():
                 seconds[name].append(one_turn(model, prompt, args.new_tokens))
         for name, times in seconds.items():
-            prompts, tokens = zip(*times[1:], strict=True)  # the first warms up
+            prompts, tokens = zip(*times[1:], strict=True)  # the first is a warm-up
             rows.append({"model": name, "batch": batch, "prompt_s": median(prompts), "token_s": median(tokens)})
     for row in rows:
         model = models[row["model"]]
@@ -142,7 +142,7 @@ def main() -> None:
 
 
 def table(rows: list[dict]) -> str:
-    first = {row["batch"]: row for row in reversed(rows)}  # of each batch size
+    first = {row["batch"]: row for row in reversed(rows)}  # the first model's row, by batch size
     lines = [
         "| model | million parameters | MACs of the first | batch | prompt ms | of the first | ms per token | of the first |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",

@@ -1,10 +1,10 @@
-"""Latency of exported folders against the dense model, over batch sizes and lengths, beside the limit the MACs set.
+"""Measures the latency of exported folders against the dense model, over batch sizes and lengths, next to the ratio of MACs.
 
     python benchmarks/inference.py --exports ours@0.6=DIR ours@0.8=DIR [--model sample] [--dtype bfloat16 float32]
 
-Dense and exported model take turns in one process, so that a noisy machine hits both alike; medians are compared. A MACs
-ratio is of the blocks at that very length; embeddings, norms, softmax and GELU on what is left, and small matrices are why
-the latency stays above it. Results that are there already are kept.
+The dense and the exported model take turns in one process, so that noise on the machine affects both alike; medians are
+compared. The MACs ratio is that of the blocks at the given length. The latency ratio stays above it because of embeddings,
+norms, softmax, GELU and the lower efficiency of small matrices. Existing results are kept.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def macs(config: object, length: int) -> tuple[float, float]:
-    """Multiply-accumulates per token of the blocks: (kept, dense), from the structure that the folder carries."""
+    """Multiply-accumulates of the blocks per token: (kept, dense), from the structure in the exported configuration."""
     structure = config.pruned_structure
     hidden = config.hidden_size
     width = [sum(sub["output"]["parts"]) for sub in structure["layout"]["sublayers"]]
@@ -58,7 +58,7 @@ def sweep(
                     model(**inputs)
                     if device.type == "cuda":
                         torch.cuda.synchronize()
-                    if turn >= 2:  # the first two warm up
+                    if turn >= 2:  # the first two are a warm-up
                         seconds[name].append(time.perf_counter() - start)
             kept, whole = macs(exported.config, length)
             row = {"batch": batch, "length": length, "macs": kept / whole}
@@ -68,7 +68,7 @@ def sweep(
 
 
 def draw(results: Path) -> None:
-    """Latency ratio against MACs ratio, a point per batch and length; on the line nothing is lost beside the arithmetic."""
+    """Draw latency ratio against MACs ratio, a point per batch and length. On the diagonal, latency falls as fast as MACs."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,12 +1,12 @@
-"""A step on 1 to 7 billion random weights: dense LoRA, gates, and cut by 30 and 50 %, beside PEFT with HF Trainer.
+"""Measures a training step on 1 to 7 billion random weights: LoRA, gates, cuts of 30 and 50 %, and PEFT with HF Trainer.
 
     python benchmarks/large.py [--shapes 1b 7b] [--sparsities 0.3 0.5] [--batch_size 4] [--seq_length 1024]
 
-Llama-shaped classifiers under the same ZeRO configuration on one machine's ranks; every sequence is `seq_length` tokens long.
-A row's seconds are the median from one step's start to the next one's. Peak memory is the allocator's (on a CPU: resident) since
-the phase began. Used is the share of what a large plain matrix product reaches on the device: a step is counted with 4 FLOPs
-per multiply-accumulate, the forward pass and the gradient of its inputs, as frozen weights have none. Results that are there
-already are kept.
+Llama-shaped classifiers under the same ZeRO configuration, on the ranks of one machine; every sequence has `seq_length` tokens.
+Seconds are the median time from the start of one step to the start of the next. Peak memory is the allocator's (on a CPU:
+resident memory) since the phase began. FLOP/s are given as a share of those that a large plain matrix product reaches on the
+device. A step counts 4 FLOPs per multiply-accumulate, for the forward pass and the gradients of inputs: frozen weights need no
+gradients. Existing results are kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METHODS = ("peft", "lora", "ours")
 
 
 def measure(result: Path, sparsities: list[float], argv: list[str]) -> None:
-    """On every rank: steps dense, and after each cut; rank 0 writes a row for each."""
+    """Time steps on every rank, dense and after each cut; rank 0 writes a row for each."""
     import torch
 
     from prunadapt_ds import distributed, train
@@ -64,13 +64,13 @@ def measure(result: Path, sparsities: list[float], argv: list[str]) -> None:
 
 
 def phase(session: Session, sparsity: float, *, record: bool) -> dict:
-    """Some steps of the model as it is, and what they took."""
+    """Time some steps of the model as it is, and measure their memory."""
     import torch
 
     from prunadapt_ds import distributed, train
     from prunadapt_ds.step import train_step
 
-    train.watched_step(session, 0, record=record)  # counts what lives, and warms up
+    train.watched_step(session, 0, record=record)  # counts live bytes, and is a first warm-up
     session.memory.peak.reset()
     starts = []
     for step in range(STEPS):
@@ -91,7 +91,7 @@ def phase(session: Session, sparsity: float, *, record: bool) -> dict:
 
 
 def product_speed(device: torch.device) -> float:
-    """FLOP/s of a plain bf16 matrix product."""
+    """FLOP/s that a plain bf16 matrix product reaches on the device."""
     import torch
 
     size, times = (8192, 10) if device.type == "cuda" else (2048, 4)
@@ -107,7 +107,7 @@ def product_speed(device: torch.device) -> float:
 
 
 def prepare(args: argparse.Namespace, shape: str) -> list[str]:
-    """The checkpoint and the data of a shape, and the options that all methods share."""
+    """Write a shape's checkpoint and data. Returns the options that all methods share."""
     folder = args.work_dir / shape
     if not (folder / "model.safetensors.index.json").exists():
         folder.mkdir(parents=True, exist_ok=True)

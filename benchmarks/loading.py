@@ -1,9 +1,11 @@
-"""Memory of each rank while a model of several GB is loaded, exported and cut under ZeRO-3: `python benchmarks/loading.py`.
+"""Measures each rank's memory while a model of several GB is loaded, exported and cut under ZeRO-3.
 
-Writes a random Llama-shaped checkpoint in bf16, four files, to `--work_dir`, loads it on two ranks as `from_pretrained` does by
-itself ("before") and streamed ("after"), and deletes it. What was streamed gets LoRA and gates; an export leaves out half of
-its units, and then they are cut off. Sampled every 2 ms: anonymous memory, which is the process's own, and pages mapped from
-files, which the system can take back. Both above the level just before.
+    python benchmarks/loading.py
+
+Writes a random Llama-shaped checkpoint (bf16, four files) to `--work_dir`, loads it on two ranks with plain `from_pretrained`
+("before") and streamed ("after"), and deletes it. The streamed model then gets LoRA and gates; an export leaves out half of
+its units, and then they are cut. Sampled every 2 ms, and counted above the level just before: anonymous memory, which belongs
+to the process, and pages mapped from files, which the kernel can reclaim.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ SHAPE = random_llama.Shape(layers=18, hidden=2560, neurons=6912, heads=20, kv_he
 
 
 class Sampler:
-    """Highest anonymous and mapped bytes of this process while the block runs, above those at its beginning."""
+    """The highest anonymous and mapped bytes of this process while the block runs, above those at its start."""
 
     def __enter__(self) -> Sampler:
         self.start, self.most, self.done = self.now(), [0, 0], False
@@ -54,7 +56,7 @@ class Sampler:
 
 
 def measure(folder: str, way: str, result: Path) -> None:
-    """On every rank: load, and say what it took; rank 0 writes it."""
+    """Load the model on every rank and measure; rank 0 writes the results of all."""
     import torch
 
     from prunadapt_ds import backbone, distributed, engine, memory
@@ -62,7 +64,7 @@ def measure(folder: str, way: str, result: Path) -> None:
     distributed.init()
     values = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
     zero3 = engine.shard_while_loading(values)
-    backbone.load("sample", num_labels=2, dtype=torch.bfloat16)  # libraries and buffers that every run needs
+    backbone.load("sample", num_labels=2, dtype=torch.bfloat16)  # loads libraries and buffers that every run needs
     if way == "before":
         backbone.streaming = lambda name: contextlib.nullcontext(SimpleNamespace(notes=[]))
     distributed.barrier()
@@ -88,7 +90,7 @@ def measure(folder: str, way: str, result: Path) -> None:
 
 
 def export_and_cut(loaded: Backbone, folder: Path) -> dict[str, int]:
-    """Bytes above those of the loaded model while every second unit is left out of an export, and then cut off."""
+    """Peak bytes above the loaded model's while every second unit is left out of an export, and while they are cut."""
     from prunadapt_ds import adapters, engine, export, gates, memory
     from prunadapt_ds.budget import PruningPlan
     from prunadapt_ds.resize import resize
@@ -145,7 +147,7 @@ def main() -> None:
             shutil.copy(result, RESULTS)
     finally:
         shutil.rmtree(args.work_dir)
-    (RESULTS / "table.md").write_text(table())  # copied into README.md, with what it rests on
+    (RESULTS / "table.md").write_text(table())  # copied into the README.md next to it, with the conditions
     print(table())
 
 

@@ -1,9 +1,9 @@
-"""What a user would take instead: PEFT LoRA (or full fine-tuning) with HF Trainer on DeepSpeed ZeRO-3.
+"""The usual alternative: PEFT LoRA (or full fine-tuning) with HF Trainer on DeepSpeed ZeRO-3.
 
-Launched by compare.py with `deepspeed`; takes the trainer's own options, so that data, epochs, batch, rank and learning rate
-are the same by construction. Writes result.json to --output_dir. Dropout is off as in the trainer it is compared with, and
-attention is whichever of transformers' own is fastest here: "eager" for bf16 on a CPU, where torch's fused kernel takes half
-as long again, "sdpa" elsewhere. With --eval_steps the development score is followed; its time is not training time.
+compare.py launches it with `deepspeed`. It takes our trainer's options, so that data, epochs, batch size, rank and learning
+rate are the same by construction, and writes result.json to --output_dir. Dropout is off, as in our trainer. Attention is the
+fastest implementation in transformers: "eager" for bf16 on a CPU, where torch's fused kernel takes half as long again, "sdpa"
+elsewhere. With --eval_steps it records the development score during training; the time for this is not training time.
 """
 
 import json
@@ -39,17 +39,17 @@ WARM_UP = 4  # steps
 
 
 class Watched(Trainer):
-    """Counts the bytes of the step with the longest samples, follows the score, and keeps evaluation out of the time."""
+    """Counts the live bytes of the step with the longest samples, records scores, and excludes evaluation from training time."""
 
     live_bytes = 0
     longest = 0
     start = cpu_start = 0.0
     away = cpu_away = 0.0  # seconds spent on evaluation
     curve: list  # [step, training seconds so far, score]
-    starts: list  # of the steps, training seconds
+    starts: list  # training seconds at the start of each step
 
     def seconds(self):
-        """(Wall, CPU) seconds of training so far on this rank."""
+        """(wall, CPU) seconds of training so far on this rank."""
         return time.perf_counter() - self.start - self.away, time.process_time() - self.cpu_start - self.cpu_away
 
     def evaluate(self, *args, **kwargs):
@@ -62,7 +62,7 @@ class Watched(Trainer):
         return found
 
     def steady_step(self):
-        """Median seconds from one step's start to the next one's: no clock waits for the device, so the first are left out."""
+        """Median seconds from the start of one step to the next, without the first: the clock does not wait for the device."""
         return float(np.median(np.diff(self.starts[WARM_UP:]))) if len(self.starts) > WARM_UP + 1 else None
 
     def training_step(self, *args, **kwargs):
@@ -85,7 +85,7 @@ def ds_config(config, ds):
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
         "gradient_clipping": config.train.max_grad_norm,
         "bf16": {"enabled": ds.dtype == "bf16"},
-        "zero_optimization": ds.values["zero_optimization"],  # sizes too: by default a bucket takes a GB
+        "zero_optimization": ds.values["zero_optimization"],  # with its sizes: by default a bucket takes a GB
         "zero_allow_untested_optimizer": True,
     }
 
@@ -131,7 +131,7 @@ def main(argv):
         problem_type="regression" if data.is_regression else "single_label_classification",
     )
     torch.manual_seed(config.train.seed)
-    load_metric(data.task.name)  # as there, before memory is counted
+    load_metric(data.task.name)  # before memory is measured, as in our trainer
     peak = memory.PeakMemory(distributed.device())
     attention = "sdpa" if cuda or not bf16 else "eager"
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -174,7 +174,7 @@ def main(argv):
     train_s, train_cpu_s = trainer.seconds()
     peak_bytes = int(distributed.dist_max(peak.bytes()))
     live = int(distributed.dist_max(trainer.live_bytes))
-    trainer.args.train_sampling_strategy = "random"  # with grouping, predictions would come in another order
+    trainer.args.train_sampling_strategy = "random"  # grouping by length would reorder the predictions
     metrics, predictions = {}, {}
     for split, dataset in data.validation.items():
         found = trainer.predict(rows(dataset))

@@ -1,7 +1,7 @@
-"""Bytes that `launcher/plan.py` predicts against those that small runs on this machine hold: `python benchmarks/plan_check.py`.
+"""Compares the bytes that `launcher/plan.py` predicts with those of small runs: `python benchmarks/plan_check.py`.
 
-A point trains a step, cuts, and trains a step again; compared is what a report calls `live_tensor_bytes` (parameters,
-optimizer, what autograd saves), of the rank that holds most. A finished point is not run again.
+Each point trains a step, cuts, and trains another step. Compared are the report's `live_tensor_bytes` (parameters, optimizer,
+tensors saved by autograd) on the rank that has most. Finished points are not run again.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ POINTS = (
 
 
 def prepare(point: Point, work: Path) -> list[str]:
-    """The checkpoint, the data (every sentence longer than the limit) and the ds_config of a point; options of the trainer."""
+    """Write a point's checkpoint, data (every sentence exceeds the limit) and ds_config. Returns the trainer's options."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     from prunadapt_ds.model_folder import locate
@@ -92,7 +92,7 @@ def prepare(point: Point, work: Path) -> list[str]:
 
 
 def measure(argv: list[str], result: Path) -> None:
-    """On every rank: a step, a cut of the whole way, a step; rank 0 writes what was held."""
+    """Take a step, cut to the target at once, and take another step, on every rank; rank 0 writes the bytes held."""
     from prunadapt_ds import distributed, memory, state, train
     from prunadapt_ds.budget import decide
     from prunadapt_ds.config import parse
@@ -174,7 +174,7 @@ def main() -> None:
     for point in () if args.table_only else POINTS:
         if not (RESULTS / f"{point.name}.json").exists():
             run(point, args.work_dir)
-    (RESULTS / "table.md").write_text(table())  # copied into README.md, with what it rests on
+    (RESULTS / "table.md").write_text(table())  # copied into the README.md next to it, with the conditions
     print(table())
 
 

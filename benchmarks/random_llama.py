@@ -1,4 +1,4 @@
-"""Llama-shaped checkpoints with random weights, of any size, for what depends on shapes alone."""
+"""Writes Llama-shaped checkpoints of any size with random weights, for measurements that depend only on shapes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHAPES = {
 
 
 def write(folder: Path, shape: Shape, tokenizer: str = "sample") -> None:
-    """The checkpoint in bf16 with a language model's head and somebody's tokenizer. In memory is one file's share at a time."""
+    """Write a bf16 checkpoint with a language model's head and the given tokenizer, holding one file at a time in memory."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""A benchmark on several ranks: how it is started, and how its script knows that it was."""
+"""Starts a benchmark's script on several ranks, and lets the script recognise that it runs as one."""
 
 import os
 import sys
@@ -10,17 +10,20 @@ sys.path.insert(0, str(ROOT))
 
 
 def deepspeed(ranks: int, *options: str) -> list[str]:
-    """The launcher's command as far as the script, on this machine."""
+    """The launcher's command up to the script, for ranks on this machine."""
     return [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), *options]
 
 
 def measured(ranks: int, script: str, *words: object) -> list[str]:
-    """The command with which a script runs its own `measure` on every rank; `words` reach it there."""
+    """The command with which a script runs its own `measure` on every rank, with the arguments `words`."""
     return [*deepspeed(ranks), script, "--measure", *map(str, words)]
 
 
 def words_of_a_rank() -> list[str] | None:
-    """What `measured` gave this process, which is then ready for torch and DeepSpeed; None where it is not a rank."""
+    """The arguments that `measured` passed to this process, or None if it is not a rank.
+
+    On a rank, also prepares the environment for torch and DeepSpeed.
+    """
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     if words[:1] != ["--measure"]:
         return None

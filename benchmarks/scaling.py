@@ -1,10 +1,10 @@
-"""Ranks and model sizes: bytes a rank holds, bytes it sends in a step, seconds of a step; dense, and after a cut.
+"""Measures bytes held, bytes sent and seconds per step over ranks and model sizes, dense and after a cut.
 
     python benchmarks/scaling.py [--ranks 1 2 4] [--sizes sample base large] [--sparsity 0.6]
 
-Bytes are counted, not estimated: what lives on the busiest rank, and every collective of DeepSpeed's during one step (ring
-algorithms: an all-gather of n shards sends n - 1 of them, an all-reduce twice (n - 1) / n of its tensor). `base` and `large` are
-random weights in BERT's usual shapes. Results that are there already are kept; a picture and a table are drawn from all of them.
+Bytes are counted, not estimated: live bytes on the rank that has most, and all collectives of DeepSpeed during one step (ring
+algorithms: an all-gather of n shards sends n - 1 of them, an all-reduce twice (n - 1) / n of its tensor). `base` and `large`
+have random weights in BERT's usual shapes. Existing results are kept; the picture and the table show all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STEPS = 6
 
 
 def model_folder(size: str, work: Path) -> str:
-    """A checkpoint of that size with the sample's tokenizer; `sample` is the sample itself."""
+    """A checkpoint of that size, with the sample's tokenizer; "sample" is the sample itself."""
     if size == "sample":
         return size
     from transformers import AutoTokenizer, BertConfig, BertModel
@@ -44,7 +44,7 @@ def model_folder(size: str, work: Path) -> str:
 
 
 class Traffic:
-    """Collectives of DeepSpeed's between two calls of `take`: how many of each kind, and what this rank sends in them."""
+    """Counts DeepSpeed's collectives. `take` returns, since its last call, (calls, bytes that this rank sent) by kind."""
 
     def __init__(self) -> None:
         import deepspeed
@@ -66,7 +66,7 @@ class Traffic:
 
 
 def measure(argv: list[str], result: Path) -> None:
-    """On every rank: some dense steps, a cut of the whole way, some steps after it; rank 0 writes what was counted."""
+    """Take some dense steps, cut to the target at once, and take some more, on every rank; rank 0 writes the counts."""
     import torch
 
     from prunadapt_ds import distributed, memory, train
@@ -107,7 +107,7 @@ def measure(argv: list[str], result: Path) -> None:
 
 
 def draw(results: Path) -> str:
-    """The table, and a picture of bytes and seconds against ranks."""
+    """Draw bytes held and bytes sent against the number of ranks. Returns the table as Markdown."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,11 +1,11 @@
-"""What a plain step costs, and what of it the gates: `lora`, gates at rest and gates that record, turn and turn about.
+"""Measures what a step costs, and what gates add to it: `lora`, gates that do not record, and gates that do.
 
     python benchmarks/step.py [--ranks 2] [--rounds 12] [--batch_size 16] [--seq_length 128]
 
-All variants live in the same processes and take their steps in turns on the same samples, so that whatever else the
-machine does falls on all of them alike. CPU seconds of rank 0, medians over rounds of the ratio to `lora`, and what autograd
-keeps of a micro-batch. In "module by module" ZeRO-3 fetches each module of a block by itself and keeps small trained tensors
-whole, as it does by default; in "norms keep inputs" they do as torch's own do.
+All variants live in the same processes and take turns on the same samples, so that noise on the machine affects all alike.
+The table has CPU seconds of rank 0, the median over rounds of the ratio to `lora`, and the bytes that autograd saves for a
+micro-batch. In "module by module", ZeRO-3 fetches each module of a block separately and keeps small trainable tensors whole,
+as it does by default; in "norms keep inputs", norms save their inputs for the backward pass, as torch's do.
 """
 
 import argparse
@@ -39,7 +39,7 @@ VARIANTS = {
 
 
 def measure(result: Path, rounds: int, options: list[str]) -> None:
-    """On every rank; rank 0 writes seconds [round][variant]."""
+    """Time the variants on every rank; rank 0 writes seconds [round][variant]."""
     import torch
 
     from prunadapt_ds import distributed, norms, train, zero3

@@ -1,4 +1,4 @@
-"""Turn the reports of a results folder into one table: `python benchmarks/table.py benchmarks/results/first_figures`."""
+"""Turns the reports in a results folder into one table: `python benchmarks/table.py benchmarks/results/first_figures`."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ HEADER = (
 
 
 def row(report: dict) -> str:
-    """One report as a line: scores in percent, of the exported model at the last step."""
+    """One report as a line. Scores are percentages, of the model exported at the last step."""
     exported = report["metric"]["exported"]
     measures = ", ".join(f"{k} {100 * v:.1f}" for k, v in exported.items() if k != "score")
     cells = (

@@ -1,9 +1,10 @@
-"""The search behind the defaults: variants of ours on folds of the *train* split; no development set is ever seen.
+"""The search behind the defaults: variants of ours on folds of the *train* split. No development set is ever used.
 
     python benchmarks/tune.py --data_dir GLUE [--tasks ...] [--variants NAME ...] [--fold 0] [--workers 2]
 
-One rank per run, no ZeRO (a loss curve does not depend on either), `--workers` runs side by side. Each run leaves one JSON file in
-results/tuning; what is there already is not run again. The table at the end has a line per variant, means over the tasks.
+Each run has one rank and no ZeRO (loss curves depend on neither); `--workers` runs go in parallel. Each writes one JSON file to
+results/tuning, and runs that have one are not repeated. The table at the end has a row per variant, with means over seeds and
+folds.
 """
 
 import argparse
@@ -24,8 +25,8 @@ FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B"}  # off
 PATHS = ("--model_name_or_path", "--data_dir", "--output_dir", "--ds_config")
 BASE = {"num_train_epochs": 3, "per_device_train_batch_size": 32, "ds_config": str(ROOT / "ds_configs/zero0.json")}
 OF_A_TEACHER = ("teacher_window", "distill_min_r2", "distill_fades")
-ANY_TEACHER = {"distill_weight": 0.5, "distill_min_r2": -1000}  # whatever it knows
-PLAIN = {  # what the search began with
+ANY_TEACHER = {"distill_weight": 0.5, "distill_min_r2": -1000}  # used however bad it is
+PLAIN = {  # the starting point of the search
     **ANY_TEACHER,
     "target_sparsity": 0.8,
     "learning_rate": 1e-3,
@@ -43,7 +44,7 @@ MEAN = {
     "distill_fades": True,
 }
 RATE = {**MEAN, "learning_rate": 1e-3}
-TODAY = {"target_sparsity": 0.8}  # and the program's defaults
+TODAY = {"target_sparsity": 0.8}  # with the program's defaults
 LORA = {"method": "lora", "learning_rate": 1e-3}
 VARIANTS: dict[str, dict[str, object]] = {
     "lora": LORA,
@@ -123,7 +124,7 @@ def options_of(variant: str) -> dict[str, object]:
 
 
 def fold_folder(data_dir: Path, work: Path, task: str, fold: int) -> Path:
-    """The task in the official layout with a fold of its training examples as development set."""
+    """Write the task in the official layout, with one fold of its training examples as the development set."""
     target = work / f"fold{fold}" / FOLDERS[task]
     target.mkdir(parents=True, exist_ok=True)
     lines = (data_dir / FOLDERS[task] / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -135,7 +136,7 @@ def fold_folder(data_dir: Path, work: Path, task: str, fold: int) -> Path:
 
 
 def one_run(argv: list[str], result: Path) -> None:
-    """Inside a worker's process: train without export, write the last step's score on the fold."""
+    """Train without an export, in a worker's process, and write the last step's score on the fold."""
     from prunadapt_ds.environment import prepare_environment
 
     prepare_environment()
@@ -171,7 +172,7 @@ def work_off(todo: queue.Queue, args: argparse.Namespace) -> None:
 
 
 def table(results: Path, tasks: list[str]) -> str:
-    """Scores in percent by variant and task (mean over seeds and folds), their mean, and training seconds of `lora` for one."""
+    """Scores in percent by variant and task (means over seeds and folds), their mean over tasks, and the number of runs."""
     header = f"| variant | {' | '.join(tasks)} | mean | runs |\n|---|{'---:|' * (len(tasks) + 2)}"
     lines = [header]
     for variant in VARIANTS:

@@ -1,8 +1,8 @@
-"""Your own files, from rows to answers: train and prune on a csv, then ask the smaller model about new texts.
+"""From your own files to predictions: train and prune on a csv, then classify new texts with the smaller model.
 
 python examples/own_data.py              (two CPU ranks: deepspeed --num_accelerators 2 examples/own_data.py)
 
-On the command line the same is `prunadapt train --train_file ...` and `prunadapt predict --input_file ...`.
+The same on the command line: `prunadapt train --train_file ...` and `prunadapt predict --input_file ...`.
 """
 
 import csv
@@ -29,7 +29,7 @@ WORDS = {
 
 
 def write_files() -> None:
-    """train.csv and validation.csv: a text in `sentence1` (a second one would be `sentence2`), the label's name in `label`."""
+    """Write train.csv and validation.csv. Columns: `sentence1` (for pairs also `sentence2`) and `label`, the label's name."""
     rows = [
         (f"{thing} was {word}", label) for label in WORDS for thing, word in itertools.product(THINGS, WORDS[label])
     ]

@@ -1,4 +1,4 @@
-"""Pruning inside a training loop of your own: gates, scores, a global decision and export.
+"""Pruning in your own training loop: gates, scores, a global decision and an export.
 
 deepspeed examples/own_loop.py [MODEL [OUTPUT]]      (two CPU ranks: deepspeed --num_accelerators 2 examples/own_loop.py)
 """
@@ -18,7 +18,7 @@ from prunadapt_ds.batches import Rows, Sampler  # noqa: E402
 from prunadapt_ds.budget import decide  # noqa: E402
 from prunadapt_ds.objective import task_loss  # noqa: E402
 
-ARGUMENTS = [word for word in sys.argv[1:] if not word.startswith("-")]  # the launcher puts --local_rank before them
+ARGUMENTS = [word for word in sys.argv[1:] if not word.startswith("-")]  # the launcher adds --local_rank
 MODEL = ARGUMENTS[0] if ARGUMENTS else "sample"
 OUTPUT = Path(ARGUMENTS[1] if len(ARGUMENTS) > 1 else "outputs/own_loop")
 DS_CONFIG = {
@@ -31,7 +31,7 @@ RATES = {"learning_rate": 1e-3, "gate_learning_rate": 1e-2}
 distributed.init()
 distributed.start_deepspeed()
 torch.manual_seed(0)
-sharding = engine.shard_while_loading(DS_CONFIG)  # keep it: transformers shards as long as it lives
+sharding = engine.shard_while_loading(DS_CONFIG)  # keep a reference: transformers shards only while it is alive
 b = backbone.load(MODEL, num_labels=2)
 texts = [("it rains a lot here", 0), ("the sun shines today", 1)] * 32
 data = Dataset.from_list([{**b.tokenizer(text), "labels": label} for text, label in texts])
@@ -52,7 +52,7 @@ for step in range(8):
         ds.backward((losses * batch.weights).sum())
         recorder.end()
         ds.step()
-    if step == 3:  # one all-reduce, one decision over all layers, the same on every rank
+    if step == 3:  # one all-reduce, then one decision over all layers, identical on every rank
         plan = decide(importance.fisher(recorder.all_reduce()), b.structure, sparsity=0.5)
         distributed.same_on_all_ranks("the plan", plan.hash)
         gates.apply_mask(b.model, plan.mask())

@@ -1,4 +1,4 @@
-"""Runs as one table and one page: `python launcher/compare.py outputs/a outputs/sweep --output_dir outputs`. Trains nothing."""
+"""Compare runs in one table and one page: `python launcher/compare.py outputs/a outputs/sweep --output_dir outputs`."""
 
 import sys
 

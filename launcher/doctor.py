@@ -1,4 +1,4 @@
-"""Ask every rank how it is: `python launcher/doctor.py`, or under any launcher exactly as launcher/train.py."""
+"""Check the installation and all ranks: `python launcher/doctor.py`, or under any launcher, like launcher/train.py."""
 
 from prunadapt_ds.environment import leave, prepare_environment
 

@@ -1,4 +1,4 @@
-"""Score a folder on a task: `deepspeed launcher/evaluate.py --model_name_or_path DIR --task_name mrpc`, or plain python."""
+"""Score a folder on a task: `python launcher/evaluate.py --model_name_or_path DIR --task_name mrpc`, or under any launcher."""
 
 from prunadapt_ds.environment import leave, prepare_environment
 

@@ -1,4 +1,4 @@
-"""Other formats of a run, finished or interrupted: `python launcher/export.py --run_dir outputs --export_formats padded onnx`."""
+"""Export a run, finished or interrupted: `python launcher/export.py --run_dir outputs --export_formats padded onnx`."""
 
 from prunadapt_ds.environment import leave, prepare_environment
 

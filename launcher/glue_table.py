@@ -1,4 +1,4 @@
-"""One table from the reports of many runs: `python launcher/glue_table.py outputs/glue`. Training is not needed for it."""
+"""Gather the reports of many runs into one table of GLUE: `python launcher/glue_table.py outputs/glue`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""SLURM templates and DeepSpeed configurations in a folder: `python launcher/init_slurm.py my-project`. Needs no torch."""
+"""Copy SLURM templates and DeepSpeed configurations to a folder: `python launcher/init_slurm.py my-project`. Needs no torch."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What a run would need, from the configuration alone: `python launcher/plan.py --model_name_or_path DIR --world_size 8`."""
+"""Estimate what a run needs, from the configuration alone: `python launcher/plan.py --model_name_or_path DIR --world_size 8`."""
 
 from prunadapt_ds.environment import leave, prepare_environment
 

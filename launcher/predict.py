@@ -1,4 +1,4 @@
-"""Answer a file: `python launcher/predict.py --model_name_or_path DIR --input_file new.csv --output_file answers.csv`."""
+"""Predict a file: `python launcher/predict.py --model_name_or_path DIR --input_file new.csv --output_file answers.csv`."""
 
 from prunadapt_ds.environment import leave, prepare_environment
 

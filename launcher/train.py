@@ -1,4 +1,4 @@
-"""Train: `deepspeed launcher/train.py --ds_config ds_configs/zero3.json [options]`, or any other launcher, or plain python."""
+"""Train: `deepspeed launcher/train.py --ds_config ds_configs/zero3.json [options]`, or under any launcher, or with plain python."""
 
 from prunadapt_ds.environment import leave, prepare_environment
 

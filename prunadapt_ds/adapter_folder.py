@@ -1,4 +1,4 @@
-"""The adapter of an unpruned run as a folder that PEFT loads onto the base model: LoRA matrices and the trained head."""
+"""Writes an unpruned run's LoRA matrices and trained head as a folder that PEFT loads onto the base model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from prunadapt_ds.models import auto_classes
 
 
 def write(backbone: Backbone, base: str, targets: list[str], lora: Any, folder: Path) -> None:
-    """`adapter_config.json` and `adapter_model.safetensors`, fp32. Rank 0 writes, all ranks must call.
+    """Write `adapter_config.json` and `adapter_model.safetensors` (fp32) to `folder`, complete or not at all.
 
-    base: the folder or hub id that the adapter belongs to; of a folder its whole path is kept. lora: the run's LoRA options.
-    Complete or not at all.
+    Collective; rank 0 writes. base: folder or hub ID of the base model; a folder is stored with its absolute path. lora: the
+    run's LoRA options.
     """
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
     tensors = {PREFIX + name: value for name, value in _trained(backbone)}
@@ -53,7 +53,7 @@ def _write(
 
 
 def saved_modules(backbone: Backbone) -> list[str]:
-    """Modules that are saved whole: the record's head, and whatever else trains."""
+    """Modules that are saved whole: the task head, and everything else that was trained without LoRA."""
     heads = [
         name for name in backbone.family.task_head if any(n.startswith(name + ".") for n in backbone.task_head_names)
     ]
@@ -66,7 +66,7 @@ def _plain_trainables(backbone: Backbone) -> list[str]:
 
 
 def _trained(backbone: Backbone) -> list[tuple[str, Tensor]]:
-    """Name and fp32 tensor of everything PEFT has to know, on the CPU of rank 0. Collective."""
+    """Names and fp32 tensors of everything in the adapter, on the CPU of rank 0; [] on other ranks. Collective."""
     parts = tuple(f"{name}." for name in saved_modules(backbone))
     found = []
     for name, parameter in backbone.model.named_parameters():
@@ -79,7 +79,7 @@ def _trained(backbone: Backbone) -> list[tuple[str, Tensor]]:
 
 
 def base_of(backbone: Backbone, base: str) -> dict[str, Any]:
-    """What a stranger needs to load the base model: its folder, and the numbers of labels and of the padding token."""
+    """What a fresh process needs to load the base model: its folder, its auto class, and its label count and padding token ID."""
     return {
         "model": str(folder_of(base).resolve()),
         "auto_class": auto_classes.name_for(type(backbone.model).__name__),

@@ -1,4 +1,4 @@
-"""Adapters: LoRA through PEFT, with a rank per layer where asked."""
+"""Adapters: LoRA through PEFT, optionally with a rank per layer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from prunadapt_ds.config import Config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.modeling_prunadapt import Layout, RemovedAttention
 
-ADAPTER = "default"  # PEFT's name of the one adapter
-PREFIX = "base_model.model."  # PEFT's name for the model below its wrapper, in files
+ADAPTER = "default"  # PEFT's name for the only adapter
+PREFIX = "base_model.model."  # PEFT's prefix of parameter names in adapter files
 
 
 def target_modules(layout: Layout, wanted: Sequence[str] | None = None, *, only_head_inputs: bool = False) -> list[str]:
-    """Full names of the projections that get LoRA: all of the layout, those that end like `wanted`, or q, k, v only.
+    """Full names of the projections that get LoRA: by default all in the layout.
 
+    `wanted`: only those whose path ends in one of these names. `only_head_inputs`: only query, key and value projections.
     Raises UserError for a wanted name that matches no projection.
     """
     below = []
@@ -46,9 +47,9 @@ def _ends_with(path: str, name: str) -> bool:
 def prepare(
     model: nn.Module, layout: Layout, targets: Sequence[str], config: Config, rank_per_layer: Mapping[int, int]
 ) -> None:
-    """Let train what `--method` says, beside the head: LoRA around `targets` and the norms, or everything. In place.
+    """Make trainable what the run's method trains besides the head: LoRA on `targets` and, if requested, norms; or everything.
 
-    All norms keep their output for the backward pass, see norms.py.
+    In place. All norms save their output instead of their input for the backward pass, see norms.py.
     """
     if config.prune.method == "full":
         model.requires_grad_(True)
@@ -77,9 +78,10 @@ def add_lora(
     lora_dropout: float = 0.0,
     rank_per_layer: Mapping[int, int] | None = None,
 ) -> None:
-    """Put LoRA around the named projections, in the model's own dtype. In place; no wrapper around the model.
+    """Add LoRA to the named projections, in the model's own dtype. In place; the model itself is not wrapped.
 
-    `rank_per_layer` overrides `r`; lora_alpha / rank stays lora_alpha / r, so that a layer's update has the same scale.
+    `rank_per_layer` overrides `r` for some layers. Their lora_alpha is scaled along, so the scaling lora_alpha / r is the same
+    everywhere.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -101,14 +103,14 @@ def add_lora(
     dtype = next(model.parameters()).dtype
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.to(dtype)  # ZeRO wants all trainables in one dtype
+            parameter.data = parameter.data.to(dtype)  # ZeRO needs all trainable parameters in one dtype
             parameter.requires_grad_(True)
         else:  # PEFT freezes everything that is not an adapter
             parameter.requires_grad_(name.replace(".base_layer", "") in trained or name in trained)
 
 
 def train_norms(model: nn.Module) -> None:
-    """Let every layer normalisation train as well, but for those that stand unread where an attention was."""
+    """Make the parameters of every normalisation layer trainable, except those left unread where an attention was removed."""
     modules = list(model.modules())
     unread = {norm for m in modules if isinstance(m, RemovedAttention) for norm in m.modules()}
     for module in modules:

@@ -1,7 +1,7 @@
-"""A trained folder that answers texts: one of ours (compact, padded, uniform, adapter) or any stock sequence classifier.
+"""Predicts texts with a trained folder: an export (compact, padded, uniform, adapter) or any stock sequence classifier.
 
-Legend: N rows, C numbers that the model answers with. Every method is called by all ranks, which share the rows; the answers
-are those of one rank to the last bit.
+Legend: N rows, C outputs of the model. All methods are collective: the ranks share the rows. The results are bitwise equal
+to those of a single rank.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.logits import predict
 from prunadapt_ds.trained_folder import load_folder, scored_length
 
-CHUNK = 8192  # rows that are tokenised, sorted by length and answered together: what is held in memory, whatever a file's size
+CHUNK = 8192  # rows that are tokenised, sorted by length and predicted together; bounds the memory for any file size
 
 
 @dataclass(frozen=True)
 class Answerer:
-    """`label_names`: in the order of the answers' columns; () means regression, where C is 1. `task`: what it was trained for,
-    whose labels the model may have in another order; None where nobody said."""
+    """A loaded model with its tokenizer.
+
+    `label_names`: in the order of the output's columns; () for regression, where C is 1. `task`: the task that the model was
+    trained for, if known; its labels give the order of the columns, which the model's own order may differ from.
+    """
 
     model: Any
     tokenizer: Any
@@ -38,8 +41,10 @@ class Answerer:
     task: Task | None = None
 
     def logits(self, columns: Columns) -> Tensor:
-        """float32 [N, C] on the CPU for sentence1[, sentence2], in their order, on every rank. Raises UserError where they are
-        not finite, and for a `max_seq_length` that the tokenizer does not take."""
+        """Compute float32 [N, C] on the CPU of every rank, for the N rows of sentence1[, sentence2] in their order.
+
+        Raises UserError if a logit is not finite, or if `max_seq_length` is too small or more than the model accepts.
+        """
         from datasets import Dataset
 
         task = Task("answers", None, "sentence1", "sentence2" if "sentence2" in columns else None, self.label_names, ())
@@ -61,33 +66,32 @@ def load(
     task: Task | None = None,
     label_names: tuple[str, ...] = (),
 ) -> Answerer:
-    """The folder or hub id `name`, ready on this rank's device. Collective.
+    """Load the folder or hub ID `name` onto this rank's device. Collective.
 
-    max_seq_length: None: as in the run that wrote the folder.
-    task: what it must have been trained for; without one its labels are called `label_names`, or as its configuration does.
-    Raises UserError for what does not load or is no classifier (or regressor) of one text or a pair.
+    max_seq_length: None for that of the run that wrote the folder.
+    task: the task that it must have been trained for. Without one, its labels are named by `label_names`, or else by its
+    configuration.
+    Raises UserError if it cannot be loaded or is not a single-label classifier or a regressor.
     """
     import datasets
 
-    datasets.disable_progress_bars()  # one for each chunk would be no progress
-    with formats.unsharded():  # a run of this process may still want everything sharded
+    datasets.disable_progress_bars()  # otherwise there would be one for each chunk
+    with formats.unsharded():  # a run in this process may still have a ZeRO-3 configuration alive
         model, tokenizer = distributed.together(lambda: load_folder(name, trust_remote_code, task=task))
     model.to(distributed.device()).eval()
     config = model.config
     if not type(model).__name__.endswith("ForSequenceClassification") and "PeftModel" not in type(model).__name__:
         raise UserError(Problem("model_name_or_path", name, f"is a {type(model).__name__}; name a classifier's folder"))
     if config.problem_type == "multi_label_classification":
-        remedy = "gives several labels to one text; only one label or one number a text can be written"
+        remedy = "gives a text several labels; only models with one label or one number per text are supported"
         raise UserError(Problem("model_name_or_path", name, remedy))
     if task is not None:
         label_names = task.label_names
     elif config.num_labels == 1:
         if label_names:
-            raise UserError(
-                Problem("label_names", " ".join(label_names), "the model answers with one number, no label")
-            )
+            raise UserError(Problem("label_names", " ".join(label_names), "the model predicts one number, not a label"))
     elif label_names and len(label_names) != config.num_labels:
-        remedy = f"the model answers with {config.num_labels} numbers; name as many, each once, in their order"
+        remedy = f"the model has {config.num_labels} outputs; name as many labels, each once, in their order"
         raise UserError(Problem("label_names", " ".join(label_names), remedy))
     else:
         label_names = label_names or class_names(config)
@@ -96,13 +100,13 @@ def load(
 
 
 def chunks(rows: Iterable[dict[str, str]]) -> Iterator[Columns]:
-    """Rows as columns, at most `CHUNK` of them together."""
+    """Yield the rows as columns, at most `CHUNK` rows at a time."""
     left = iter(rows)
     while some := list(itertools.islice(left, CHUNK)):
         yield {name: [row[name] for row in some] for name in some[0]}
 
 
 def shared(what: str, source: Iterator[Columns]) -> Iterator[Columns]:
-    """Rank 0's chunks on every rank; the others' `source` is not touched. `what` begins the message of a failure. Collective."""
+    """Yield rank 0's chunks on every rank; other ranks' `source` is not used. `what`: starts error messages. Collective."""
     while (chunk := distributed.on_rank_0(what, lambda: next(source, None))) is not None:
         yield chunk

@@ -1,10 +1,10 @@
-"""Attention for bf16 training on a CPU: plain matrix products, a few samples at a time, nothing kept but q, k, v and o.
+"""Attention for bf16 training on a CPU: plain matrix products over a few samples at a time that save only inputs and output.
 
-Torch's fused CPU kernel takes four times as long in the backward pass with bf16 as these products do, and an attention
-that lets autograd keep the probabilities takes T * T memory. Everywhere else (accelerators, fp32, dropout) torch's own
-`scaled_dot_product_attention` runs.
+In the bf16 backward pass, PyTorch's fused CPU kernel takes four times as long as these products do, and attention that
+lets autograd save the probabilities needs memory for T * S of them per head. In all other cases (accelerators, other
+dtypes, dropout, causal or grouped-query attention, no gradients) PyTorch's own `scaled_dot_product_attention` runs.
 
-Legend: B samples, H heads, T tokens, S tokens attended to, W head width.
+Legend: B samples, b of them at a time, N heads, T tokens, S tokens attended to, W head width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 NAME = "prunadapt"
 
 
-_CHUNK_BYTES = 16 * 2**20  # of probabilities at a time
+_CHUNK_BYTES = 16 * 2**20  # of probabilities computed at a time
 
 
 class _Attention(torch.autograd.Function):
@@ -37,9 +37,9 @@ class _Attention(torch.autograd.Function):
         grad = grad_outputs[0]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for part in _parts(q, k):
-            p = _probabilities(q[part], k[part], _of(bias, part), ctx.scale)  # [b, H, T, S]
+            p = _probabilities(q[part], k[part], _of(bias, part), ctx.scale)  # [b, N, T, S]
             torch.matmul(p.mT, grad[part], out=dv[part])
-            inner = (grad[part].float() * out[part]).sum(-1, keepdim=True)  # [b, H, T, 1]
+            inner = (grad[part].float() * out[part]).sum(-1, keepdim=True)  # [b, N, T, 1]
             ds = (grad[part] @ v[part].mT).sub_(inner).mul_(p).mul_(ctx.scale)
             torch.matmul(ds, k[part], out=dq[part])
             torch.matmul(ds.mT, q[part], out=dk[part])
@@ -47,7 +47,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _parts(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """Runs of samples whose probabilities fit the chunk."""
+    """Slices of the batch, each with at most `_CHUNK_BYTES` of probabilities or a single sample."""
     per_sample = q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
     size = max(1, _CHUNK_BYTES // max(1, per_sample))
     return (slice(start, start + size) for start in range(0, len(q), size))
@@ -58,7 +58,7 @@ def _of(bias: Tensor | None, part: slice) -> Tensor | None:
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """softmax(q k^T * scale + bias): [b, H, T, S]."""
+    """softmax(q k^T * scale + bias): [b, N, T, S]."""
     scores = (q @ k.mT).mul_(scale)
     if bias is not None:
         scores.add_(bias)
@@ -75,9 +75,9 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [B, H, T, W], key and value [B, H, S, W] -> [B, T, H, W].
+    """The attention function for transformers: query [B, N, T, W], key and value [B, N, S, W] -> [B, T, N, W].
 
-    attention_mask: bool (True: attend) or additive, [B or 1, 1 or H, T or 1, S].
+    attention_mask: bool (True: attend) or additive, [B or 1, 1 or N, T or 1, S]. Grouped-query keys and values have fewer heads.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -93,7 +93,7 @@ def attention_forward(
 
 
 def register() -> str:
-    """Make it known to transformers; returns the name for `attn_implementation`."""
+    """Register `attention_forward` with transformers; returns the name to pass as `attn_implementation`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -1,4 +1,4 @@
-"""The pretrained backbone: loaded frozen, and sharded as it loads where ZeRO-3 is on."""
+"""Loads the pretrained backbone frozen and, under ZeRO-3, sharded from the start."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from prunadapt_ds.streaming import streaming
 
 @dataclass
 class Backbone:
-    """A loaded model with its record.
+    """A loaded model with its family record.
 
-    `task_head_names`: parameters that are new or belong to the task head; they train.  `notes`: a line each about how it was
-    loaded.
-    `known_classes`: what the checkpoint calls the classes that its own head knows; () where the head is new.
-    `stored_dtype`: of the checkpoint's weights, by its configuration.
+    `task_head_names`: parameters that are new or belong to the task head; these are trained.
+    `notes`: messages about how it was loaded, one line each.
+    `known_classes`: the class names of the checkpoint's own head; () if the head is new.
+    `stored_dtype`: dtype of the checkpoint's weights according to its configuration.
     """
 
     model: Any
@@ -44,7 +44,7 @@ class Backbone:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No advice about newly initialised or unsharded weights: what is new trains, and ZeRO-3 shards on its own."""
+    """Silence transformers' warnings about new and unsharded weights: new ones are trained, and ZeRO-3 shards all."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -67,10 +67,10 @@ def load(
     trust_remote_code: bool = False,
     is_language: bool = False,
 ) -> Backbone:
-    """Load a sequence classifier, or a causal language model, with everything frozen but what is new or its head.
+    """Load a sequence classifier or a causal language model, frozen except for its task head and newly initialised parameters.
 
-    Where an `HfDeepSpeedConfig` of stage 3 is alive, every rank reads and keeps its shard only, see `streaming`. Collective;
-    raises UserError on every rank for an unsupported family, a missing or pickled checkpoint, and a failed download.
+    While an `HfDeepSpeedConfig` of stage 3 is alive, every rank reads and keeps only its shard (see `streaming`). Collective.
+    Raises UserError on every rank for an unsupported family, a missing, damaged or pickled checkpoint, or a failed download.
     """
     labels = list(label_names) or [f"LABEL_{i}" for i in range(num_labels)]
     answers = {
@@ -113,9 +113,9 @@ def load(
 
 @dataclass(frozen=True)
 class _Opened:
-    """A checkpoint whose small files are read and whose weights are on this host; nothing of it is built.
+    """A checkpoint whose small files have been read and whose weights are on this host; no model has been built.
 
-    `classes`: what its own configuration calls them. `dtype`: of its weights.
+    `classes`: class names in its own configuration. `dtype`: dtype of its weights.
     """
 
     family: Family
@@ -126,7 +126,7 @@ class _Opened:
 
 
 def _open(name: str, answers: Mapping[str, Any], trust_remote_code: bool, is_language: bool) -> _Opened:
-    """All of loading that a host can fail at alone. `answers`: the fields of the configuration that the task decides."""
+    """Do every part of loading that can fail on one host alone. `answers`: configuration fields that the task determines."""
     from transformers import AutoConfig, AutoTokenizer
 
     model_folder.check(name)
@@ -139,28 +139,28 @@ def _open(name: str, answers: Mapping[str, Any], trust_remote_code: bool, is_lan
         config.name_or_path = model_folder.locate(name)
         family = family_of(config)
         if is_language and not family.is_decoder:
-            remedy = f"{config.model_type} is no decoder and generates no text; leave --task_type out"
+            remedy = f"{config.model_type} is not a decoder and cannot generate text; leave --task_type out"
             raise UserError(Problem("task_type", "causal_lm", remedy))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if family.is_decoder:
             agree_on_padding(name, config, tokenizer)
-            config.use_cache = False  # nothing is generated while training; the export switches it on again
+            config.use_cache = False  # training does not generate; the export switches it on again
     return _Opened(family, config, tokenizer, class_names(stock), stored_dtype(stock))
 
 
 @contextmanager
 def refusals(name: str) -> Iterator[None]:
-    """What goes wrong while a model is loaded, as a UserError; a rank that is gone is no mistake of its user's."""
+    """Turn errors of loading a model into UserErrors, except that of a lost rank, which the user did not cause."""
     try:
         yield
     except PrunadaptError:
         raise
-    except Exception as error:  # a folder can be wrong in as many ways as transformers has types of errors
+    except Exception as error:  # transformers raises many types of errors for a faulty folder
         if isinstance(error, RuntimeError) and distributed.is_lost_rank(error):
             raise
         reason = f"cannot be loaded: {' '.join(str(error).split())[:300] or type(error).__name__}"
         if "trust_remote_code" in str(error):
-            reason = "needs code that it brings itself; read that code, and say --trust_remote_code to run it"
+            reason = "needs code that comes with it; read that code, and pass --trust_remote_code to run it"
         raise UserError(Problem("model_name_or_path", name, reason)) from error
 
 
@@ -170,23 +170,23 @@ def refuse_no_layers(name: str, layout: Layout) -> None:
 
 
 def class_names(config: Any) -> tuple[str, ...]:
-    """What a model's configuration calls its classes, in the order of its outputs."""
+    """The class names in a model's configuration, in the order of its outputs."""
     return tuple(str(config.id2label[i]) for i in sorted(config.id2label))
 
 
 def stored_dtype(config: Any) -> str:
-    """The dtype that a checkpoint's configuration says its weights have, as exports name it; float32 where it says none."""
+    """The dtype of a checkpoint's weights according to its configuration; float32 if it gives none that exports support."""
     found = str(getattr(config, "dtype", None)).removeprefix("torch.")
     return found if found in EXPORT_DTYPES else "float32"
 
 
 def agree_on_padding(name: str, config: Any, tokenizer: Any) -> None:
-    """Let tokenizer and model name the same padding token, on the right.
+    """Make the tokenizer and the model use the same padding token, and pad on the right.
 
-    A decoder's classifier reads the last token that is no padding; if it took another token for padding than the tokenizer,
-    it would read a padded position and nobody would tell. On the right, positions count from the first real token and
-    causal attention never sees what follows. A tokenizer without such a token gets the configuration's, or an existing one
-    that stands for no text: no embedding is added. Raises UserError where there is none.
+    A decoder's classifier reads the last token that is not padding: if model and tokenizer disagreed about the padding token,
+    it would silently read a padded position. With padding on the right, positions count from the first real token, and causal
+    attention never sees the padding. A tokenizer without a padding token gets the configuration's, or else an existing special
+    token, so no embedding is added. Raises UserError if there is none, or if the model has no embedding for it.
     """
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
@@ -194,12 +194,14 @@ def agree_on_padding(name: str, config: Any, tokenizer: Any) -> None:
         known = None if of_config is None or of_config < 0 else tokenizer.convert_ids_to_tokens(of_config)
         found = known or tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
         if found is None:
-            remedy = "its tokenizer has no padding token and none to take for it; set one in tokenizer_config.json"
+            remedy = "its tokenizer has no padding token, nor one to use instead; set one in tokenizer_config.json"
             raise UserError(Problem("model_name_or_path", name, remedy))
         tokenizer.pad_token = found
     known_tokens = config.get_text_config().vocab_size
     if not 0 <= tokenizer.pad_token_id < known_tokens:
-        remedy = f"its padding token is number {tokenizer.pad_token_id}, the model has {known_tokens} embeddings"
+        remedy = (
+            f"its padding token has the ID {tokenizer.pad_token_id}, but the model has only {known_tokens} embeddings"
+        )
         raise UserError(Problem("model_name_or_path", name, remedy))
     config.pad_token_id = tokenizer.pad_token_id
 
@@ -209,30 +211,30 @@ def _prefixes(modules: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _refuse_damaged(name: str, layout: Layout, new: set[str], head: tuple[str, ...]) -> None:
-    """A checkpoint without all but its head would leave parts of the backbone at random."""
+    """Raise UserError if the checkpoint lacks more than its head: those parts of the backbone would stay random."""
     lost = sorted(key for key in new if not key.startswith(head))
     inside = [key for key in lost if key.startswith(layout.layers)]
     if lost:
-        what = f"{len(inside)} weights of its blocks" if inside else f"{len(lost)} weights beside its blocks"
-        remedy = f"{what} are missing or have another shape than config.json says, e.g. {(inside or lost)[0]}"
+        what = f"{len(inside)} weights of its blocks" if inside else f"{len(lost)} weights outside its blocks"
+        remedy = f"{what} are missing or have a different shape than in config.json, e.g. {(inside or lost)[0]}"
         raise UserError(Problem("model_name_or_path", name, remedy))
 
 
 def freeze(model: nn.Module, trainable: frozenset[str]) -> None:
-    """Only the parameters named in `trainable` keep a gradient."""
+    """Freeze all parameters except those named in `trainable`, in place."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
 
 
 def check_recomputation(model: Any) -> None:
-    """Gradient checkpointing needs blocks that transformers can compute again. Raises UserError."""
+    """Raise UserError if transformers cannot recompute the model's blocks, as gradient checkpointing requires."""
     if not model.supports_gradient_checkpointing:
         remedy = f"transformers cannot recompute the blocks of {model.config.model_type}; leave it out"
         raise UserError(Problem("gradient_checkpointing", True, remedy))
 
 
 def no_dropout(model: nn.Module) -> None:
-    """Switch off the backbone's own dropout: frozen weights need no regulariser, and samples' gradients become exact."""
+    """Switch off the backbone's dropout, in place: frozen weights need no regulariser, and per-sample gradients become exact."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

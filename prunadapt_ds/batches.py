@@ -1,12 +1,11 @@
-"""Batches that are the same for every split of the same samples.
+"""Batches: every optimizer step has the same samples, however it is split over ranks and micro-batches.
 
-Legend: N samples, B rows of a micro-batch, T tokens, G = world_size * accumulation * B rows of a whole optimizer step.
+Legend: N samples, B rows of a micro-batch, T tokens, G = world_size * accumulation * B samples of a whole optimizer step.
 
-The order of an epoch depends on the seed, the epoch and (grouped by length) the samples of a step, never on how a step is
-split. A step takes the next G samples of it; the micro-batch m of
-rank r takes the chunk m * world_size + r of those. The last step of an epoch may be short: its rows weigh more, so that every
-sample of the step counts the same, and a rank left without samples runs one row at weight zero, so that no collective
-waits for it.
+The order of an epoch depends on the seed, the epoch and, if samples are grouped by length, on G, but never on how a step
+is split. A step takes the next G samples of that order; micro-batch m of rank r takes chunk m * world_size + r of them.
+The last step of an epoch may be short: its rows then have larger weights, so that the loss is still the mean over the
+step's samples, and a rank left without samples runs one row with weight zero, so that no collective waits for it.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.structure import full_shape
 
 PAD_TO_MULTIPLE_OF = 8
-GROUPED_STEPS = 8  # a run is sorted by length: long enough to save padding, short enough to mix
+GROUPED_STEPS = 8  # steps sorted by length together: enough to save padding, few enough to keep the order random
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank.
 
-    inputs: model inputs [B, T].  labels: [B], of language [B, T].  index: int64 [B], positions in the dataset.  weights:
-    float [B]; the loss of the micro-batch is sum_b weights[b] * L_b, whose mean over ranks and accumulation steps is the
-    mean loss of the step's samples. A row of weight 0 is no sample.
+    inputs: model inputs [B, T].  labels: [B], or [B, T] for language models.  index: int64 [B], positions in the `Rows`.
+    weights: float [B]; the loss of the micro-batch is sum_b weights[b] * L_b, whose mean over ranks and accumulation steps
+    is the mean loss of the step's samples. A row of weight 0 is a placeholder, not a sample.
     """
 
     inputs: dict[str, Tensor]
@@ -51,7 +50,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of whole numbers of unequal length, in one array: 4 bytes a number, where a list has an object for most.
+    """Rows of integers, of varying length, in one array: 4 bytes per integer, where lists would hold an object for most of them.
 
     values: int32 [sum of all lengths].  starts, lengths: int64 [N].
     """
@@ -62,7 +61,7 @@ class Ragged:
 
     @staticmethod
     def of(column: Any) -> Ragged:
-        """column: an Arrow array of lists."""
+        """Flatten an Arrow array of lists of integers."""
         lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
         values = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
         return Ragged(values, np.cumsum(lengths) - lengths, lengths)
@@ -78,12 +77,15 @@ class Ragged:
         return (self[row] for row in range(len(self)))
 
     def pick(self, rows: Sequence[int]) -> Ragged:
-        """Those rows, of the same array."""
+        """These rows, in this order; the values are shared, not copied."""
         return Ragged(self.values, self.starts[rows], self.lengths[rows])
 
 
 class Rows:
-    """Tokenised examples by position, collated with dynamic padding."""
+    """Tokenised examples by position, collated with dynamic padding.
+
+    labels: [N], zeros if every token has a label of its own; those are in `token_labels`. places: int64 [N].
+    """
 
     def __init__(self, dataset: Any, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -96,7 +98,7 @@ class Rows:
         self.token_labels = Ragged.of(labels.combine_chunks()) if is_of_tokens else None
         self.labels = torch.zeros(len(labels)) if is_of_tokens else torch.tensor(labels.to_pylist())
         known = "index" in dataset.column_names
-        self.places = table["index"].to_numpy() if known else np.arange(len(labels))  # in the whole split
+        self.places = table["index"].to_numpy() if known else np.arange(len(labels))  # positions in the whole split
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -114,7 +116,7 @@ class Rows:
         return found.hexdigest()
 
     def row(self, position: int) -> dict[str, list[int]]:
-        """One row's numbers, by model input."""
+        """One row's unpadded values, by name of the model input."""
         return {name: column[position] for name, column in self.tokens.items()}
 
     def head(self, count: int) -> Rows:
@@ -122,7 +124,7 @@ class Rows:
         return self.pick(range(min(count, len(self))))
 
     def sample(self, count: int) -> Rows:
-        """At most `count` rows, drawn at random (files may be sorted, or their labels alternate), the same on every rank."""
+        """At most `count` rows drawn at random, because files may be sorted or alternate labels; the same on every rank."""
         return self.pick(sorted(random.Random(0).sample(range(len(self)), min(count, len(self)))))
 
     def pick(self, positions: Sequence[int]) -> Rows:
@@ -137,20 +139,20 @@ class Rows:
         return some
 
     def without_labels(self) -> Rows:
-        """Language rows of which the last token's logits are asked for, not their likelihood."""
+        """The same rows without token labels: a language model's predictions are then the last token's logits, not likelihoods."""
         some = copy.copy(self)
         some.token_labels = None
         return some
 
     def padded_labels(self, positions: Sequence[int], width: int) -> Tensor | None:
-        """A label for each token [B, T], -100 for padding; None for rows that have one label each."""
+        """Token labels, int64 [B, T], padded with -100 to `width` tokens; None if each row has a single label."""
         if self.token_labels is None:
             return None
         rows = [self.token_labels[i] for i in positions]
         return torch.tensor([row + [-100] * (width - len(row)) for row in rows])
 
     def inputs(self, positions: Sequence[int]) -> dict[str, Tensor]:
-        """Model inputs of these rows, padded to the longest of them and on to a multiple of 8, as far as the model takes it."""
+        """Model inputs [B, T] of these rows. T is the longest length, rounded up to a multiple of 8 as far as the model allows."""
         rows = [self.row(i) for i in positions]
         longest = max(self.lengths[i] for i in positions)
         width = max(
@@ -168,17 +170,17 @@ class Rows:
 
 
 def refuse_unknown_tokens(name: str, model: nn.Module, rows: Rows) -> None:
-    """Raises UserError where rows hold a token that the model has no embedding of."""
+    """Raise UserError if `rows` hold a token for which the model has no embedding."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     known = full_shape(embedding.weight)[0]
     if len(rows) and (highest := rows.highest_token) >= known:
-        remedy = f"its tokenizer makes token {highest} of these texts, and it has embeddings of {known}: not its own?"
+        remedy = f"the tokenizer produces token {highest}, but the model has {known} embeddings; is it the model's own?"
         raise UserError(Problem("model_name_or_path", name, remedy))
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Which samples each rank sees at each step; see the top of this file."""
+    """Which samples each rank sees at each step; see the module's docstring."""
 
     num_samples: int
     micro_batch_size: int
@@ -186,8 +188,8 @@ class Sampler:
     rank: int
     world_size: int
     seed: int
-    lengths: tuple[int, ...] = ()  # tokens of each sample, where samples of like length shall share a step
-    _orders: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)  # the present epoch's
+    lengths: tuple[int, ...] = ()  # tokens of each sample, to group samples of similar length; empty: no grouping
+    _orders: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)  # only the current epoch's
 
     @property
     def samples_per_step(self) -> int:
@@ -212,10 +214,10 @@ class Sampler:
         return self._orders[epoch][start : start + self.samples_per_step].tolist()
 
     def _order(self, epoch: int) -> Tensor:
-        """All samples in an epoch's order: int64 [N].
+        """All samples in the order of an epoch: int64 [N].
 
-        With `lengths`, samples are sorted within runs of `GROUPED_STEPS` steps of a random order, and the steps shuffled
-        again; what does not fill a step stays last.
+        With `lengths`, a random order is divided into runs of `GROUPED_STEPS` steps, each run is sorted by length, and the
+        resulting steps are shuffled; samples that do not fill a step stay last.
         """
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         order = torch.randperm(self.num_samples, generator=generator)
@@ -241,10 +243,10 @@ class Sampler:
 
 
 def evaluation_batches(lengths: Sequence[int], batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
-    """This rank's batches of an evaluation in which every row counts once, rows of like length together.
+    """This rank's batches in an evaluation that counts every row once, with rows of similar length together.
 
-    Every rank gets the same number of batches; a batch without rows of its own is empty. All ranks together compute the very
-    batches that one rank would, so that padding, and with it every last bit, does not depend on their number.
+    Every rank gets the same number of batches; some may be empty. Together the ranks compute exactly the batches that one
+    rank would, so padding, and with it every bit of the result, does not depend on the number of ranks.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for start in range(0, len(by_length), batch_size * world_size):

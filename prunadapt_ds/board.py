@@ -1,6 +1,6 @@
-"""What TensorBoard shows beside plain curves: pictures of every decision, score and gate histograms, the run as a row of a sweep.
+"""What TensorBoard shows besides curves: pictures and histograms of every decision, and the run as a row in "HParams".
 
-Functions that take a SummaryWriter; called on rank 0 only.
+All functions take a SummaryWriter and are called only on rank 0.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ TAGS = {
     "communication/sent(bytes)": "efficiency/sent_per_step_MiB",
     "time/train(s)": "efficiency/train_seconds",
 }
-"""Metrics whose group in TensorBoard is not that of metrics.jsonl. Memory and what is sent are those of a rank."""
-DOTS_PER_INCH = 200  # pictures are looked at larger than they are
+"""Metrics that have another name in TensorBoard than in metrics.jsonl. Memory and bytes sent are per rank."""
+DOTS_PER_INCH = 200  # high, because pictures are viewed enlarged
 
 LAYOUT = {
     "run": {
@@ -39,22 +39,22 @@ LAYOUT = {
 
 
 def tag(metric: str) -> str:
-    """Where TensorBoard shows a metric: train, distillation, eval, pruning or efficiency."""
+    """A metric's name in TensorBoard, in the group train, distillation, eval, pruning or efficiency."""
     return TAGS.get(metric, metric.replace("learning_rate/", "train/learning_rate_"))
 
 
 def scaled(metric: str, value: float) -> float:
-    """The value that TensorBoard shows: MiB where metrics.jsonl says bytes, whose curves would read 5.5e+7."""
+    """The value that TensorBoard shows: MiB where metrics.jsonl has bytes, which would be shown as 5.5e+7."""
     return value / 2**20 if metric.endswith("(bytes)") else value
 
 
 def begin(writer: Any) -> None:
-    """One dashboard with score, sparsity, speed, loss and memory ("Custom Scalars")."""
+    """Add a dashboard with score, sparsity, speed, loss and memory ("Custom Scalars")."""
     writer.add_custom_scalars(LAYOUT)
 
 
 def decision(writer: Any, *, step: int, plan: PruningPlan, scores: Tensor, gates: Tensor) -> None:
-    """Scores [U] and what was decided from them, by layer; gates: float [units that are physically there]."""
+    """Write one decision: the scores, float [U], the plan made from them, and `gates`, float [physically present units]."""
     tables = score_tables(plan, scores)
     for name, draw, table in (
         ("importance", importance_figure, tables),
@@ -75,7 +75,7 @@ def decision(writer: Any, *, step: int, plan: PruningPlan, scores: Tensor, gates
 
 
 def score_tables(plan: PruningPlan, scores: Tensor) -> dict[str, np.ndarray]:
-    """log10 of the scores: "heads" [layers, most heads] and "neurons" [layers, blocks], of each block its mean."""
+    """log10 of the scores: "heads" [layers, max heads] and "neurons" [layers, BLOCKS], the mean of each group of neurons."""
     tables = {}
     for kind in dict.fromkeys(s.kind for s in plan.structure.sublayers):
         rows = [scores[s.span].double().cpu().numpy() for s in plan.structure.sublayers if s.kind == kind]
@@ -85,7 +85,7 @@ def score_tables(plan: PruningPlan, scores: Tensor) -> dict[str, np.ndarray]:
 
 
 def importance_figure(tables: Mapping[str, np.ndarray]) -> Any:
-    """Dark is important. The scale of a panel spans its own scores, the lowest twentieth cut off."""
+    """A heatmap per kind, dark where important. Each panel has its own scale, which starts at the 5th percentile."""
     figure, axes = figures.figure(1.2 + 0.2 * max(map(len, tables.values())), 1, len(tables), squeeze=False)
     for axis, (kind, table) in zip(axes[0], tables.items(), strict=True):
         lowest = float(np.nanpercentile(table, 5))
@@ -97,7 +97,7 @@ def importance_figure(tables: Mapping[str, np.ndarray]) -> Any:
 
 
 def kept_figure(tables: Mapping[str, np.ndarray]) -> Any:
-    """Dark stays, light is cut."""
+    """A heatmap per kind, dark where units are kept, light where they are cut."""
     figure, axes = figures.figure(1.0 + 0.2 * max(map(len, tables.values())), 1, len(tables), squeeze=False)
     for axis, (kind, table) in zip(axes[0], tables.items(), strict=True):
         axis.set_xlabel("head" if kind == "heads" else "group of neurons")
@@ -109,10 +109,10 @@ def kept_figure(tables: Mapping[str, np.ndarray]) -> Any:
 def result(
     writer: Any, options: Mapping[str, Any], measures: Mapping[str, float | None], given: Collection[str] = ()
 ) -> None:
-    """The run as one row of TensorBoard's table of runs ("HParams").
+    """Write the run as one row of TensorBoard's table of runs ("HParams").
 
-    The table shows five options unasked: those said to differ between runs, then by the alphabet. So it is said of what
-    tells runs apart whatever they are, and of the options that somebody chose (`given`).
+    By default the table shows five options: those marked as differing between runs, then the others alphabetically. So the
+    options that distinguish most runs are marked, and those that the user chose (`given`).
     """
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
@@ -132,7 +132,7 @@ def result(
 
 
 def measures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
-    """What a sweep is compared by."""
+    """The results by which the runs of a sweep are compared."""
     metric, params, latency = (
         report["metric"]["exported"] or report["metric"]["masked"] or {},
         report["params"],
@@ -149,7 +149,7 @@ def measures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def options_of(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The options of a sweep's table, by name."""
+    """The options shown in a sweep's table, by name."""
     flat = {name: value for section in config.values() for name, value in section.items()}
     return {name: flat[name] for name in _COMPARED if flat.get(name) is not None}
 

@@ -1,4 +1,4 @@
-"""From importance scores to the units that stay: the global decision. Pure functions: no model, no collectives.
+"""The global pruning decision: from importance scores to the units that stay. Pure functions: no model, no collectives.
 
 Legend: U units of the whole model in flat order.
 """
@@ -44,7 +44,7 @@ class PruningPlan:
         return mask
 
     def cost(self, budget: str) -> int:
-        """Parameters, multiply-accumulates or nanoseconds of the blocks that remain."""
+        """Cost of the blocks with the units kept: parameters ("params"), multiply-accumulates ("macs") or ns ("latency")."""
         return self.structure.cost(budget, map(len, self.kept))
 
     def sparsity(self, budget: str) -> float:
@@ -53,13 +53,13 @@ class PruningPlan:
 
     @property
     def skipped(self) -> set[int]:
-        """Layers that are skipped as a whole."""
+        """Layers that are skipped as a whole: those without units, if the structure skips them."""
         pairs = list(zip(self.structure.sublayers, self.kept, strict=True))
         left = {s.layer for s, kept in pairs if kept}
         return {s.layer for s, _ in pairs} - left if self.structure.skips else set()
 
     def passed(self) -> Tensor:
-        """bool [U], True for units that a masked model computes, shut ones too: False in layers that are skipped."""
+        """bool [U], True for units that a masked model computes, including masked ones: False only in skipped layers."""
         passed, skipped = torch.ones(self.structure.num_units, dtype=torch.bool), self.skipped
         for sublayer in self.structure.sublayers:
             passed[sublayer.span] = sublayer.layer not in skipped
@@ -88,11 +88,11 @@ class PruningPlan:
 
 
 def cut_items(sublayer: SubLayer, scores: Tensor, multiple: int, floor: int) -> tuple[Tensor, Tensor]:
-    """The pieces in which a sub-layer is cut, worst first: heads one by one, neurons in groups; `floor` units stay.
+    """The pieces that can be cut from a sub-layer, least important first: single heads or groups of neurons; `floor` units stay.
 
-    Every cut leaves a multiple of `multiple` neurons; a layer whose size is none loses the remainder first.
-    scores: float [units of this sub-layer]. Returns flat indices int64 [cuttable units], and the sizes int64 [items] of
-    the pieces they form one after another. Equal scores keep the order of their indices.
+    Every cut leaves a multiple of `multiple` neurons; if the sub-layer has some other number, the remainder goes first.
+    scores: float [units of this sub-layer]. Returns the flat indices of the units that can be cut, int64 [cuttable units],
+    and the sizes of the consecutive pieces they form, int64 [pieces]. Equal scores keep the order of their indices.
     """
     order = torch.argsort(scores, stable=True)
     size = multiple if sublayer.kind == "neurons" else 1
@@ -112,14 +112,16 @@ def decide(
     gone: Tensor | None = None,
     uniform: bool = False,
 ) -> PruningPlan:
-    """Cut the units with the least score per cost, over all layers and kinds at once, until the budget is met.
+    """Cut the units with the lowest score per cost, over all layers and kinds at once, until the budget is met.
 
     scores: float [U]. The cost kept differs from `(1 - sparsity) * dense` by at most one item (one head, or one group of
-    `neuron_multiple` neurons). `gone`: bool [U], units that are physically removed already and cannot come back. `uniform`:
-    all layers lose alike; an item is then the least important head (or group of neurons) of every layer together, and all
-    layers must have equal floors and `counts`, of which each is weighed; where the structure skips layers without units,
-    whole layers go as well when less importance is lost that way. Ties break by flat index.
-    Raises UserError when `sparsity` is more than can be cut, naming the maximum.
+    `neuron_multiple` neurons), unless more than that is gone already. `gone`: bool [U], units that are physically removed and
+    cannot come back. Ties break by flat index. Raises UserError, which names the maximum, if `sparsity` is more than can be cut.
+
+    `uniform`: all layers lose the same number of units. An item is then the least important head (or group of neurons) of
+    every layer together, and all layers must have the same floors and `counts`; each of these counts is tried. If the
+    structure skips layers without units, whole layers go too if less importance is lost that way. Under either restriction
+    even the closest plan may miss the target by more than one item.
     """
     scores = scores.detach().double().cpu()
     assert scores.shape == (structure.num_units,) and bool(torch.isfinite(scores).all())
@@ -146,9 +148,9 @@ def decide(
         densities = _densities(zeros.scatter_add(0, owner, scores[flat]), item_costs, chains)  # [items]
         order = torch.argsort(densities, stable=True)
         removed = item_costs[order].cumsum(0)
-        if excess > removed[-1] + 0.5:  # costs are whole numbers; less than one is the rounding of `sparsity * dense`
+        if excess > removed[-1] + 0.5:  # costs are integers; less than one is rounding of `sparsity * dense`
             raise _too_sparse(sparsity, float(removed[-1]) / dense)
-        # The prefix whose cost is nearest to what must go; of two equally near ones the shorter.
+        # The prefix of `order` whose cost is closest to `excess`; on a tie the shorter one.
         candidates = torch.cat([zeros[:1], removed])
         count = int((candidates - excess).abs().argmin())
         count = max(count, int((densities == -torch.inf).sum()))
@@ -165,16 +167,16 @@ def _nearest_of_least_score(
     sparsity: float,
     how: dict[str, Any],
 ) -> PruningPlan:
-    """Of several ways to meet a budget those that come as near as their items let them, of these the one whose cuts have the
-    least score, of equals the first. Where none comes that near it is the nearest.
+    """The plan that cuts the lowest total score among those within half an item of the target (the first on a tie); if none
+    is that close, the closest.
 
-    `shapes`: what remains to be cut item by item in each, and what it keeps, bool [U].
+    `shapes`: for each candidate, the structure that was cut item by item, and the units of the whole model it keeps, bool [U].
     """
     budget, wanted = how["budget"], (1 - sparsity) * structure.dense_cost(how["budget"])
     tried: list[tuple[float, float, PruningPlan]] = []
     for rest, keep in shapes:
         plan = PruningPlan.from_mask(structure, keep)
-        # What is gone may force more than was asked for.
+        # By how much it misses the target beyond half an item and 1 for rounding: what is gone may force a larger cut.
         off = max(0.0, abs(plan.cost(budget) - wanted) - _item_cost(rest, how["neuron_multiple"], budget) / 2 - 1)
         tried.append((off, float(scores[~keep].sum()), plan))
     return min(tried, key=lambda one: one[:2])[2]
@@ -183,7 +185,7 @@ def _nearest_of_least_score(
 def _depths(
     scores: Tensor, structure: Structure, sparsity: float, gone: Tensor | None, how: dict[str, Any]
 ) -> Iterator[tuple[Structure, Tensor]]:
-    """Whole layers go, the least important ones, before those that are left lose alike: one way for each depth. See `decide`."""
+    """One candidate per depth: drop that many of the least important layers, then cut the others uniformly. See `decide`."""
     gone = torch.zeros(structure.num_units, dtype=torch.bool) if gone is None else gone
     budget = how["budget"]
     owners = torch.cat([torch.full((s.num_units,), s.layer) for s in structure.sublayers])
@@ -207,7 +209,7 @@ def _depths(
 def _widths(
     scores: Tensor, structure: Structure, sparsity: float, gone: Tensor | None, how: dict[str, Any]
 ) -> Iterator[tuple[Structure, Tensor]]:
-    """Each number of units that a kind may be left with, and what must go beside it: one way for each. See `decide`."""
+    """One candidate per allowed count: cut the limited sub-layers to it, and the others to meet the budget. See `decide`."""
     gone = torch.zeros(structure.num_units, dtype=torch.bool) if gone is None else gone
     limited = [s for s in structure.sublayers if s.counts]
     present = min(s.num_units - int(gone[s.span].sum()) for s in limited)
@@ -226,7 +228,7 @@ def _widths(
 
 
 def _item_cost(structure: Structure, neuron_multiple: int, budget: str) -> int:
-    """What the first item of a uniform cut saves: a head, or a group of neurons, of every layer; of several kinds the most."""
+    """What the first item of a uniform cut saves, a head or a group of neurons of every layer: whichever kind saves more."""
     saved: dict[str, int] = {}
     for s in structure.sublayers:
         if s.num_units > s.floor:
@@ -236,20 +238,20 @@ def _item_cost(structure: Structure, neuron_multiple: int, budget: str) -> int:
 
 
 def _piece_costs(sublayer: SubLayer, sizes: Tensor, budget: str) -> Tensor:
-    """What each piece of a sub-layer saves when those before it are gone: int64 [pieces]. `sizes`: its units."""
-    left = sublayer.num_units - torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])  # before the first, after each
+    """What each piece of a sub-layer saves once those before it are gone: int64 [pieces]. `sizes`: units of each piece."""
+    left = sublayer.num_units - torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])  # before the first cut, after each
     return -sublayer.costs(budget)[left].diff()
 
 
 def _densities(scores: Tensor, costs: Tensor, chains: list[int]) -> Tensor:
-    """Score per cost of the items by which they are ranked: float [items], never falling within a chain.
+    """Score per cost by which items are ranked: float [items], never falling within a chain.
 
-    scores, costs: float [items]. `chains`: lengths of the runs of items that can only go one after another. Where an item
-    saves more for its score than those before it (a measured time falls in steps), they are weighed together: what is
-    cut is then, at any threshold, the choice that loses the least score for its saving. Costs in proportion to units leave
-    all as it is.
+    scores, costs: float [items]. `chains`: lengths of the runs of items that can only be cut in order. If an item saves more
+    for its score than those before it (measured times fall in steps), they are pooled to one value: at any threshold, the
+    items below it are then the choice that loses the least score for what it saves. Nothing is pooled if costs are
+    proportional to the number of units.
     """
-    costs = costs.clamp(min=1e-6)  # of whole numbers: what saves nothing goes last
+    costs = costs.clamp(min=1e-6)  # costs are integers; an item that saves nothing goes last
     densities = scores / costs
     for chain, cost in zip(densities.split(chains), costs.split(chains), strict=True):  # views
         there = chain > -torch.inf
@@ -259,10 +261,10 @@ def _densities(scores: Tensor, costs: Tensor, chains: list[int]) -> Tensor:
 
 
 def _item_numbers(structure: Structure, counts: list[int], uniform: bool) -> tuple[Tensor, list[int]]:
-    """The item that each piece belongs to, int64 [pieces], and the lengths of the runs of items of one sub-layer.
+    """The item that each piece belongs to, int64 [pieces], and the lengths of the chains of items that are cut in order.
 
-    `counts`: pieces of each sub-layer. Pieces are items of their own; with `uniform`, the n-th pieces of all sub-layers of
-    a kind are one item.
+    `counts`: number of pieces of each sub-layer. Each piece is an item and each sub-layer a chain; with `uniform`, the n-th
+    pieces of all sub-layers of a kind form one item, and each kind is a chain.
     """
     if not uniform:
         return torch.arange(sum(counts)), counts
@@ -280,23 +282,23 @@ def _item_numbers(structure: Structure, counts: list[int], uniform: bool) -> tup
 
 
 def max_sparsity(structure: Structure, budget: str) -> float:
-    """The sparsity at which every unit is gone that may go; of layers that may be skipped, all but one."""
+    """The highest sparsity that can be reached: every sub-layer at its floor or, if layers may be skipped, all but one skipped."""
     first = structure.sublayers[0].layer
     fewest = (s.floor if s.layer == first or not structure.skips else 0 for s in structure.sublayers)
     return 1 - structure.cost(budget, fewest) / structure.dense_cost(budget)
 
 
 def check_target(structure: Structure, target: float, budget: str, speedup: float | None = None) -> None:
-    """A sparsity beyond what can be cut is said before training, not at the last decision.
+    """Raise UserError if `target` is more than can be cut: before training, not at the last decision.
 
-    `speedup`: what the user asked for, where the sparsity follows from it. Raises UserError.
+    `speedup`: the value the user gave, if the sparsity was derived from it.
     """
     most = max_sparsity(structure, budget)
     if target <= most:
         return
     if speedup is None:
         raise _too_sparse(target, most)
-    remedy = f"more than can be cut from this model; at most {1 / (1 - most):.2f} by what its blocks take here"
+    remedy = f"more than can be cut from this model; at most {1 / (1 - most):.2f} by the block times measured here"
     raise UserError(Problem("target_speedup", speedup, remedy))
 
 

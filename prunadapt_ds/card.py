@@ -1,4 +1,4 @@
-"""The model card of an exported folder: metadata that the hub reads, how to load and serve it, its limits, its figures."""
+"""The model card of an exported folder: metadata for the hub, how to load and serve the model, its limits and results."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from prunadapt_ds.data import HUB_DATASET, TASKS, Task
 from prunadapt_ds.models import auto_classes
 from prunadapt_ds.report import markdown
 
-SAMPLE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # whose weights the sample extra carries
+SAMPLE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # the model whose weights the sample extra contains
 STATED = ("license", "license_name", "license_link", "language", "base_model")
 TAGS = {"prunadapt": ["pruning", "lora"], "tmp": ["pruning", "lora"], "lora": ["lora"], "full": []}
-HUB_METRICS = {"macro_f1": "f1"}  # ours -> the hub's name, where they differ
+HUB_METRICS = {"macro_f1": "f1"}  # our name -> the hub's, where they differ
 
 
 def stated(model_name_or_path: str) -> dict[str, Any]:
-    """What the base model's own card says of `STATED`: the README.md of its folder, of the hub's cache, or asked of the hub.
+    """The `STATED` fields of the base model's card, from its folder, the hub cache or the hub.
 
-    Nothing where there is no card, or none that can be read. Takes no longer than the hub's one request (hub.py).
+    Returns {} if there is no readable card. Takes at most the time of one request to the hub (hub.py).
     """
     from huggingface_hub import ModelCard, constants, try_to_load_from_cache
 
@@ -33,7 +33,7 @@ def stated(model_name_or_path: str) -> dict[str, Any]:
     if isinstance(path, str | Path) and Path(path).is_file():
         try:
             values = ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-        except Exception:  # a card is free text that anybody wrote: whatever is wrong with it, it says nothing
+        except Exception:  # a card is free text written by anyone: one that cannot be parsed states nothing
             return {}
     elif not Path(source).is_dir() and not constants.HF_HUB_OFFLINE:
         found: list[Any] = []
@@ -43,13 +43,13 @@ def stated(model_name_or_path: str) -> dict[str, Any]:
 
 
 def _is_text(value: Any) -> bool:
-    """A word, or a list of words: what the hub takes for all of `STATED`."""
+    """Whether `value` is a non-blank string or a list of them, as the hub requires for all of `STATED`."""
     items = value if isinstance(value, list) and value else [value]
     return all(isinstance(item, str) and item.strip() for item in items)
 
 
 def metadata(report: dict[str, Any], model: str, task: Task, base: dict[str, Any]) -> Any:
-    """The card's `ModelCardData`. `base`: what the base model's card states. Names no folder of this machine."""
+    """The card's `ModelCardData`, without any path of this machine. `base`: what the base model's card states."""
     from huggingface_hub import EvalResult, ModelCardData
 
     is_glue = task.name in TASKS and task.folder is not None
@@ -92,12 +92,12 @@ def pipeline_of(report: dict[str, Any]) -> str:
 
 
 def render(report: dict[str, Any], model: str, task: Task, kind: str, base: dict[str, Any] | None = None) -> str:
-    """README.md of the export `kind` of a run. `model`: as the run was given it; `base`: what `stated` found."""
+    """The README.md for the export `kind` of a run. `model`: the option that named it; `base`: what `stated` returned."""
     base = base or {}
     data = metadata(report, model, task, base)
     if kind == "adapter":
         data.library_name, data.base_model_relation = "peft", "adapter"
-    # A folder of the machine it was trained on means nothing to a reader, and its name may be private.
+    # A path on the training machine means nothing to a reader and may be private.
     public = {**report, "model": data.base_model if model == "sample" else model, "command": None}
     if Path(model).exists():
         public["model"] = "a local checkpoint"
@@ -106,7 +106,7 @@ def render(report: dict[str, Any], model: str, task: Task, kind: str, base: dict
 
 
 def remade(compact: str, kind: str) -> str:
-    """The card of the export `kind` that was made of a compact folder, from that folder's card."""
+    """Turn a compact folder's card into that of the export `kind` made from it. Leaves cards that are not ours as they are."""
     before, heading, rest = compact.partition(_LOAD)
     section, limits, after = rest.partition(_LIMITS)
     if not limits:  # somebody else's card
@@ -144,7 +144,7 @@ from transformers import pipeline
 
 run = pipeline("{pipeline}", model="PATH"{argument})
 run({example})
-run([{example}] * 100, batch_size=32)  # many at once
+run([{example}] * 100, batch_size=32)  # many inputs in batches
 ```
 
 or `{auto_classes.name_of(is_language)}.from_pretrained("PATH"{argument})`. {_WHY[kind if remote or kind != "compact" else "whole"]}
@@ -152,18 +152,18 @@ or `{auto_classes.name_of(is_language)}.from_pretrained("PATH"{argument})`. {_WH
 
 
 def _adapter_text(report: dict[str, Any], task: Task, base_model: Any, base: dict[str, Any]) -> str:
-    """The card of a folder that holds no model of its own."""
+    """The text of the card of an adapter, whose folder contains no base model."""
     is_language = pipeline_of(report) == "text-generation"
     auto_class = auto_classes.name_of(is_language)
     labels = "" if is_language else f", num_labels={len(task.label_names) or 1}"
     name = base_model if isinstance(base_model, str) else "BASE"
     where = "" if isinstance(base_model, str) else " BASE is the model it was trained on."
-    merged = "This run measured it merged into the base model, which answers the same and faster: `model.merge_and_unload()`."
+    merged = "The results below were measured after `model.merge_and_unload()`, which gives the same answers faster."
     head = f" and classifier ({', '.join(task.label_names)})" if task.label_names else ""
     shell = _SHELL.replace("--input_file", f"--label_names {shlex.join(task.label_names)} --input_file")
     return f"""# {task.name}-{report["method"]}
 
-A LoRA adapter{head} trained with prunadapt_ds: {report["model"]} stayed frozen, and is not part
+A LoRA adapter{head} trained with prunadapt_ds. The base model, {report["model"]}, stayed frozen and is not part
 of this folder.
 {_LOAD}
 ```python
@@ -181,8 +181,8 @@ PATH is this folder.{where} {merged}
 
 def _limits(report: dict[str, Any], base: dict[str, Any]) -> str:
     return f"""{_LIMITS}
-- It does this one task, on inputs like those it was trained on, and it inherits the biases of its base model.
-{_length(report)}- Its figures are of one run on the development set; no test set was used.
+- The model is made for this one task and for inputs like its training data. It inherits the biases of its base model.
+{_length(report)}- The results below are from one run, on the development set; no test set was used.
 - {_licence(base)}
 """
 
@@ -190,30 +190,30 @@ def _limits(report: dict[str, Any], base: dict[str, Any]) -> str:
 def _how(report: dict[str, Any]) -> str:
     model = report["model"]
     if report["method"] == "full":
-        return f"all weights of {model} were trained, none was removed."
+        return f"all weights of {model} were trained, and none was removed."
     if report["method"] == "lora":
-        return f"{model} stayed frozen, LoRA adapted it and is merged into its weights, none was removed."
+        return f"{model} stayed frozen and was adapted with LoRA, which is merged into its weights; none was removed."
     return (
-        f"{model} stayed frozen, LoRA adapted it, and heads and neurons that the task does not need were removed. LoRA and gates "
-        "are merged into the weights."
+        f"{model} stayed frozen and was adapted with LoRA, while heads and neurons that the task does not need were removed. "
+        "LoRA and gates are merged into the weights."
     )
 
 
 _LOAD, _LIMITS = "\n## Load and serve\n", "\n## Limits\n"
 _WHY = {
-    "compact": "Layers differ in their numbers of heads and neurons, which the stock configuration cannot say, so the folder "
-    "carries its own small modelling file, which needs transformers only. Read it before you trust it. Servers and converters that "
-    "have code of their own for this architecture do not know such layers.",
+    "compact": "Layers differ in their numbers of heads and neurons, which the stock configuration cannot represent, so the folder "
+    "carries its own small modelling file, which depends only on torch and transformers. Read it before you trust it. Servers and "
+    "converters with their own implementation of this architecture do not support such layers.",
     "whole": "Nothing was cut, so the stock class loads it.",
-    "uniform": "All layers that are left keep the same numbers of heads and neurons, so the stock class loads it, and whatever "
-    "else knows the architecture.",
-    "padded": "Cut heads and neurons are zeros in matrices of the stock shape: the stock class loads it, and it is neither smaller "
-    "nor faster than the model it was made of.",
-    "onnx": "Any batch size and number of tokens, float32; inputs are padded on the right. Of a language model it computes the "
-    "logits of all tokens, and it keeps no cache.",
-    "torch_export": "Any batch size and number of tokens, float32; inputs are padded on the right. Of a language model it computes "
-    "the logits of all tokens, and it keeps no cache. `torch.export.load` unpickles a part of the file: load it only where you "
-    "trust who made it.",
+    "uniform": "All remaining layers have the same numbers of heads and neurons, so the stock class loads it, as does any other "
+    "software that supports the architecture.",
+    "padded": "The weights of removed heads and neurons are zeros in matrices of the original shape. The stock class loads it, and "
+    "it is neither smaller nor faster than the base model.",
+    "onnx": "The graph takes any batch size and sequence length, in float32; pad inputs on the right. For a language model it "
+    "returns the logits of all tokens and uses no cache.",
+    "torch_export": "The graph takes any batch size and sequence length, in float32; pad inputs on the right. For a language model "
+    "it returns the logits of all tokens and uses no cache. `torch.export.load` unpickles a part of the file: load it only if you "
+    "trust its author.",
 }
 _TOKENS = """
 ```python
@@ -225,7 +225,7 @@ inputs = tokenizer(TEXTS, padding=True, return_tensors="{tensors}")
 {run}
 ```
 """
-# library on the hub, and how it runs
+# (library name on the hub, example code)
 _GRAPHS = {
     "onnx": (
         "onnx",
@@ -248,20 +248,21 @@ logits = run(**inputs)""",
     ),
 }
 _SHELL = """
-A file of texts, with prunadapt_ds installed: `prunadapt predict --model_name_or_path PATH --input_file new.csv --output_file
-answers.csv`.
+To classify a file of texts, with prunadapt_ds installed: `prunadapt predict --model_name_or_path PATH --input_file new.csv
+--output_file answers.csv`.
 """
 
 
 def _length(report: dict[str, Any]) -> str:
     longest = report["macs"]["seq_length"]
-    return "" if longest is None else f"- It was trained on at most {longest} tokens of each input.\n"
+    return "" if longest is None else f"- It was trained on inputs of at most {longest} tokens.\n"
 
 
 def _licence(base: dict[str, Any]) -> str:
     if "license" not in base:
         return (
-            "No licence is stated, because no card of the base model was at hand: look it up before you pass this on."
+            "No licence is stated, because no card of the base model was available. Check its licence before you "
+            "share this model."
         )
     words = base["license"] if isinstance(base["license"], str) else ", ".join(base["license"])
-    return f"The licence ({base.get('license_name', words)}) is the base model's; that of the training data is not part of it."
+    return f"The licence ({base.get('license_name', words)}) is the base model's; it does not cover the training data."

@@ -1,9 +1,10 @@
-"""Checkpoints on disk: one folder each, whole or absent, checked before they are believed.
+"""Checkpoints on disk: one folder each, whole or absent, verified before they are used.
 
     checkpoints/step-120/tensors.safetensors    named tensors
     checkpoints/step-120/checkpoint.json        everything else, with size and sha256 of the tensors and of itself
 
-Both are written to a folder of another name, forced to the disk, and renamed. Nothing here knows what is saved, or of ranks.
+Both are written to a folder of another name, synced to disk, and renamed. This module knows nothing about their content or
+about ranks.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what was written; the message says how."""
+    """A checkpoint that is not what was written; the message says what is wrong."""
 
 
 class Unread(Exception):
-    """A checkpoint that may well be intact, but cannot be read here and now; the message names it and says why."""
+    """A checkpoint that may be intact, but cannot be read here and now; the message names it and says why."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Checkpoint:
 
 
 def write(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
-    """Add the checkpoint of `step` to `root` and keep the newest `keep` of those up to it. Raises OSError.
+    """Add the checkpoint of `step` to `root`, and keep the newest `keep` of those up to `step`. Raises OSError.
 
-    Later ones go: who went back to this step writes them anew.
+    Checkpoints of later steps are deleted: a run that went back to `step` writes them again.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -70,9 +71,9 @@ def write(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[s
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
             fault_point(f"checkpoint-{step}/half written")
             content = {"format": FORMAT, "step": step, **state, "files": {TENSORS: identity(unfinished / TENSORS)}}
-            content = json.loads(json.dumps(content))  # as it will be read, keys of numbers become text
+            content = json.loads(json.dumps(content))  # as it will be read: numeric keys become strings
             (unfinished / STATE).write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")
-    except SafetensorError as error:  # its way of saying that the disk is full
+    except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from error
     for old in [c for c in listed(root) if c[0] != step and (c[0] > step or c[0] not in _newest(root, step, keep))]:
         discard(old[1])
@@ -80,7 +81,7 @@ def write(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[s
 
 
 def sweep(root: Path) -> None:
-    """Remove what a writer that was killed has left half written or half removed."""
+    """Remove what a killed writer has left half written or half removed."""
     for left in root.glob(f".{PREFIX}*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -90,7 +91,7 @@ def _newest(root: Path, step: int, keep: int) -> list[int]:
 
 
 def listed(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of what look like checkpoints, newest first. Raises OSError where nobody can say what is there."""
+    """List (step, folder) of what look like checkpoints, newest first. Raises OSError if `root` cannot be listed."""
     try:
         names = [name.removeprefix(PREFIX) for name in os.listdir(root) if name.startswith(PREFIX)]
     except NOT_THERE:
@@ -99,9 +100,9 @@ def listed(root: Path) -> list[tuple[int, Path]]:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, every byte of it checked. Raises Damaged, or Unread for what is no damage.
+    """Read the checkpoint in `folder` and verify every byte. Raises Damaged, or Unread for a failure that is not damage.
 
-    Every format has its `sha256` and its `format`, so that one of a later version is known from a damaged one.
+    Every version of the format has `sha256` and `format`, so that a later version can be told from damage.
     """
     try:
         content = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -118,16 +119,16 @@ def read(folder: Path) -> Checkpoint:
         return Checkpoint(folder, int(content["step"]), content)
     except NOT_THERE as error:
         raise Damaged(f"{Path(error.filename or STATE).name} is missing") from error
-    except OSError as error:  # no access, a disk or a file server that does not answer: it may be well tomorrow
+    except OSError as error:  # no access, or a disk or file server that does not answer: it may be readable later
         raise Unread(f"{error.filename or folder} cannot be read ({error.strerror or error})") from error
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise Damaged(f"{STATE} cannot be read ({type(error).__name__})") from error
 
 
 def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest intact checkpoint below `root`, and a line about each damaged one that was newer. Raises Unread, OSError.
+    """The newest intact checkpoint below `root`, and a line about each newer one that is damaged. Raises Unread, OSError.
 
-    One that cannot be read is not passed over: who goes on from an older one loses it.
+    One that cannot be read is not skipped: a run that goes on from an older one would delete it.
     """
     damaged: list[str] = []
     for _, folder in listed(root):

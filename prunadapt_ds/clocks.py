@@ -1,4 +1,4 @@
-"""What the parts of a run take, and what its steps took at each size."""
+"""Times of the parts of a run, and of its steps at each size of the model."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 PHASES = ("dense", "prune", "recover")
-# Parts whose sum is the training: steps, scoring, teacher, rebuilds and checkpoints; no evaluation.
+# Parts that add up to the training time: steps, scoring, teacher, rebuilds and checkpoints, but no evaluation.
 TRAINING = (*(f"{phase}_phase" for phase in PHASES), "teacher", "importance", "shrink", "checkpoint")
-STEP_TIMES_KEPT = 1000  # of each size, in a checkpoint
+STEP_TIMES_KEPT = 1000  # the latest of each size, in a checkpoint
 
-# Noise of a median of timed steps, as parts of it: what a machine's pace drifts by between two sizes, however many steps
-# were timed, and how much a single step differs from the next (padding, neighbours).
+# Relative noise of the median of timed steps: how far a machine's speed drifts between two sizes, however many steps were
+# timed, and how much single steps differ from each other (padding, other processes).
 DRIFT, SPREAD = 0.05, 0.2
 
 
 @dataclass
 class StepTimes:
-    """Measured seconds of optimizer steps at the sizes a run has had, those of steps that record statistics, which take
-    longer, apart. Size: multiply-accumulates of the blocks."""
+    """Measured seconds of optimizer steps, by the size of the model: multiply-accumulates of its blocks.
+
+    Steps that record statistics take longer and are kept apart.
+    """
 
     plain: dict[int, list[float]] = field(default_factory=dict)
     recording: dict[int, list[float]] = field(default_factory=dict)
@@ -34,10 +36,10 @@ class StepTimes:
         (self.recording if records else self.plain).setdefault(size, []).append(seconds)
 
     def ends(self, dense: int | None = None) -> tuple[float | None, float | None]:
-        """Median seconds of a step at the first size and at the last, which is the smallest; None where no step was timed.
+        """Median seconds of a step at the first and the last size, the largest and the smallest; None if no step was timed.
 
-        `dense`: what the first size must be; None for the first where it is another. Both are of steps that do not record, or
-        both of steps that do, where both sizes have had such; else of what there is.
+        `dense`: the size that the first one must have; the first is None if it has another. Both come from plain steps if both
+        sizes have some, else from recording steps if both have those; otherwise each comes from plain steps if its size has any.
         """
         sizes = self.plain.keys() | self.recording.keys()
         if not sizes:
@@ -48,11 +50,12 @@ class StepTimes:
         return median(times[first]) if dense in (None, first) else None, median(times[last])
 
     def predict(self, size: int) -> float:
-        """Seconds of a step at another size: a fixed part and one that grows, fitted to the medians of every size so far.
+        """Predict the seconds of a step at `size`: a constant plus a slope, fitted to the medians of all sizes so far.
 
-        Before anything is known the whole step is taken to grow with the size, give or take half of it. So the first
-        rebuild is tried where it could pay, two sizes near each other, whose times differ by chance, change that little, and
-        sizes far apart decide. What recording adds tells nothing about sizes: a step is compared with others of its kind.
+        The prior on the slope is that the whole step is proportional to the size, with a standard deviation of half of that. So
+        the first rebuild is tried if it could pay; two sizes near each other, whose times differ by chance, hardly change the
+        slope, and sizes far apart determine it. What recording adds says nothing about sizes, so the slope is fitted within
+        plain steps and within recording steps.
         """
         kinds = [self._measured(times) for times in (self.plain, self.recording) if times]
         sizes, medians, weights = (np.concatenate(rows) for rows in zip(*kinds, strict=True))
@@ -70,7 +73,7 @@ class StepTimes:
     def _measured(
         times: Mapping[int, Sequence[float]],
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Sizes, median seconds of each, and the weight of each median: one over its variance."""
+        """The sizes, and for each its median seconds and that median's weight, one over its variance."""
         medians = np.array([median(taken) for taken in times.values()])
         counts = np.array([len(taken) for taken in times.values()])
         return np.array([*times], float), medians, 1 / (medians**2 * (DRIFT**2 + SPREAD**2 / counts))
@@ -78,10 +81,10 @@ class StepTimes:
 
 @dataclass
 class Clocks:
-    """Seconds on the wall and CPU seconds of this process, all threads, by part of the run.
+    """Wall-clock seconds, and CPU seconds of this process (all threads), by part of the run.
 
-    What a rebuild is weighed by, `now`, is the process's own time on a CPU, as what else runs there stretches all other
-    clocks. `build`: of the last engine, `rebuild`: of the last shrink, all of it, both by `now`.
+    Rebuilds are weighed by `now`: on a CPU it is this process's own CPU time, because other processes stretch wall-clock time.
+    `build`: seconds that building the last engine took; `rebuild`: those of the whole last shrink; both by `now`.
     """
 
     on_cpu: bool
@@ -93,16 +96,17 @@ class Clocks:
     rebuild: float = 0.0
 
     def now(self) -> float:
+        """Seconds on the clock by which rebuilds are weighed; only differences are meaningful."""
         return time.process_time() if self.on_cpu else time.perf_counter()
 
     @property
     def weighed_steps(self) -> StepTimes:
-        """What steps took, by `now`."""
+        """Step times on the clock of `now`."""
         return self.cpu_steps if self.on_cpu else self.steps
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add what a block takes to a part's seconds."""
+        """Add the time spent in the context to the part `name`."""
         start, cpu_start = time.perf_counter(), time.process_time()
         try:
             yield
@@ -112,7 +116,7 @@ class Clocks:
 
     @contextmanager
     def timed_step(self, size: int, *, records: bool) -> Iterator[None]:
-        """Add a step, which is whole, to those of its size and kind."""
+        """Time the context, one whole step, and record it by size and kind, unless it raises."""
         start, cpu_start = time.perf_counter(), time.process_time()
         yield
         self.steps.add(size, time.perf_counter() - start, records=records)
@@ -122,11 +126,11 @@ class Clocks:
         return sum(self.seconds.get(name, 0.0) for name in TRAINING)
 
     def train_cpu_seconds(self) -> float:
-        """The same in CPU seconds of this rank: what a busy machine cannot stretch."""
+        """Training time in CPU seconds of this rank, which a busy machine does not stretch."""
         return sum(self.cpu_seconds.get(name, 0.0) for name in TRAINING)
 
     def saved(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON."""
+        """The state for a checkpoint, as JSON."""
 
         def recent(times: StepTimes) -> dict[str, dict[int, list[float]]]:
             return {
@@ -138,7 +142,7 @@ class Clocks:
         return {**seconds, **steps, "build": self.build, "rebuild": self.rebuild}
 
     def restore(self, saved: Mapping[str, Any], *, steps: bool = True) -> None:
-        """Go on as one run's. `steps`: those to come are of the same ranks and devices, so that all can be compared."""
+        """Continue from the state in a checkpoint. `steps`: whether its step times are comparable with those to come."""
         self.seconds, self.cpu_seconds = dict(saved["seconds"]), dict(saved["cpu_seconds"])
         if not steps:
             return
@@ -147,6 +151,6 @@ class Clocks:
 
 
 def step_times(saved: Mapping[str, Any]) -> StepTimes:
-    """What `Clocks.saved` has of one clock's steps; older checkpoints do not tell steps that record from others."""
+    """The step times in `Clocks.saved`; older checkpoints do not tell recording steps from plain ones."""
     kinds = saved if saved.keys() <= {"plain", "recording"} else {"plain": saved}
     return StepTimes(**{kind: {int(size): list(s) for size, s in sizes.items()} for kind, sizes in kinds.items()})

@@ -1,6 +1,7 @@
-"""Any number of runs as one table and one page: means and spread over seeds, what failed shown as such, and the Pareto front.
+"""Compares any number of runs in one table and one page: means and deviations over seeds, failed runs, and the Pareto front.
 
-Runs are seeds of one setting where nothing but the seed differs: the options of run.json, the ranks and the device.
+Runs belong to one setting if they differ only in their seed: they have the same options in run.json, number of ranks, ZeRO
+stage and device.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ NAMES = ("score", "parameters", "macs", "latency", "train_s")
 HEADER = (*KEY, "options", "seeds", "status", "score", "parameters", "MACs", "latency", "train s")
 TEXT_COLUMNS = len(KEY) + 1
 TRADE_OFFS = (("latency", "latency / dense"), ("parameters", "parameters / dense"), ("train_s", "training seconds"))
-# Options of run.json that make no other setting: the columns of KEY say them, or they do not change what is measured.
+# Options of run.json that are not compared: the columns of KEY show them, or they do not change what is measured.
 IN_KEY = {"task_name", "method", "criterion", "model_name_or_path", "target_sparsity"}
 UNMEASURED = {"seed", "export_formats", "save_scores"}
-# Of report.json: they change seconds, and no option says them all.
+# Keys of report.json that affect timings and that options do not fully determine.
 SURROUNDINGS = ("world_size", "zero_stage", "device")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One folder. `report` is None where there is no report to read, `options` where nothing says with which it was made."""
+    """One folder. `report` is None if it has no readable report, `options` if it has no readable run.json."""
 
     folder: Path
     report: dict[str, Any] | None
@@ -47,7 +48,7 @@ class Run:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What the table's first columns say; of a missing run its folder."""
+        """The cells of the table's first columns; for a missing run, its folder."""
         r = self.report
         if r is None:
             return (str(self.folder), *["-"] * (len(KEY) - 1))
@@ -56,7 +57,7 @@ class Run:
 
     @property
     def setting(self) -> Hashable:
-        """Equal for two runs that differ in their seed only. A run of unknown options stands alone."""
+        """A key that is equal for runs that differ only in their seed. A run with unknown options has one of its own."""
         if self.report is None or self.options is None:
             return str(self.folder)
         return self.key, tuple(sorted(self.options.items()))
@@ -66,7 +67,8 @@ class Run:
 class Line:
     """All seeds of one setting.
 
-    options: those that tell its row from others, as text. figures: of each of NAMES a value per complete run.
+    options: text of the options that distinguish it from other settings. figures: for each of NAMES, the values of its
+    complete runs.
     """
 
     key: tuple[str, ...]
@@ -76,7 +78,7 @@ class Line:
 
     @property
     def status(self) -> str:
-        """ "complete", or how many of the runs ended how."""
+        """ "complete", or the number of runs with each status."""
         states = [run.status for run in self.runs]
         if set(states) == {"complete"}:
             return "complete"
@@ -84,14 +86,14 @@ class Line:
 
     @property
     def seeds(self) -> str:
-        """How many seeds are complete, and how many runs where one has several."""
+        """The number of complete seeds, and that of complete runs if a seed has several."""
         seeds = [str(run.report["seed"]) for run in self.runs if run.report is not None and run.status == "complete"]
         repeated = f" ({len(seeds)} runs)" if len(set(seeds)) < len(seeds) else ""
         return f"{len(set(seeds))}{repeated}"
 
     @property
     def scale(self) -> float:
-        """By which a score is divided to be shown: in percent, perplexity as it is."""
+        """The divisor with which scores are shown: in percent, except perplexity."""
         return 1 if self.key[0] == "causal_lm" else 0.01
 
     def mean(self, name: str) -> float | None:
@@ -99,12 +101,12 @@ class Line:
 
 
 def find(folders: Sequence[str]) -> list[Run]:
-    """The runs named, and of a folder of runs every one inside it. Raises UserError where a folder does not exist."""
+    """The runs in these folders, at any depth and each once. Raises UserError if a folder does not exist."""
     problems = [Problem("run", f, "there is no such folder") for f in folders if not os.path.isdir(f)]
     if problems:
         raise UserError(problems)
     found = [run for folder in folders for run in _inside(Path(folder))]
-    return list({run.folder.resolve(): run for run in reversed(found)}.values())[::-1]  # named twice, or inside another
+    return list({run.folder.resolve(): run for run in reversed(found)}.values())[::-1]  # a run may be found twice
 
 
 def _inside(folder: Path) -> list[Run]:
@@ -120,8 +122,7 @@ def _run(folder: Path) -> Run:
 
 
 def _options(path: Path, report: dict[str, Any]) -> dict[str, str] | None:
-    """By name, as JSON: what a run was asked for and where it ran, but for its seed. None where the file is not there or
-    not whole."""
+    """A run's options and surroundings as JSON, by name, without the seed. None if run.json is missing or incomplete."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         kept = {name: value for name, value in found.items() if name not in IN_KEY | UNMEASURED}
@@ -132,7 +133,7 @@ def _options(path: Path, report: dict[str, Any]) -> dict[str, str] | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A report, or None where there is none that can be read: a run that broke off while it wrote."""
+    """A run's report, or None if there is none that is complete and readable."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         numbers = [*_figures(found).values(), found["sparsity"]["target"]]
@@ -158,7 +159,7 @@ def _figures(r: dict[str, Any]) -> dict[str, float | None]:
 
 
 def lines(runs: Sequence[Run]) -> list[Line]:
-    """Runs grouped by all but their seed. Only complete runs count in a figure."""
+    """Group runs by everything but their seed. Only complete runs count in the figures."""
     groups: dict[Hashable, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.setting, []).append(run)
@@ -172,7 +173,7 @@ def lines(runs: Sequence[Run]) -> list[Line]:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Names of the options that are not the same in all runs; what one does not know of another's is another value."""
+    """Names of the options that are not equal in all runs. An option that only some runs have counts as different."""
     names = sorted({name for run in runs for name in run.options or ()})
     return [name for name in names if len({(run.options or {}).get(name) for run in runs}) > 1]
 
@@ -187,7 +188,7 @@ def _told(run: Run, names: Sequence[str]) -> str:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """For each (cost, score): whether no other point is at most as costly and at least as good, and better in one."""
+    """For each (cost, score): whether no other point is at least as good in both and better in one."""
 
     def beaten(point: tuple[float, float]) -> bool:
         cost, score = point
@@ -204,7 +205,7 @@ def _cell(values: Sequence[float], text: str, scale: float = 1) -> str:
 
 
 def table(found: Sequence[Line]) -> list[report.Row]:
-    """A row per setting; costs are shares of the dense model's."""
+    """A row per setting. Costs are shares of the dense model's."""
     rows = []
     for line in found:
         f = line.figures
@@ -215,7 +216,7 @@ def table(found: Sequence[Line]) -> list[report.Row]:
 
 
 def csv_text(found: Sequence[Line]) -> str:
-    """The same for programs: mean, standard deviation and number of runs of each figure in columns of their own."""
+    """The table as CSV, with separate columns for the mean, standard deviation and number of runs of each figure."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     measured = [f"{name}_{of}" for name in NAMES for of in ("mean", "std", "n")]
@@ -228,7 +229,7 @@ def csv_text(found: Sequence[Line]) -> str:
 
 
 def _numbers(line: Line, name: str) -> tuple[str, str, int]:
-    """Mean and deviation, empty where there is none, and of how many."""
+    """Mean, standard deviation ("" where undefined) and number of values."""
     values = [value / (line.scale if name == "score" else 1) for value in line.figures[name]]
     middle = f"{mean(values):.6g}" if values else ""
     return middle, f"{stdev(values):.6g}" if len(values) > 1 else "", len(values)
@@ -238,15 +239,15 @@ Point = tuple[Line, float, float]  # a setting with its cost and its score
 
 
 def points_of(found: Sequence[Line], name: str, task: str) -> list[Point]:
-    """The settings of a task that have this cost and a score, as the table shows them. Scores of two tasks do not compare."""
+    """The settings of a task that have both this cost and a score. Scores of different tasks are not comparable."""
     known = [(line, line.mean(name), line.mean("score")) for line in found if line.key[0] == task]
     return [(line, cost, score / line.scale) for line, cost, score in known if cost is not None and score is not None]
 
 
 def trade_off(points: Sequence[Point], label: str) -> figures.Picture:
-    """Score against a cost, of one task; what nothing else beats is filled and joined."""
+    """A picture of score against a cost for one task; the Pareto front is filled and joined."""
     task = points[0][0].key[0]
-    sign = -1 if task == "causal_lm" else 1  # less perplexity is better
+    sign = -1 if task == "causal_lm" else 1  # lower perplexity is better
     front = pareto([(cost, sign * score) for _, cost, score in points])
     drawing, axis = figures.figure(3.6)
     best = sorted((cost, score) for (_, cost, score), on in zip(points, front, strict=True) if on)
@@ -261,12 +262,12 @@ def trade_off(points: Sequence[Point], label: str) -> figures.Picture:
     axis.set_xlabel(label)
     axis.set_ylabel("score")
     axis.margins(0.12)
-    title = f"{task}: score against {label} (filled: nothing is better in both)"
+    title = f"{task}: score against {label} (filled: the Pareto front)"
     return figures.picture(title, "; ".join(words) + ".", drawing)
 
 
 def titles(found: Sequence[Line]) -> list[str]:
-    """What tells lines apart, in a few words each."""
+    """A short label for each line, made of the cells in which the lines differ."""
     cells = [(*line.key, line.options) for line in found]
     told = [i for i in range(len(KEY) + 1) if len({row[i] for row in cells}) > 1]
     words = [[report.short_model(row[i]) for i in told if row[i] != "-"] for row in cells]
@@ -285,7 +286,7 @@ def trade_offs(found: Sequence[Line]) -> tuple[list[figures.Picture], list[str]]
             else:
                 few.append(f"{label} ({len(points)})")
         if few:
-            needed = "a picture takes two settings that have a complete run with both figures"
+            needed = "a picture needs two settings with complete runs that have both figures"
             missing.append(f"{task}: no picture of score against {', '.join(few)}; {needed}.")
     return drawn, missing
 
@@ -307,7 +308,7 @@ _EXAMPLE = "prunadapt compare outputs/sweep --output_dir outputs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; with --output_dir also write compare.md, compare.csv and compare.html. Returns the exit code."""
+    """Print the table and, with --output_dir, write compare.md, compare.csv and compare.html. Returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help
     )
@@ -318,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(folders: Sequence[str], output_dir: str | None) -> None:
-    """Raises UserError for folders without runs, and for an `output_dir` that cannot be written."""
+    """Print the table and write the files. Raises UserError if a folder does not exist or `output_dir` cannot be written."""
     found = lines(find(folders))
     rows = table(found)
     text = report.markdown_table(HEADER, rows, TEXT_COLUMNS)
@@ -329,7 +330,7 @@ def show(folders: Sequence[str], output_dir: str | None) -> None:
 
 
 def write(folder: str, texts: Mapping[str, str]) -> None:
-    """Raises UserError where the folder cannot be written."""
+    """Write `texts` by file name. Raises UserError if the folder cannot be written."""
     try:
         with files.owner_writes_alone():
             for name, text in texts.items():

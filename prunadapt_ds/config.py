@@ -1,7 +1,7 @@
-"""The options of a run, what contradicts what, and the defaults that depend on others. How options are read: options.py.
+"""The options of a run, their contradictions, and defaults that depend on other options. options.py reads them.
 
 Names are Hugging Face's where Hugging Face has one. `parse` imports neither torch nor DeepSpeed, so that `--help` and
-mistakes answer at once.
+mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHRINKING = ("auto", "always", "never")
 LR_SCHEDULES = ("linear", "warmup_stable_decay")
 DEFAULT_SPARSITY = 0.5
 
-when_deciding = functools.partial(option, needs={"method": ("prunadapt",)})  # while it trains
+when_deciding = functools.partial(option, needs={"method": ("prunadapt",)})  # the method that decides while it trains
 with_lora = functools.partial(option, needs={"method": ("prunadapt", "tmp", "lora")})
 
 
@@ -37,7 +37,7 @@ with_lora = functools.partial(option, needs={"method": ("prunadapt", "tmp", "lor
 class ModelOptions:
     """Backbone."""
 
-    model_name_or_path: str = option("sample", "hub id, local folder, or `sample`: the encoder of the sample extra")
+    model_name_or_path: str = option("sample", "hub id, local folder, or `sample`, the encoder of the `sample` extra")
     trust_remote_code: bool = option(False, "run modelling code that comes with the model")
 
 
@@ -47,31 +47,33 @@ class DataOptions:
 
     task_type: str = option(
         "sequence_classification",
-        "predict labels, or model text (causal_lm: a .txt file, or columns prompt and response, messages, or text)",
+        "predict labels, or train a language model on a .txt file, columns prompt and response, messages, or text",
         choices=TASK_TYPES,
     )
     task_name: str | None = option(None, "GLUE task, or the built-in `sample`", choices=TASK_NAMES)
-    data_dir: str | None = option(None, "official GLUE TSVs, one folder per task, instead of the hub")
-    train_file: str | None = option(
-        None, "own training data: csv, tsv, jsonl, json or parquet with sentence1[, sentence2], label"
+    data_dir: str | None = option(
+        None, "folder of the official GLUE TSVs, one subfolder per task (loaded from the hub)"
     )
-    validation_file: str | None = option(None, "own development data, same columns")
+    train_file: str | None = option(
+        None, "your own training data: csv, tsv, jsonl, json or parquet with columns sentence1[, sentence2], label"
+    )
+    validation_file: str | None = option(None, "your own development data, with the same columns")
     problem_type: str | None = option(
         None,
-        "what the labels of --train_file are (with a decimal point a regression, else classes)",
+        "how to read the labels of --train_file (regression if they have decimal points, else classification)",
         choices=PROBLEM_TYPES,
         needs={"task_type": ("sequence_classification",)},
         hints={"classification": "is called single_label_classification"},
     )
-    test_file: str | None = option(None, "refused: answer a test set afterwards, with `prunadapt predict`")
+    test_file: str | None = option(None, "refused: predict a test set afterwards, with `prunadapt predict`")
     max_seq_length: int = option(
         128,
-        "tokens; longer inputs are truncated (a folder that is scored: as in the run that wrote it)",
+        "tokens per input; longer inputs are truncated (to score an exported folder: that of its run)",
         least=4,
         most=2**20,
     )
     max_train_samples: int | None = option(
-        None, "train on N examples only, drawn by the seed (language: the first N)", least=1
+        None, "train on N examples only, drawn at random by --seed (causal_lm: the first N)", least=1
     )
     max_eval_samples: int | None = option(None, "evaluate on the first N examples of each set", least=1)
 
@@ -80,54 +82,59 @@ class DataOptions:
 class PruningOptions:
     """Method and pruning."""
 
-    method: str = option("prunadapt", "what is trained and cut", choices=METHODS)
-    target_sparsity: float | None = when_deciding(None, "share of the blocks to cut (0.5)", least=0, below=1)
+    method: str = option("prunadapt", "what to train and cut", choices=METHODS)
+    target_sparsity: float | None = when_deciding(
+        None, "share of the blocks' cost to cut; see --budget (0.5)", least=0, below=1
+    )
     target_speedup: float | None = when_deciding(
-        None, "make the blocks X times as fast: same as sparsity 1 - 1 / X with --budget latency", least=1
+        None, "make the blocks X times as fast: the same as --target_sparsity 1 - 1/X with --budget latency", least=1
     )
     budget: str = when_deciding(
         "params",
-        "what sparsity counts; latency is measured when the run starts, on its device and dtype",
+        "the cost that sparsity refers to; latency is measured at the start of the run, on its device and dtype",
         choices=BUDGETS,
     )
-    criterion: str = when_deciding("fisher", "how importance is scored", choices=CRITERION_NAMES)
-    prune_start: float = when_deciding(0.25, "pruning begins; fraction of all steps", least=0, below=1)
-    prune_end: float = when_deciding(0.6, "pruning ends; fraction of all steps", above=0, most=1)
-    num_decisions: int = when_deciding(8, "decisions between start and end", least=1)
+    criterion: str = when_deciding("fisher", "how to score importance", choices=CRITERION_NAMES)
+    prune_start: float = when_deciding(0.25, "start of pruning, as a fraction of all steps", least=0, below=1)
+    prune_end: float = when_deciding(0.6, "end of pruning, as a fraction of all steps", above=0, most=1)
+    num_decisions: int = when_deciding(8, "pruning decisions between start and end", least=1)
     shrink: str = when_deciding(
         "auto",
-        "when the model physically shrinks: where a rebuild pays, at every decision, at the end",
+        "when to physically shrink the model: where a rebuild pays off, at every decision, or only at export",
         choices=SHRINKING,
     )
     score_ema: float = when_deciding(
-        0.5, "decay of the moving average of scores over decisions; 0: newest only", least=0, below=1
+        0.5, "decay of the moving average of scores over decisions; 0: newest scores only", least=0, below=1
     )
     gate_learning_rate: float = when_deciding(1e-2, "peak learning rate of the gates", above=0)
     distill_weight: float = when_deciding(
         0.0,
-        "weight of the run's own dense model as teacher, 0.5 for one; 0: off; 0.5 with --distill_top_k",
+        "weight of distillation from the run's own dense model; 0: off; try 0.5, the default with --distill_top_k",
         least=0,
         most=1,
     )
     teacher_window: float = when_deciding(
-        0.6, "the teacher's weights are a mean over that share of the steps before it; 0: as they are", least=0, most=1
+        0.6,
+        "average the teacher's weights over this last share of the steps up to the first decision; 0: do not average",
+        least=0,
+        most=1,
     )
     distill_min_r2: float = when_deciding(
         0.1,
-        "a teacher is followed if it explains at least that share of training labels (McFadden's R2; R2 for regression); "
-        "language's always is",
+        "use the teacher only if it explains at least this share of the training labels (McFadden's R2; R2 for regression); "
+        "always used with causal_lm",
     )
     distill_top_k: int = option(
         0,
-        "language: most likely tokens that the teacher keeps of each target token, on disk; 0: no teacher",
+        "causal_lm: how many of its most likely tokens the teacher stores per target token, on disk; 0: no teacher",
         least=0,
         needs={"method": ("prunadapt",), "task_type": ("causal_lm",)},
     )
     distill_fades: bool = when_deciding(
-        True, "the teacher's weight falls linearly from the first decision to 0 at the end"
+        True, "lower the teacher's weight linearly, from the first decision to 0 at the end"
     )
     neuron_multiple: int = when_deciding(
-        8, "cut feed-forward neurons in groups of N, so that multiples of N stay", least=1
+        8, "cut feed-forward neurons in groups of N, so that a multiple of N remains", least=1
     )
     head_multiple: int = when_deciding(
         1,
@@ -135,16 +142,16 @@ class PruningOptions:
         least=1,
     )
     uniform: bool = when_deciding(
-        False, "layers keep the same counts or go whole, so that stock classes load what is left"
+        False, "give all layers the same numbers of units, or remove them whole, so that stock classes load the result"
     )
     keep_in_outer_layers: float = when_deciding(
-        0.0, "share of the heads and of the neurons that stay in the first and the last layer", least=0, most=1
+        0.0, "share of the heads and of the neurons that the first and the last layer keep", least=0, most=1
     )
     tmp_scoring_examples: int = option(
-        64, "examples that rank heads with --method tmp", least=1, needs={"method": ("tmp",)}
+        64, "training examples by which --method tmp ranks heads", least=1, needs={"method": ("tmp",)}
     )
-    save_scores: bool = when_deciding(False, "write raw statistics of every decision to scores/")
-    score_only: bool = when_deciding(False, "write the statistics at the initial weights and stop")
+    save_scores: bool = when_deciding(False, "write the raw statistics of every decision to scores/")
+    score_only: bool = when_deciding(False, "write the statistics at the initial weights, and stop")
 
 
 @dataclass
@@ -153,14 +160,14 @@ class LoraOptions:
 
     adapter_name_or_path: str | None = option(
         None,
-        "start from this PEFT LoRA adapter, a folder or hub id; rank, alpha and projections are then the adapter's",
+        "start from this PEFT LoRA adapter (folder or hub id), with its rank, alpha and projections",
         needs={"method": ("prunadapt", "lora")},
     )
-    r: int = option(8, "LoRA rank", least=1, needs={"method": ("prunadapt", "lora")})  # tmp has ranks of its own
+    r: int = option(8, "LoRA rank", least=1, needs={"method": ("prunadapt", "lora")})  # tmp sets its own ranks
     lora_alpha: float = with_lora(16, "LoRA scale; updates are multiplied by lora_alpha / r", above=0)
-    lora_dropout: float = with_lora(0.0, "dropout before LoRA; probability", least=0, below=1)
-    train_norms: bool | None = with_lora(None, "train the norms as well (with the methods that cut)")
-    target_modules: list[str] | None = with_lora(None, "names of the projections that get LoRA (all of them)")
+    lora_dropout: float = with_lora(0.0, "dropout probability at the input of LoRA", least=0, below=1)
+    train_norms: bool | None = with_lora(None, "also train the norms (with --method prunadapt and tmp)")
+    target_modules: list[str] | None = with_lora(None, "names of the projections that get LoRA (all)")
 
 
 @dataclass
@@ -174,57 +181,57 @@ class TrainOptions:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass; saves memory")
     learning_rate: float | None = option(
         None,
-        "peak learning rate of adapters and head (0.384 / hidden size, at most 1e-3; --method full a tenth)",
+        "peak learning rate of adapters and head (0.384 / hidden size, at most 1e-3; a tenth with --method full)",
         above=0,
     )
-    weight_decay: float = option(0.01, "AdamW's; not on biases, norms, gates", least=0)
-    warmup_ratio: float = option(0.06, "fraction of all steps with rising learning rate", least=0, below=1)
+    weight_decay: float = option(0.01, "weight decay of AdamW, except for biases, norms and gates", least=0)
+    warmup_ratio: float = option(0.06, "warm-up of the learning rate, as a fraction of all steps", least=0, below=1)
     lr_scheduler_type: str = when_deciding(
         "linear",
-        "linear decay after the warm-up, or (warmup_stable_decay) only once pruning has ended",
+        "decay linearly after the warm-up, or (warmup_stable_decay) only once pruning has ended",
         choices=LR_SCHEDULES,
-        hints={"cosine": "is not there; linear decays over as many steps"},
+        hints={"cosine": "is not available; linear decays over as many steps"},
     )
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: off", least=0)
     num_train_epochs: float = option(3.0, "passes over the training data", above=0, most=1e6)
-    max_steps: int = option(-1, "optimizer steps instead of epochs; -1: by epochs", least=-1)
+    max_steps: int = option(-1, "number of optimizer steps, instead of --num_train_epochs; -1: by epochs", least=-1)
     eval_steps: int | None = option(None, "also evaluate every N steps", least=1)
     logging_steps: int = option(10, "steps between two lines of metrics", least=1)
-    group_by_length: bool = option(True, "samples of similar length share a step; saves padding")
+    group_by_length: bool = option(True, "put samples of similar length into the same step; saves padding")
     dropout: bool = option(False, "keep the dropout that the backbone was pretrained with")
-    seed: int = option(0, "of initialisation, order and dropout", least=0)
+    seed: int = option(0, "random seed of initialisation, sample order and dropout", least=0)
 
 
 @dataclass
 class OutputOptions:
     """Output."""
 
-    output_dir: str = option("outputs", "folder for everything the run leaves behind")
+    output_dir: str = option("outputs", "folder for everything that the run writes")
     export_formats: list[str] | None = option(
         None,
-        "folders to write beside `compact`: stock shapes with zeros, a stock configuration (with --uniform: always), "
-        "a PEFT adapter (with --method lora)",
+        "folders to write beside `compact`: padded (stock shapes with zeros), uniform (a stock configuration; always written "
+        "with --uniform), adapter (for PEFT; needs --method lora)",
         choices=EXPORT_FORMATS,
         hints={
-            kind: f"is made of a finished run: prunadapt export --run_dir DIR --export_formats {kind}"
+            kind: f"is made from a finished run: prunadapt export --run_dir DIR --export_formats {kind}"
             for kind in ("onnx", "torch_export")
         },
     )
     latency_batch_size: int | None = option(
-        None, "sequences at a time where latency is measured, for the report and --budget latency (32)", least=1
+        None, "batch size of latency measurements, for the report and --budget latency (32)", least=1
     )
-    latency_seq_length: int | None = option(None, "their length in tokens (128)", least=4)
+    latency_seq_length: int | None = option(None, "tokens per sequence in latency measurements (128)", least=4)
     export_dtype: str | None = option(
-        None, "dtype of the exported weights (that of the checkpoint that was loaded)", choices=EXPORT_DTYPES
+        None, "dtype of the exported weights (that of the loaded checkpoint)", choices=EXPORT_DTYPES
     )
     checkpoint_steps: int | None = option(
         None,
-        "steps between two checkpoints (as often as takes at most 1 % of the time, at least a minute apart)",
+        "steps between two checkpoints (as often as saving takes at most 1 % of the time, once a minute at most)",
         least=1,
     )
-    save_total_limit: int = option(2, "checkpoints that are kept, the newest ones", least=1)
+    save_total_limit: int = option(2, "how many of the newest checkpoints to keep", least=1)
     resume: str = option(
-        "auto", "auto: go on from the newest intact checkpoint; never: start over; or a checkpoint's folder"
+        "auto", "auto: continue from the newest intact checkpoint; never: start over; or a checkpoint's folder"
     )
 
 
@@ -240,7 +247,7 @@ SECTIONS = {
 
 @dataclass
 class Config:
-    """Everything a run was asked for. `given` names the options that were set by the user."""
+    """All options of a run. `given`: the names of those that the user set."""
 
     model: ModelOptions
     data: DataOptions
@@ -257,7 +264,7 @@ class Config:
 
     @property
     def is_language(self) -> bool:
-        """Whether text is modelled, and nothing classified."""
+        """Whether the task is language modelling, as opposed to classification or regression."""
         return self.data.task_type == "causal_lm"
 
     def to_dict(self) -> dict[str, Any]:
@@ -266,10 +273,10 @@ class Config:
 
 
 OPTIONS = options_of(SECTIONS)
-# Of the options of --method prunadapt those that mean something where nothing is cut.
+# Options of --method prunadapt that still have an effect where nothing is cut.
 WITHOUT_CUTS = frozenset({"target_sparsity", "target_speedup", "budget", "gate_learning_rate", "uniform", "score_only"})
 
-NOT_SCORING = frozenset(  # options that mean nothing where scores are all that is wanted
+NOT_SCORING = frozenset(  # options without an effect with --score_only
     {
         *("num_decisions", "prune_start", "prune_end", "shrink", "num_train_epochs", "max_steps", "learning_rate"),
         *("eval_steps", "export_formats", "export_dtype", "checkpoint_steps", "save_total_limit", "save_scores"),
@@ -280,16 +287,16 @@ NOT_SCORING = frozenset(  # options that mean nothing where scores are all that 
 
 
 TRAIN = Usage(
-    "Adapt a frozen backbone to a task while pruning what the task does not need. Every option has a default: alone, it runs "
-    "the built-in sample.",
+    "Adapt a frozen backbone to a task while pruning what the task does not need. Every option has a default: without any, the "
+    "built-in sample runs.",
     "prunadapt train --ds_config ds_configs/zero3.json --model_name_or_path bert-base-uncased --task_name mrpc",
 )
 
 
 def parse(argv: Sequence[str] | None = None, usage: Usage = TRAIN) -> Config:
-    """Options from `argv` (default: the process's), over those of `--config`, over the defaults.
+    """Read the options of a run: those in `argv` (default: the process's) override `--config`, which overrides the defaults.
 
-    Raises UserError with every problem: unknown options and types, ranges, contradictions. Exits on --help.
+    Raises UserError with every problem: unknown options, wrong types, ranges, contradictions. Exits on --help.
     """
     return parse_beside({}, argv, usage)[0]
 
@@ -297,9 +304,9 @@ def parse(argv: Sequence[str] | None = None, usage: Usage = TRAIN) -> Config:
 def parse_beside(
     own: Mapping[str, type], argv: Sequence[str] | None, usage: Usage, *, reads_data: bool = True
 ) -> tuple[Config, dict[str, Any]]:
-    """As `parse`, for a command with sections of its own, which come filled in beside the run's, by name.
+    """Like `parse`, for a command with option sections of its own, which are returned filled in, by name.
 
-    reads_data: whether it opens files, which a language task then has to name.
+    reads_data: whether the command reads data, whose files a language task must then name.
     """
     filled, given, problems = read(argv, {**own, **SECTIONS}, usage)
     config = Config(**{name: filled.pop(name) for name in SECTIONS}, given=given)
@@ -314,7 +321,7 @@ def parse_beside(
 
 
 def _contradictions(config: Config) -> list[Problem]:
-    """What no option's own limits and needs can say."""
+    """Contradictions that no option's own limits and needs can express."""
     prune, train, output = config.prune, config.train, config.output
     found = _target_problems(config) + _teacher_problems(config) + _data_problems(config.data)
     if config.is_language:
@@ -349,7 +356,7 @@ def _contradictions(config: Config) -> list[Problem]:
 
 
 def _target_problems(config: Config) -> list[Problem]:
-    """--target_speedup is a target by itself, and one of latency. Nothing is decided where the target is to cut nothing."""
+    """--target_speedup excludes another target or budget; options about decisions have no effect where nothing is cut."""
     prune = config.prune
     found: list[Problem] = []
     cuts_nothing = prune.target_sparsity == 0 or prune.target_speedup == 1
@@ -368,13 +375,13 @@ def _target_problems(config: Config) -> list[Problem]:
         remedy = f"--target_sparsity {prune.target_sparsity} is a target already; give one of the two"
         found.append(Problem("target_speedup", prune.target_speedup, remedy))
     if "budget" in config.given and prune.budget != "latency":
-        remedy = f"speaks of latency, --budget {prune.budget} of something else; leave --budget out"
+        remedy = f"is a target for latency, not for --budget {prune.budget}; leave --budget out"
         found.append(Problem("target_speedup", prune.target_speedup, remedy))
     return found
 
 
 def _teacher_problems(config: Config) -> list[Problem]:
-    """How a teacher is made and followed says nothing where there is none."""
+    """Options about the teacher have no effect without one."""
     prune = config.prune
     has_teacher = prune.distill_weight or (prune.distill_top_k and "distill_weight" not in config.given)
     if has_teacher or prune.method != "prunadapt":
@@ -386,10 +393,10 @@ def _teacher_problems(config: Config) -> list[Problem]:
 
 
 def _data_problems(data: DataOptions) -> list[Problem]:
-    """A task by its name, of which --data_dir is the source, or own files: one of the two."""
+    """Either a task by name, optionally from --data_dir, or the user's own files."""
     found = []
     if data.test_file is not None:
-        remedy = "no test set is used in a run; answer it afterwards with prunadapt predict"
+        remedy = "a run does not use a test set; predict it afterwards with prunadapt predict"
         found.append(Problem("test_file", data.test_file, remedy))
     if data.problem_type is not None and not data.train_file:
         remedy = "says what the labels of --train_file are; a named task knows that itself: leave it out"
@@ -411,27 +418,25 @@ def _data_problems(data: DataOptions) -> list[Problem]:
             found.append(Problem("data_dir", data.data_dir, remedy))
         elif not os.path.isdir(data.data_dir):
             found.append(
-                Problem("data_dir", data.data_dir, "there is no such folder; name the one of CoLA, SST-2, ...")
+                Problem("data_dir", data.data_dir, "there is no such folder; name the one that holds CoLA, SST-2, ...")
             )
     return found
 
 
 def _language_problems(config: Config) -> list[Problem]:
-    """What --task_type causal_lm does not go with."""
+    """What cannot be combined with --task_type causal_lm."""
     prune, found = config.prune, []
     if prune.method == "tmp":
         found.append(Problem("method", "tmp", "works for classifiers only; use prunadapt, lora or full"))
     if "distill_weight" in config.given and prune.distill_weight > 0 and not prune.distill_top_k:
-        remedy = "a teacher's logits are too many to keep; say how many words per token, as --distill_top_k 16"
+        remedy = "all logits of a language model are too many to keep; limit them, e.g. --distill_top_k 16"
         found.append(Problem("distill_weight", prune.distill_weight, remedy))
     return found
 
 
 def _resolve(config: Config) -> None:
     """Fill in the defaults that depend on other options."""
-    if (
-        config.prune.distill_top_k and "distill_weight" not in config.given
-    ):  # whoever says how many words wants a teacher
+    if config.prune.distill_top_k and "distill_weight" not in config.given:  # --distill_top_k implies a teacher
         config.prune.distill_weight = 0.5
     if config.prune.target_speedup is not None:
         config.prune.target_sparsity, config.prune.budget = 1 - 1 / config.prune.target_speedup, "latency"

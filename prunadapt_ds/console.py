@@ -1,6 +1,6 @@
 """One command for all programs: `prunadapt train ...`, or `python -m prunadapt_ds train ...` under any launcher.
 
-A program is imported when it is asked for, so that `prunadapt --help` needs no torch.
+A program is imported only when it is run, so that `prunadapt --help` needs no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prunadapt_ds.errors import Problem, UserError
 
 @dataclass(frozen=True)
 class Command:
-    """One word of the command line: the module whose `main(argv)` returns the exit code, and what it is for."""
+    """A subcommand: its name, the module whose `main(argv)` returns the exit code, and its help text."""
 
     name: str
     module: str
@@ -26,22 +26,22 @@ class Command:
 # fmt: off
 COMMANDS = (
     Command("train", "train", "prune while fine-tuning, export a smaller model, report"),
-    Command("plan", "plan_command", "bytes, communication and seconds of a run, from the model's configuration alone"),
-    Command("evaluate", "evaluate_command", "score a folder on a task"),
-    Command("predict", "predict", "answers of a folder for a file or standard input; GLUE's submission"),
-    Command("export", "reexport", "other formats from a finished run, or an interrupted one's checkpoint"),
-    Command("compare", "compare", "any number of runs as one table and one page"),
-    Command("glue-table", "glue_table", "the runs of all GLUE tasks as one table"),
-    Command("doctor", "doctor", "check this installation and these ranks; say what is wrong"),
-    Command("init-slurm", "init_slurm", "SLURM templates and DeepSpeed configurations in a folder of yours"),
+    Command("plan", "plan_command", "estimate the memory, communication and seconds of a run without its weights"),
+    Command("evaluate", "evaluate_command", "score an exported folder, or any stock model, on a task"),
+    Command("predict", "predict", "predict for a file or standard input, or write a GLUE submission"),
+    Command("export", "reexport", "export other formats from a finished run, or an interrupted run from its checkpoint"),
+    Command("compare", "compare", "compare any number of runs in one table and one page"),
+    Command("glue-table", "glue_table", "collect the runs of all GLUE tasks in one table"),
+    Command("doctor", "doctor", "check this installation and the launched ranks, and say what is wrong"),
+    Command("init-slurm", "init_slurm", "copy SLURM templates and DeepSpeed configurations into a folder"),
 )
 # fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program that the first word names with the rest; returns its exit code."""
+    """Run the command that the first word of `argv` names with the rest; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # `deepspeed --module` puts the rank, which the environment says as well, before everything else.
+    # `deepspeed --module` puts the rank, which the environment also states, before everything else.
     while words and words[0].startswith(("--local_rank=", "--local-rank=")):
         del words[0]
     if not words or words[0] in ("-h", "--help", "help"):
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """What there is."""
+    """The text of `prunadapt --help`."""
     width = max(len(c.name) for c in COMMANDS)
     lines = [
         "usage: prunadapt COMMAND [option ...]",

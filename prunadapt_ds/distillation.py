@@ -1,4 +1,4 @@
-"""The run as its own teacher: when its dense model is asked, whether it is followed, and how far."""
+"""The run as its own teacher: when the dense model's answers are taken, and how far they are followed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from prunadapt_ds.session import Session, eval_batch, evaluate
 from prunadapt_ds.teacher import WeightAverage, averaged
 from prunadapt_ds.token_teacher import TokenTeacher, num_bytes
 
-TEACHER_TRIAL = 256  # training examples that tell whether the teacher knows enough
+TEACHER_TRIAL = 256  # training examples that show whether the teacher knows enough
 
 
 def distill_weight(session: Session, pruning: PruningSchedule | None, step: int) -> float:
-    """Weight of the teacher in the loss of the step after `step`; 0 as long as there is none."""
+    """Weight of the teacher in the loss of the step after `step`; 0 if there is no teacher."""
     prune = session.config.prune
     if pruning is None or session.teacher is None:
         return 0.0
@@ -24,7 +24,7 @@ def distill_weight(session: Session, pruning: PruningSchedule | None, step: int)
 
 
 def keep_teacher(session: Session, step: int) -> None:
-    """The dense model, at its mean weights so far: its score, and its logits on the training set for distillation."""
+    """Score the dense model at its mean weights, and keep its answers on the training set for distillation. Collective."""
     with averaged(session.engine, session.average):
         metrics, _ = evaluate(session)
         if session.config.prune.distill_weight > 0:
@@ -36,7 +36,10 @@ def keep_teacher(session: Session, step: int) -> None:
 
 
 def knows_enough(session: Session, step: int) -> bool:
-    """Whether the teacher explains enough of a few hundred training labels to be worth a pass over all of them."""
+    """Whether the teacher explains enough of a few hundred training labels to be worth a pass over all of them.
+
+    Always True for language models.
+    """
     if session.data.is_language:
         return True
     some, least = session.train_rows.sample(TEACHER_TRIAL), session.config.prune.distill_min_r2
@@ -45,18 +48,18 @@ def knows_enough(session: Session, step: int) -> bool:
     followed = bool(distributed.broadcast_object(r2 >= least))
     session.report["distillation"] = {"r2": r2, "followed": followed}
     if not followed:
-        share = f"it explains {r2:.1%} of the training labels, --distill_min_r2 asks for {least:.1%}"
-        session.tracker.say(f"step {step}: the dense model is no teacher yet: {share}")
+        share = f"it explains {r2:.1%} of the training labels, --distill_min_r2 requires {least:.1%}"
+        session.tracker.say(f"step {step}: the dense model is not used as a teacher: {share}")
     return followed
 
 
 def taught(session: Session) -> Tensor | TokenTeacher:
-    """What the engine's model answers to the training set: logits, or of language the most likely tokens, on disk."""
+    """The engine's answers on the training set: logits [N, C], or a language model's most likely tokens, on disk. Collective."""
     rows, batch_size, top_k = session.train_rows, eval_batch(session), session.config.prune.distill_top_k
     if not session.data.is_language:
         return predict(session.engine, rows, batch_size, session.device)
     folder = session.output_dir / token_teacher.FOLDER
-    watchdog.rest()  # every token is counted first
+    watchdog.rest()  # first all tokens are counted, which may take a while
     session.tracker.say(
         f"the teacher's {top_k} most likely tokens: {num_bytes(rows, top_k) / 2**20:.1f} MiB in {folder}"
     )

@@ -1,6 +1,6 @@
-"""Ranks: start them under any launcher, and the few collectives that decisions need.
+"""Join the process group under any launcher, and the few collectives that decisions need.
 
-Every collective of this module is a no-op where no process group exists, so that the library works in one process.
+Every collective in this module is a no-op if there is no process group, so that the library also works in a single process.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from prunadapt_ds.errors import LaunchError, PrunadaptError, RanksDisagree, User
 T = TypeVar("T")
 
 TIMEOUT_MINUTES = 60  # of a collective
-OPERATORS = ("deepspeed_shm_comm", "cpu_adam", "async_io")  # of DeepSpeed's: what a run may have it compile
+OPERATORS = ("deepspeed_shm_comm", "cpu_adam", "async_io")  # DeepSpeed operators that a run may have to compile
 
 
 def init() -> None:
     """Join the process group of whatever launcher started this process; a plain `python` becomes a group of one.
 
-    Raises LaunchError where the ranks cannot find each other, or have to share a GPU.
+    Raises LaunchError if the ranks cannot find each other, or would have to share a GPU.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -57,8 +57,8 @@ def init() -> None:
 
 
 def show_deepspeed(gpu: torch.device) -> None:
-    """DeepSpeed takes LOCAL_RANK for the number of its GPU, which is another one where a rank is shown its own GPU only."""
-    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # it wants the two to be the same
+    """Set LOCAL_RANK to the index of this rank's GPU, as DeepSpeed expects. They differ if each rank sees only its own GPU."""
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed requires the two to be equal
         if name in os.environ:
             os.environ[name] = str(gpu.index)
 
@@ -68,8 +68,11 @@ def _timeout() -> datetime.timedelta:
 
 
 def start_deepspeed() -> None:
-    """Let DeepSpeed use the group. Must run before a model is loaded, and after what needs no model was checked: on a CPU it
-    compiles an operator first, which takes a minute where that has not been done yet."""
+    """Let DeepSpeed use the process group.
+
+    Call it before a model is loaded, but after every check that needs no model: on a CPU DeepSpeed first compiles an operator,
+    which takes a minute if that has not been done yet.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import groups
@@ -78,33 +81,33 @@ def start_deepspeed() -> None:
         free_compiler_lock(compiler_lock(operator))
     backend = get_accelerator().communication_backend_name()
     deepspeed.init_distributed(dist_backend=backend, timeout=_timeout(), verbose=False)
-    # The first engine would copy the group, and while it is copied a rank that dies is waited for half an hour. The group
-    # itself does, and on an accelerator there is one communicator less.
+    # DeepSpeed would copy the group for its first engine; during that copy a dead rank is noticed only after half an hour.
+    # Using the group itself avoids this, and saves a communicator on GPUs.
     groups._WORLD_GROUP = dist.group.WORLD
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone (gloo has no type of its own for that)."""
+    """Whether a collective failed because another rank is gone (gloo has no exception type for that)."""
     return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or "/gloo/" in str(error)
 
 
 def why_lost(error: RuntimeError) -> str:
-    """What the transport says of it, without the place in its source and its good wishes."""
+    """The transport's own message, without its source location and its generic advice."""
     return re.sub(r"^\[[^]]*/gloo/[^]]*\]\s*", "", str(error).strip()).partition(". This is typically")[0]
 
 
 def compiler_lock(operator: str) -> Path:
-    """Where torch keeps others out while it builds an operator of DeepSpeed's."""
+    """The lock file that torch holds while it builds a DeepSpeed operator."""
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory(operator, False)) / "lock"
 
 
 def free_compiler_lock(lock: Path, patience: float = 120) -> None:
-    """Return once nobody compiles under `lock`; remove it if its owner died, for whom everybody would wait forever.
+    """Wait until nobody compiles under `lock`; remove the lock of a dead owner, for which everybody would wait forever.
 
-    torch's lock is a file that is open as long as its owner lives. An owner on another host that shares the folder cannot be
-    seen: it gets `patience` seconds.
+    torch's lock is a file that its owner keeps open. Owners on other hosts that share the folder cannot be seen, so a lock is
+    removed only once it is older than `patience` seconds.
     """
     while True:
         try:
@@ -133,8 +136,11 @@ def shutdown() -> None:
 
 
 def end_if_it_would_wait(error: BaseException | None = None) -> None:
-    """End this process with exit code 1, and the traceback of `error`, where to leave the group would wait for ranks that
-    wait for this one: under NCCL it does, for good, where gloo tells the others that a connection is gone. No-op elsewhere."""
+    """End this process with exit code 1 and the traceback of `error` if leaving the group could wait forever.
+
+    Under NCCL, leaving waits for ranks that in turn wait for this one; gloo tells them that a connection is gone. So this does
+    nothing on a CPU, or with one rank.
+    """
     if dist.is_initialized() and world_size() > 1 and device().type == "cuda":
         if error is not None:
             traceback.print_exception(error)
@@ -144,7 +150,7 @@ def end_if_it_would_wait(error: BaseException | None = None) -> None:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Run `work` on every rank; if it is a user's mistake on any rank, every rank raises it, and none waits for another.
+    """Run `work` on every rank; if it raises UserError on any of them, all ranks raise that error, and none waits for another.
 
     `work` must not need the other ranks before the point where it can fail.
     """
@@ -159,9 +165,9 @@ def together(work: Callable[[], T]) -> T:
 
 
 def on_rank_0(what: str, work: Callable[[], T]) -> T:
-    """`work()` on rank 0 while the others wait: its result (small, JSON-like) is every rank's, and so is its failure.
+    """Run `work` on rank 0 while the others wait; every rank returns its result (small, JSON-like) or raises its failure.
 
-    `what` begins the message of a failure that nobody foresaw: "writing the report".
+    `what` begins the message of a failure that is not a PrunadaptError: "writing the report".
     """
     result, failure = broadcast_object(_outcome(what, work) if rank() == 0 else None)
     if failure is not None:
@@ -172,9 +178,11 @@ def on_rank_0(what: str, work: Callable[[], T]) -> T:
 def on_rank_0_for_long(
     what: str, work: Callable[[], T], goes_on: Callable[[], None], *, every: float = 60.0, most: float = 24 * 3600.0
 ) -> T:
-    """The same for work that may take longer than a collective may: every so many seconds the others hear that it goes on, and
-    all ranks call `goes_on`, until `most` seconds are over: what is stuck must not look alive forever. `work` must not need the
-    other ranks; it is done in a thread."""
+    """Like `on_rank_0`, for work that may outlast a collective's timeout. It runs in a thread and must not need other ranks.
+
+    While it runs, rank 0 reports to the others every `every` seconds, and all ranks call `goes_on`. After `most` seconds they
+    no longer do, because stuck work must not look alive forever.
+    """
     until = time.monotonic() + most
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         mine = pool.submit(_outcome, what, work) if rank() == 0 else None
@@ -188,7 +196,7 @@ def on_rank_0_for_long(
 
 
 def same_on_all_hosts(what: str, work: Callable[[], T]) -> T:
-    """`work()` on one rank of each host, whose results must be the same; it is every rank's. Raises RanksDisagree on all."""
+    """Run `work` on one rank of each host; every rank returns the result. Raises RanksDisagree on all if results differ."""
     hosts = all_gather_objects(socket.gethostname())
     is_first = hosts.index(hosts[rank()]) == rank()
     found = all_gather_objects(_outcome(f"reading {what}", work) if is_first else None)
@@ -196,12 +204,12 @@ def same_on_all_hosts(what: str, work: Callable[[], T]) -> T:
         raise failure
     odd = sorted({host for host, outcome in zip(hosts, found, strict=True) if outcome and outcome != found[0]})
     if odd:
-        raise RanksDisagree(f"{what} on {', '.join(odd)} are others than on {hosts[0]}; give all hosts the same")
+        raise RanksDisagree(f"{what} on {', '.join(odd)} differ from those on {hosts[0]}; give all hosts the same")
     return found[0][0]
 
 
 def _outcome(what: str, work: Callable[[], Any]) -> tuple[Any, PrunadaptError | None]:
-    """What `work` returns, and why it failed."""
+    """Run `work`; returns its result, and the error it failed with or None."""
     from safetensors import SafetensorError
 
     try:
@@ -216,7 +224,7 @@ def _outcome(what: str, work: Callable[[], Any]) -> tuple[Any, PrunadaptError | 
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Every rank's small object, rank by rank."""
+    """Gather a small object from every rank, in rank order."""
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
@@ -225,18 +233,20 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def everywhere(holds: bool) -> bool:
-    """Whether it holds on every rank. Collective."""
+    """Whether `holds` is true on every rank. Collective."""
     return all(all_gather_objects(holds))
 
 
 def rank() -> int:
-    """This process's number; before `init`, as the launcher says it."""
+    """This process's rank; before `init`, as the launcher's variables state it."""
     return dist.get_rank() if dist.is_initialized() else launchers.number(os.environ, launchers.RANK_VARIABLES)
 
 
 def speaks_of(error: BaseException) -> bool:
-    """Whether this rank prints `error`: rank 0 what all ranks know, one process of each host what it found before it joined
-    them, as in a file that only this host holds."""
+    """Whether this rank prints `error`: rank 0, if all ranks know of it.
+
+    Before the group exists, one process per host does: its error may be about a file that only this host has.
+    """
     if isinstance(error, LaunchError) or not dist.is_initialized():
         return launchers.number(os.environ, launchers.LOCAL_RANK_VARIABLES) == 0
     return rank() == 0
@@ -247,13 +257,13 @@ def world_size() -> int:
 
 
 def launcher() -> str | None:
-    """The program that started these ranks, None where that cannot be told."""
+    """The program that started these ranks; None if that is unknown."""
     name = os.environ.get(launchers.LAUNCHER_VARIABLE)
     return None if name == "the launcher" else name
 
 
 def nodes() -> int:
-    """How many hosts the ranks are on, as far as their launcher says how many there are on one."""
+    """The number of hosts, derived from the ranks per host; 1 if the launcher does not state those."""
     of_one = launchers.number(os.environ, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), world_size())
     return -(-world_size() // max(1, of_one))
 
@@ -264,7 +274,7 @@ def cores() -> frozenset[int]:
 
 
 def use_local_threads() -> None:
-    """Share this machine's cores evenly among its ranks, unless OMP_NUM_THREADS says otherwise."""
+    """Divide this machine's cores evenly among its ranks, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
         torch.set_num_threads(max(1, len(cores()) // max(1, local)))
@@ -273,7 +283,7 @@ def use_local_threads() -> None:
 def device() -> torch.device:
     """The device this rank computes on."""
     if torch.cuda.is_available():
-        # SLURM may show each rank its own GPU only, which is then number 0.
+        # SLURM may show each rank only its own GPU, which then has index 0.
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
 
@@ -288,7 +298,7 @@ def barrier() -> None:
 
 
 def dist_sum(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all ranks, on every rank. In place where there is more than one."""
+    """Sum `tensor`, of any shape, over all ranks, on every rank. In place if there is more than one rank."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -304,7 +314,7 @@ def dist_max(value: float) -> float:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate equally shaped [N, ...] tensors of all ranks, rank by rank."""
+    """Concatenate equally shaped [N, ...] tensors of all ranks, in rank order: [ranks * N, ...]."""
     if world_size() == 1:
         return rows
     gathered = [torch.empty_like(rows) for _ in range(world_size())]
@@ -313,7 +323,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value (a small JSON-like object) on every rank."""
+    """Broadcast rank 0's value, a small JSON-like object, to every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -322,7 +332,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def broadcast_tensors(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Rank 0's named tensors on the CPU of every rank; the others pass None."""
+    """Broadcast rank 0's named tensors to the CPU of every rank; the others pass None."""
     if world_size() == 1:
         return dict(tensors or {})
     shapes = broadcast_object({n: (t.shape, t.dtype) for n, t in tensors.items()} if tensors is not None else None)

@@ -1,6 +1,6 @@
-"""What this installation and these ranks are, and what is wrong with them, before hours are spent finding out.
+"""Describes the installation and the ranks, and finds problems that a run would otherwise meet late.
 
-Takes the options of a training run and looks at those that can be wrong on a machine: --ds_config, --output_dir.
+Takes the options of a training run and checks those that depend on the machine: --ds_config and --output_dir.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from prunadapt_ds.options import Usage
 
 PACKAGES = ("prunadapt_ds", "torch", "deepspeed", "transformers", "peft")
 USAGE = Usage(
-    "Say what this installation and these ranks are, and what is wrong with them. All options of a run are taken; those that "
-    "can be wrong on a machine are listed.",
+    "Describe this installation and its ranks, and report problems with them. All options of a run are accepted; those that "
+    "depend on the machine are listed.",
     "prunadapt doctor --ds_config ds_configs/zero3.json --output_dir outputs",
     frozenset({"ds_config", "output_dir"}),
 )
@@ -38,27 +38,27 @@ ALL_REDUCE_BYTES = (1024, 16 * 2**20)
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank says of itself."""
+    """One rank, as it describes itself."""
 
     rank: int
     local_rank: int
     host: str
     device: str
-    cores: frozenset[int]  # which of the host's this rank may use
+    cores: frozenset[int]  # indices of the host's cores that this rank may use
     threads: int
     versions: dict[str, str]
     problems: list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what was found on rank 0; 0 where nothing is wrong, 2 where something is, on every rank."""
+    """Print the findings on rank 0. Returns, on every rank, 0 if there are no problems, otherwise 2."""
     wrong: list[str] = []
     code = guarded(lambda: wrong.extend(run(parse(argv, USAGE))))
     return code or (UserError.exit_code if wrong else 0)
 
 
 def run(config: Config) -> list[str]:
-    """What is wrong, on any rank; rank 0 prints it with all that was found. Collective."""
+    """Find the problems of all ranks; rank 0 prints them with a description of the ranks. Collective."""
     distributed.init()
     ranks = [Rank(**values) for values in distributed.all_gather_objects(vars(examine(config)))]
     times = {size: all_reduce_seconds(size) for size in ALL_REDUCE_BYTES}
@@ -69,7 +69,7 @@ def run(config: Config) -> list[str]:
 
 
 def examine(config: Config) -> Rank:
-    """This rank, and what is wrong that it can see by itself."""
+    """Describe this rank, with the problems that it can see on its own."""
     found = [*compiler_problems(), *gpu_problems(), *folder_problems(Path(config.output.output_dir))]
     try:
         resolve_ds_config(config, distributed.world_size())
@@ -96,29 +96,29 @@ def device_name() -> str:
 
 
 def compiler_problems() -> list[str]:
-    """DeepSpeed compiles an operator for CPU ranks and for offloading on first use."""
+    """Missing build tools: DeepSpeed compiles operators for CPU ranks and for offloading on first use."""
     found = []
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         found.append(
-            f"no C++ compiler ({compiler}): DeepSpeed compiles operators on first use; e.g. apt-get install g++"
+            f"no C++ compiler ({compiler}): DeepSpeed compiles operators on first use; install one, e.g. apt-get install g++"
         )
     if shutil.which("ninja") is None:
-        found.append("ninja is not on the PATH: pip install ninja, and start python from its environment")
+        found.append("ninja is not on the PATH: run `pip install ninja`, and start python from its environment")
     return found
 
 
 def gpu_problems() -> list[str]:
-    """GPUs that the host has and torch does not see: a run would go to the CPU without a word."""
+    """GPUs that the host has but torch does not see: a run would silently use the CPU."""
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return []  # none is what was asked for; DS_ACCELERATOR=cpu asks for it too
+        return []  # the user asked for no GPU; DS_ACCELERATOR=cpu does so too
     try:
         said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
         return []
     count = sum(line.startswith("GPU ") for line in said.splitlines())
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPUs only"
-    remedy = "install a build of torch that fits the driver, or say DS_ACCELERATOR=cpu"
+    remedy = "install a build of torch that fits the driver, or set DS_ACCELERATOR=cpu"
     return (
         [f"the host has {count} GPU(s) that torch {torch.__version__}, {built}, does not see: {remedy}"]
         if count
@@ -133,11 +133,14 @@ def folder_problems(folder: Path) -> list[str]:
     if not os.access(there, os.W_OK | os.X_OK):
         return [f"--output_dir {folder}: {there} cannot be written to by this user"]
     free = shutil.disk_usage(there).free
-    return [f"--output_dir {folder}: {free / 2**20:.0f} MiB free only"] if free < 2**30 else []
+    return [f"--output_dir {folder}: {free / 2**20:.0f} MiB left on the disk"] if free < 2**30 else []
 
 
 def all_reduce_seconds(size: int, repeats: int = 5) -> float:
-    """Median seconds of one all-reduce of `size` bytes, two unmeasured ones before; every rank must call."""
+    """Median seconds of an all-reduce of `size` bytes, after two warm-ups. Collective.
+
+    Raises PrunadaptError if it returns a wrong sum.
+    """
     values = torch.ones(size // 4, dtype=torch.float32, device=distributed.device())
     seconds = []
     for _ in range(2 + repeats):
@@ -148,12 +151,12 @@ def all_reduce_seconds(size: int, repeats: int = 5) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     if float(values.sum()) != distributed.world_size() * values.numel():
-        raise PrunadaptError(f"an all-reduce of ones over {distributed.world_size()} ranks has a wrong sum")
+        raise PrunadaptError(f"an all-reduce of ones over {distributed.world_size()} ranks returned a wrong sum")
     return statistics.median(seconds[2:])
 
 
 def problems(ranks: Sequence[Rank]) -> list[str]:
-    """What is wrong with single ranks, each thing once, and between them."""
+    """The problems of single ranks, each listed once, and those between ranks."""
     by_text: dict[str, list[int]] = {}
     for r in ranks:
         for text in r.problems:
@@ -176,7 +179,7 @@ def problems(ranks: Sequence[Rank]) -> list[str]:
 
 
 def describe(ranks: Sequence[Rank], times: dict[int, float], wrong: Sequence[str]) -> list[str]:
-    """The page that rank 0 prints."""
+    """The lines that rank 0 prints."""
     hosts = list(dict.fromkeys(r.host for r in ranks))
     versions = ", ".join(f"{name} {number}" for name, number in ranks[0].versions.items())
     lines = [
@@ -192,8 +195,8 @@ def describe(ranks: Sequence[Rank], times: dict[int, float], wrong: Sequence[str
     for size, seconds in times.items():
         speed = f", {size / seconds / 2**30:.2f} GiB/s" if size > 2**20 else ""
         lines.append(f"all-reduce {size // 1024} KiB in {seconds * 1000:.2f} ms{speed}")
-    lines.append(f"bf16       {'fast here' if fast_bf16() else 'slow here: runs take fp32'}")
-    lines += ["", *(f"wrong: {text}" for text in wrong)] if wrong else ["nothing wrong"]
+    lines.append(f"bf16       {'fast here' if fast_bf16() else 'slow here: runs use fp32'}")
+    lines += ["", *(f"problem: {text}" for text in wrong)] if wrong else ["no problems found"]
     return lines
 
 
@@ -208,5 +211,5 @@ def compiler_version() -> str:
     try:
         said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()
     except (OSError, subprocess.TimeoutExpired):
-        return f"{compiler} does not answer"
+        return f"{compiler} --version failed"
     return said[0] if said else compiler

@@ -1,6 +1,6 @@
-"""The DeepSpeed configuration: read, checked against the options, and without any "auto" left.
+"""The DeepSpeed configuration: read it, check it against the options, and resolve every "auto".
 
-Resolved before `HfDeepSpeedConfig` is created, because transformers reads it as it loads the model.
+This happens before `HfDeepSpeedConfig` is created, because transformers reads that while it loads the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prunadapt_ds.errors import Problem, UserError
 if TYPE_CHECKING:
     import torch
 
-# Trainables below this many elements stay whole on every rank (LoRA matrices do); frozen tensors never do.
+# Trainables of up to this many elements stay whole on every rank (LoRA matrices do); frozen tensors never do.
 PERSISTENCE_ELEMENTS = 100_000
 # One bucket of gradients holds every trainable of a LoRA run; prefetching reaches a few layers ahead.
 REDUCE_BUCKET_ELEMENTS = 5_000_000
@@ -30,16 +30,16 @@ BATCH_SIZES = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
 }
-"""Fields of the file, and the options that say the same."""
+"""Fields of the file, and the options that set the same."""
 
 
 @dataclass(frozen=True)
 class DsConfig:
-    """A configuration that DeepSpeed takes as it is.
+    """A resolved configuration.
 
-    values: no "auto", no optimizer or scheduler block.  resolved: field -> what its "auto" became.  adam: the optimizer
-    block's lr, betas, eps and weight_decay where it states them.  A "tensorboard" block says where our own events go; DeepSpeed
-    would write some of them a second time.
+    values: what DeepSpeed gets; no "auto", no optimizer, scheduler or tensorboard block.  resolved: field -> what its "auto"
+    became.  adam: the optimizer block's lr, betas, eps and weight_decay, if stated.  board_dir: where a "tensorboard" block
+    wants our own events; DeepSpeed would write some of them a second time.
     """
 
     values: dict[str, Any]
@@ -48,7 +48,7 @@ class DsConfig:
     dtype: str  # "bf16" or "fp32"
     path: str
     adam: dict[str, Any]
-    board_dir: str | None = None  # where a "tensorboard" block wants the events of the run
+    board_dir: str | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -73,9 +73,9 @@ def fast_bf16() -> bool:
 def resolve_ds_config(
     config: Config, world_size: int, probe: Callable[[], bool] = fast_bf16, *, on_this_machine: bool = True
 ) -> DsConfig:
-    """Read `--ds_config` for `world_size` ranks. Raises UserError with every problem of the file.
+    """Read and resolve `--ds_config` for `world_size` ranks. Raises UserError with every problem of the file.
 
-    `on_this_machine`: also refuse what needs hardware or folders that are not here.
+    `probe`: decides what "auto" means for bf16.  `on_this_machine`: also refuse what needs hardware or folders that are not here.
     """
     path = config.train.ds_config
     values = _read(path)
@@ -88,7 +88,8 @@ def resolve_ds_config(
         problems.append(Problem("scheduler", "in " + path, remedy))
     fields.check_precision(values, problems)
     stage = fields.zero_stage(values, problems)
-    wrong = _leave_out(values, problems)  # what follows takes them as not said: one mistake hides no other
+    # What is left out here counts as not stated from now on, so that one mistake does not hide another.
+    wrong = _leave_out(values, problems)
     zero = values.setdefault("zero_optimization", {})
     values.setdefault("bf16", {}).setdefault("enabled", False)
     if not wrong & {"zero_optimization", "zero_optimization.stage"}:
@@ -118,10 +119,10 @@ def resolve_ds_config(
     problems += _schema_problems(values, path)
     if problems:
         raise UserError(problems)
-    values.setdefault("steps_per_print", 2**31 - 1)  # progress is ours to print
+    values.setdefault("steps_per_print", 2**31 - 1)  # we print progress ourselves
     dtype = "bf16" if values["bf16"]["enabled"] else "fp32"
     if dtype == "bf16" and stage >= 2 and values["gradient_accumulation_steps"] > 1:
-        # In bf16 a sum over many micro-batches would lose what the last of them add. Lower stages cannot do otherwise.
+        # In bf16 a sum over many micro-batches would lose what the last of them add. Lower stages do not support it here.
         values["data_types"] = {"grad_accum_dtype": "fp32", **values.get("data_types", {})}
     return DsConfig(values, resolved, stage, dtype, path, adam, board_dir)
 
@@ -163,7 +164,7 @@ def _leave_out(values: dict[str, Any], problems: list[Problem]) -> set[str]:
 
 
 def _contradiction(config: Config, flag: str, name: str, stated: Any) -> list[Problem]:
-    """The problem of a field that states something else than the user's own option; no problem where either is silent."""
+    """The problem of a field that contradicts an option that the user gave; none if either is not stated."""
     wanted = getattr(config.train, flag)
     if flag not in config.given or stated in (None, AUTO, wanted):
         return []
@@ -173,7 +174,7 @@ def _contradiction(config: Config, flag: str, name: str, stated: Any) -> list[Pr
 def _resolve_batch(
     config: Config, values: dict[str, Any], world_size: int, resolved: dict[str, Any], wrong: set[str]
 ) -> Iterator[Problem]:
-    """Batch sizes of the file and of the options must be one and the same. `wrong`: fields that are refused already."""
+    """Resolve the batch sizes, which must be the same in file and options. `wrong`: fields that are refused already."""
     product = world_size
     for name, flag in BATCH_SIZES.items():
         if values.get(name, AUTO) == AUTO:
@@ -190,9 +191,9 @@ def _resolve_batch(
 
 
 def _schema_problems(values: dict[str, Any], path: str) -> list[Problem]:
-    """What DeepSpeed itself would refuse, later and with a traceback. Fields that it does refuse are removed from `values`."""
+    """What DeepSpeed itself would refuse, later and with a traceback. The fields concerned are removed from `values`."""
     problems: list[Problem] = []
-    while True:  # it stops at the first block that it does not take
+    while True:  # it stops at the first block that it refuses
         named = {problem.field for problem in problems}
         new = [problem for problem in _deepspeed_refuses(values, path) if problem.field not in named]
         if not new:
@@ -205,7 +206,7 @@ def _deepspeed_refuses(values: dict[str, Any], path: str) -> list[Problem]:
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
-    batch = dict.fromkeys(BATCH_SIZES, 1)  # ours to check
+    batch = dict.fromkeys(BATCH_SIZES, 1)  # we check these ourselves
     try:
         DeepSpeedConfig(copy.deepcopy({**values, **batch, "train_batch_size": None}))
     except ValidationError as error:
@@ -217,7 +218,7 @@ def _deepspeed_refuses(values: dict[str, Any], path: str) -> list[Problem]:
 
 def _schema_problem(values: dict[str, Any], found: Any) -> Problem:
     names = [str(name) for name in found["loc"]]
-    if names and names[0] not in values:  # said within its block
+    if names and names[0] not in values:  # DeepSpeed names it without its block
         blocks = {name: inside for name, inside in values.items() if isinstance(inside, dict) and names[0] in inside}
         meant = [name for name, inside in blocks.items() if len(names) > 1 or inside[names[0]] == found["input"]]
         names[:0] = meant[:1]

@@ -1,6 +1,6 @@
-"""What a DeepSpeed file may say, field by field: what each holds, what is taken out of it, and what does not work here.
+"""What a DeepSpeed file may contain, field by field: the type of each, what is taken out of the file, and what does not work here.
 
-DeepSpeed itself would pass over some of these mistakes, stumble on others later, and take some and go wrong.
+DeepSpeed itself would ignore some of these mistakes, fail on others later, and accept some and compute something wrong.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KNOWN_KEYS = {
     "seq_parallel_communication_data_type": "text",
     "disable_allgather": "switch",
 }
-"""Fields that are taken, and what they hold. DeepSpeed reads on where a type is wrong, and stumbles later."""
+"""Accepted fields and their types. DeepSpeed does not notice a wrong type at once, and fails later."""
 
 
 ELSEWHERE = {
@@ -72,29 +72,29 @@ ADAM_PARAMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "eps": ("a number above 0", lambda v: _is_number(v) and v > 0),
     "weight_decay": ("a number of at least 0", lambda v: _is_number(v) and v >= 0),
 }
-_REACH = "a cut, a checkpoint and a teacher's weights do not reach; remove it"
+_REACH = "cuts, checkpoints and teachers do not support; remove it"
 _ROUNDS = "frozen weights would not stay what they are, and an export would not compute what was trained; remove it"
 NOT_TAKEN: dict[str, tuple[Any, str]] = {
-    "zero_quantized_weights": (False, f"DeepSpeed gathers weights in 8 bits then: {_ROUNDS}"),
-    "zero_quantized_nontrainable_weights": (False, f"DeepSpeed would keep what a cut leaves in 8 bits: {_ROUNDS}"),
-    "zero_hpz_partition_size": (1, f"DeepSpeed gathers from a second copy then, which {_REACH}"),
-    "round_robin_gradients": (False, f"the order in which DeepSpeed keeps masters is one then that {_REACH}"),
-    "compute_grad_norm": (True, "gradients are clipped to that norm; remove it"),
-    "zenflow": (None, f"its optimizer has weights and moments of its own, which {_REACH}"),
+    "zero_quantized_weights": (False, f"DeepSpeed would gather weights in 8 bits: {_ROUNDS}"),
+    "zero_quantized_nontrainable_weights": (False, f"DeepSpeed would keep cut matrices in 8 bits: {_ROUNDS}"),
+    "zero_hpz_partition_size": (1, f"DeepSpeed would gather from a second copy, which {_REACH}"),
+    "round_robin_gradients": (False, f"DeepSpeed would keep masters in another order, which {_REACH}"),
+    "compute_grad_norm": (True, "clipping gradients needs that norm; remove it"),
+    "zenflow": (None, f"its optimizer keeps weights and moments of its own, which {_REACH}"),
     "cpu_offload": (None, 'an old name; write "offload_optimizer": {"device": "cpu"}'),
     "cpu_offload_param": (None, 'an old name; write "offload_param": {"device": "cpu"}'),
     "cpu_offload_use_pin_memory": (None, 'an old name; write "pin_memory" in the offload blocks'),
 }
-"""Fields of zero_optimization that only work as they are by default: that default, and the remedy."""
+"""Fields of zero_optimization that work only with their default value: that default, and the remedy."""
 NOT_TAKEN_OF_AN_OFFLOAD: dict[str, tuple[Any, str]] = {
-    "ratio": (1, f"an optimizer of its own steps the part that stays on the device, which {_REACH}"),
-    "super_offload": (False, f"it keeps masters and moments in a process of its own, which {_REACH}"),
+    "ratio": (1, f"a separate optimizer steps the part that stays on the device, which {_REACH}"),
+    "super_offload": (False, f"it keeps masters and moments in a separate process, which {_REACH}"),
 }
 NEED_A_GPU = (
     "zero_quantized_gradients",
     "stage3_module_granularity_threshold",
 )
-OFFLOADS = {"offload_optimizer": 1, "offload_param": 3}  # block: the lowest stage at which DeepSpeed heeds it
+OFFLOADS = {"offload_optimizer": 1, "offload_param": 3}  # block: the lowest stage at which DeepSpeed applies it
 
 
 def refuse_unknown(values: dict[str, Any], problems: list[Problem]) -> None:
@@ -114,14 +114,14 @@ def refuse_unknown(values: dict[str, Any], problems: list[Problem]) -> None:
 
 
 def take_optimizer(values: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    """Remove the optimizer block and return AdamW defaults from it."""
+    """Remove the optimizer block, and return the AdamW settings that it states."""
     block = values.pop("optimizer", None)
     if not block or not isinstance(block, dict):
         return {}
     kind = str(block.get("type", ""))
     if kind.lower() not in ADAM_TYPES:
         problems.append(
-            Problem("optimizer.type", kind, "only Adam and AdamW are taken; this trainer builds AdamW itself")
+            Problem("optimizer.type", kind, "only Adam and AdamW are accepted; this trainer builds AdamW itself")
         )
         return {}
     block = block.get("params") or {}
@@ -142,12 +142,12 @@ def take_optimizer(values: dict[str, Any], problems: list[Problem]) -> dict[str,
 
 
 def take_tensorboard(values: dict[str, Any], problems: list[Problem]) -> str | None:
-    """Remove the tensorboard block and return the folder it names, if it is enabled and names one."""
+    """Remove the tensorboard block, and return the folder that it names, if it is enabled and names one."""
     block = values.pop("tensorboard", None) or {}
     if not isinstance(block, dict):
         return None
     for name in set(block) - {"enabled", "output_path", "job_name"}:
-        problems.append(Problem(f"tensorboard.{name}", block[name], "taken are enabled, output_path and job_name"))
+        problems.append(Problem(f"tensorboard.{name}", block[name], "accepted are enabled, output_path and job_name"))
     if not block.get("enabled") or not block.get("output_path"):
         return None
     return str(Path(str(block["output_path"])) / str(block.get("job_name", "")))
@@ -166,7 +166,7 @@ def check_precision(values: dict[str, Any], problems: list[Problem]) -> None:
 
 
 def zero_stage(values: dict[str, Any], problems: list[Problem]) -> int:
-    """The ZeRO stage, 0 where none is stated."""
+    """The ZeRO stage; 0 if none is stated."""
     zero = values.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
@@ -176,7 +176,10 @@ def zero_stage(values: dict[str, Any], problems: list[Problem]) -> int:
 
 
 def zero_problems(zero: dict[str, Any], on_this_machine: bool) -> list[Problem]:
-    """zero: the block, whose stage is known. `on_this_machine`: also refuse what needs hardware or folders that are not here."""
+    """The problems of a ZeRO block whose stage is resolved.
+
+    `on_this_machine`: also refuse what needs hardware or folders that are not here.
+    """
     problems: list[Problem] = []
     for block in OFFLOADS:
         if isinstance(zero.get(block) or {}, dict):
@@ -185,7 +188,7 @@ def zero_problems(zero: dict[str, Any], on_this_machine: bool) -> list[Problem]:
             problems.append(Problem(f"zero_optimization.{block}", zero[block], "must be an object"))
     is_on_disk = isinstance(zero.get("offload_param"), dict) and zero["offload_param"].get("device") == "nvme"
     if is_on_disk and zero.get("stage3_max_reuse_distance") != 0:
-        remedy = "must be 0 with parameters on NVMe: each that stays gathered between two uses keeps one of the buffers"
+        remedy = "must be 0 with parameters on NVMe: one that stays gathered between two uses would keep its buffer"
         found = zero.get("stage3_max_reuse_distance")
         problems.append(Problem("zero_optimization.stage3_max_reuse_distance", found, remedy))
     problems += _not_taken("zero_optimization", zero, NOT_TAKEN)
@@ -200,7 +203,7 @@ def _offload_problems(block: str, zero: dict[str, Any], on_this_machine: bool) -
     if device not in ("none", "cpu", "nvme"):
         yield Problem(f"{name}.device", device, "must be none, cpu or nvme")
     elif device == "nvme" and block == "offload_optimizer":
-        remedy = "adapters have little optimizer state: cpu is enough, and nvme is not taken"
+        remedy = "adapters have little optimizer state: cpu is enough, and nvme is not supported"
         yield Problem(f"{name}.device", device, remedy)
     elif on_this_machine and device == "nvme" and not Path(str(found.get("nvme_path") or "-")).is_dir():
         remedy = "there is no such folder; name one on a local NVMe disk"
@@ -211,7 +214,7 @@ def _offload_problems(block: str, zero: dict[str, Any], on_this_machine: bool) -
 
 
 def _not_taken(block: str, values: dict[str, Any], table: dict[str, tuple[Any, str]]) -> list[Problem]:
-    """Fields of a block that say something else than DeepSpeed's default, where only that default works."""
+    """The problems of fields that differ from DeepSpeed's default, where only that default works."""
     return [
         Problem(f"{block}.{name}", values[name], remedy)
         for name, (default, remedy) in table.items()

@@ -1,7 +1,7 @@
-"""Build and rebuild the DeepSpeed engine and its optimizer; what ZeRO-3 needs to be told.
+"""Build and rebuild the DeepSpeed engine and its optimizer, with the settings that ZeRO-3 needs.
 
-The optimizer and the learning rates are ours: groups by name, each with its own base rate, and rates that are a pure function
-of the global step, so that a rebuilt engine goes on exactly where the old one stood.
+The optimizer and the learning rates are our own, not DeepSpeed's: named parameter groups, each with its own base rate, and
+rates that are a pure function of the global step, so that a rebuilt engine continues exactly where the old one stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prunadapt_ds import memory, zero3
 from prunadapt_ds.gates import GATE_NAME, gates_of
 from prunadapt_ds.models.structure import full_numel, full_shape
 
-# Of one module's shards: from there on it is worth the time to give them back to the system at once.
+# Freed shards of one module that are large enough to be worth returning to the system at once.
 FREED_BYTES = 2**22
 
 Group = dict[str, Any]  # a torch optimizer's parameter group; "name" and "base_lr" are kept beside "lr"
@@ -30,7 +30,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], *, write_from: int | None = None) -> Iterator[None]:
-    """The whole tensors of sharded parameters, on every rank, as long as the context lasts; a no-op for whole ones.
+    """Gather sharded parameters on every rank while the context lasts; a no-op for parameters that are not sharded.
 
     All ranks must enter. `write_from`: the rank whose changes are kept; None for reading only.
     """
@@ -45,9 +45,10 @@ def gathered(parameters: Iterable[nn.Parameter], *, write_from: int | None = Non
 
 
 def row_blocks(parameter: nn.Parameter, numel: int) -> Iterator[Tensor]:
-    """All rows of a parameter in order, on every rank: blocks [k, ...] of about `numel` elements, which may be views of it.
+    """Yield all rows of a parameter in order, on every rank, in blocks [k, ...] of about `numel` elements. Collective.
 
-    Collective. One of which each rank has a part is never whole anywhere; others, and those that are gathered, need not be sent.
+    A partitioned parameter is fetched block by block and never whole anywhere; a whole or gathered one is only sliced, so
+    that its blocks are views of it.
     """
     shape = full_shape(parameter)
     row = prod(shape[1:])
@@ -62,7 +63,10 @@ def row_blocks(parameter: nn.Parameter, numel: int) -> Iterator[Tensor]:
 
 
 def gate_values(model: nn.Module) -> torch.Tensor:
-    """The scale of every unit that is physically there, float32 on the CPU, in flat order. Collective; not for every step."""
+    """Return the scale of every unit that is physically there: float32 [U] on the CPU, in flat order.
+
+    Collective, and too slow for every step.
+    """
     deltas = [gate.delta for gate in gates_of(model)]
     with gathered(deltas):
         return torch.cat([1 + delta.detach().float().cpu() for delta in deltas])
@@ -70,8 +74,10 @@ def gate_values(model: nn.Module) -> torch.Tensor:
 
 @contextmanager
 def rewriting(module: nn.Module) -> Iterator[None]:
-    """Make one module's parameters whole on every rank while they are replaced; what is new is sharded at the end, and the
-    shards of what it replaces are gone."""
+    """Gather one module's parameters on every rank while they are replaced.
+
+    At the end the new parameters are sharded, and the shards of those that were replaced are freed. Collective.
+    """
     sharded: list[Any] = [p for p in module.parameters() if is_sharded(p)]
     with gathered(sharded):
         yield
@@ -83,10 +89,10 @@ def rewriting(module: nn.Module) -> Iterator[None]:
 
 
 def release(parameters: Iterable[Any], module: nn.Module) -> int:
-    """Free the shards of those sharded parameters that `module` does not hold any more; returns their bytes.
+    """Free the shards of those `parameters` that `module` no longer holds; returns the number of bytes freed.
 
-    DeepSpeed gives each parameter methods that refer to it, so that it is freed when the garbage of the whole process is
-    collected, and not when the last one lets go of it.
+    DeepSpeed attaches methods to each parameter that refer back to it. Without this, the cycle would keep a dropped
+    parameter's shard in memory until the next garbage collection.
     """
     held = {id(p) for p in module.parameters()}
     gone = [p.ds_tensor for p in parameters if is_sharded(p) and id(p) not in held]
@@ -104,9 +110,9 @@ def parameter_groups(
     gate_learning_rate: float,
     weight_decay: float,
 ) -> list[Group]:
-    """Optimizer groups of everything that trains: adapters, head, gates, and (dense methods) backbone.
+    """Return optimizer groups for everything that trains: adapters, head, gates, and backbone (norms, or all of it).
 
-    No decay on biases, norms and gates.
+    Parameters with one dimension (biases, norms) and gates get no weight decay.
     """
     groups: dict[str, Group] = {}
     for name, parameter in model.named_parameters():
@@ -126,7 +132,7 @@ def parameter_groups(
 
 
 def trainable_counts(model: nn.Module, task_head_names: frozenset[str]) -> dict[str, int]:
-    """Numbers that train, by kind: adapters, head, gates, backbone."""
+    """Count trainable elements by kind: adapters, head, gates, backbone."""
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -144,7 +150,7 @@ def _group_name(name: str, task_head_names: frozenset[str]) -> str:
 
 
 def make_optimizer(groups: list[Group], adam: dict[str, Any], *, offloaded: bool) -> torch.optim.Optimizer:
-    """AdamW, in DeepSpeed's own form where its state lives on the CPU. `adam`: betas and eps."""
+    """Build AdamW, DeepSpeed's CPU version if its state is offloaded. `adam`: betas and eps."""
     options = {k: adam[k] for k in ("betas", "eps") if adam.get(k) is not None}
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -154,9 +160,9 @@ def make_optimizer(groups: list[Group], adam: dict[str, Any], *, offloaded: bool
 
 
 def shard_while_loading(ds_config: dict[str, Any]) -> Any:
-    """Under ZeRO-3, an object whose life makes `from_pretrained` shard as it loads; None at other stages.
+    """Return an object that, while it is alive, makes `from_pretrained` shard as it loads; None below ZeRO-3.
 
-    Transformers keeps a weak reference only: hold on to it as long as models are loaded.
+    Transformers keeps only a weak reference to it: hold on to it as long as models are loaded.
     """
     if ds_config.get("zero_optimization", {}).get("stage", 0) != 3:
         return None
@@ -173,11 +179,11 @@ def build(
     *,
     blocks: Iterable[nn.Module] = (),
 ) -> Any:
-    """A DeepSpeed engine around `model` that trains `groups`.
+    """Build a DeepSpeed engine around `model` that trains `groups`.
 
-    `ds_config` has no "auto" left. Under ZeRO-3 it is given to DeepSpeed with a persistence threshold of 0, so that no
-    frozen tensor stays whole; trainables below the threshold that was asked for are kept whole afterwards.
-    `blocks`: the model's blocks, each of which runs once in a pass (`zero3.blocks_as_leaves`).
+    `ds_config` must have no "auto" left. Under ZeRO-3 DeepSpeed gets it with a persistence threshold of 0, so that no frozen
+    tensor stays whole; trainables up to the configured threshold are made persistent afterwards.
+    `blocks`: the model's blocks, if each of them runs once per pass (see `zero3.blocks_as_leaves`).
     """
     import deepspeed
 
@@ -197,7 +203,10 @@ def build(
 
 
 def _undo_first_step(engine: Any) -> None:
-    """Without ZeRO, in bf16, DeepSpeed has Adam make its state by a step on gradients of zero, which counts and decays masters."""
+    """Undo the step on zero gradients by which DeepSpeed creates Adam's state in bf16 without ZeRO.
+
+    That step would count, and decay the fp32 masters.
+    """
     masters, stored = (getattr(engine.optimizer, name, None) for name in ("fp32_groups", "fp16_groups"))
     if masters is None or stored is None:
         return
@@ -208,7 +217,7 @@ def _undo_first_step(engine: Any) -> None:
 
 
 def nothing_persists(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The same configuration, with no parameter small enough to stay whole on every rank."""
+    """Return the same configuration with a persistence threshold of 0: no parameter stays whole on every rank."""
     zero = ds_config.get("zero_optimization", {})
     if zero.get("stage", 0) != 3:
         return ds_config
@@ -218,7 +227,8 @@ def nothing_persists(ds_config: dict[str, Any]) -> dict[str, Any]:
 def keep_whole(parameters: list[nn.Parameter], zero_optimizer: Any, threshold: int) -> None:
     """Let ZeRO-3 keep these parameters whole between steps if they have at most `threshold` elements.
 
-    Not those that come with a block in one piece: what stays whole is gathered anew after each step, tensor by tensor.
+    Parameters of a block that is fetched as one piece are left out: what stays whole is gathered again after each step,
+    tensor by tensor.
     """
     from deepspeed.utils import z3_leaf_parameter
 
@@ -231,22 +241,22 @@ def keep_whole(parameters: list[nn.Parameter], zero_optimizer: Any, threshold: i
 
 
 def set_learning_rates(engine: Any, factor: float) -> dict[str, float]:
-    """Give every group `base_lr * factor`; returns the rates by group name."""
+    """Set every group's rate to `base_lr * factor`; returns the rates by group name."""
     for group in engine.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return {group["name"]: group["lr"] for group in engine.optimizer.param_groups}
 
 
 def destroy(engine: Any) -> None:
-    """Take an engine off its module, which stays usable with its (sharded) parameters. What the engine held is garbage then."""
+    """Detach an engine from its module, which stays usable with its (sharded) parameters; what the engine held becomes garbage."""
     module = engine.module
     engine.destroy()
-    # It would do so again at its own end, when the parameters may have the masters of another engine.
+    # Its finaliser would call this again, when the parameters may already have the masters of another engine.
     engine.destroy = _nothing
     zero3.forget_engine(module)
     for parameter in module.parameters():
         parameter.grad = None
-        for name in ("_z3_optimizer", "_zero_optimizer", "ds_z3_leaf_module"):  # by which it would keep the old engine
+        for name in ("_z3_optimizer", "_zero_optimizer", "ds_z3_leaf_module"):  # these keep the old engine alive
             vars(parameter).pop(name, None)
         if is_sharded(parameter) and parameter.ds_persist:  # the next engine decides anew what stays whole
             parameter.ds_persist = False

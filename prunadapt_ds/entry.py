@@ -1,4 +1,4 @@
-"""What every program of the package does around its work: an exit code instead of a traceback, one message, no hang."""
+"""What every program of the package wraps around its work: an exit code instead of a traceback, one message, no hang."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prunadapt_ds.errors import PrunadaptError, message
 
 
 def guarded(work: Callable[[], object]) -> int:
-    """Run `work`; returns the process's exit code (see errors.py). Rank 0 says what went wrong."""
+    """Run `work`; returns the process's exit code (see errors.py). `distributed.speaks_of` chooses who prints an error."""
     code = 0
     try:
         with files.owner_writes_alone():
@@ -19,7 +19,7 @@ def guarded(work: Callable[[], object]) -> int:
         if distributed.speaks_of(error):
             print(message(error), file=sys.stderr)
         code = error.exit_code
-    except BaseException as error:  # of this rank alone: the others may be waiting for it
+    except BaseException as error:  # on this rank alone: the others may be waiting for it
         if isinstance(error, RuntimeError) and distributed.is_lost_rank(error):
             mine, reason = distributed.rank(), distributed.why_lost(error)
             print(f"error: rank {mine} has lost another rank, which died or is stuck: {reason}", file=sys.stderr)

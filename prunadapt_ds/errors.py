@@ -1,4 +1,4 @@
-"""What can go wrong, and the exit code each ends the process with (on every rank).
+"""What can go wrong, and the exit code with which each error ends the process (on every rank).
 
 Exit codes: 0 done, 2 user error, 3 parity failure, 4 ranks disagree, 75 stopped with a checkpoint, 1 anything else.
 """
@@ -19,7 +19,7 @@ MOST_CHARACTERS = 1000  # of a remedy, which may quote a cell or another library
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake of the user's: the field, its value, and what to write instead. As text it is one line, not too long."""
+    """One mistake of the user: the field, its value, and what to write instead. As text it is one line of limited length."""
 
     field: str
     value: Any
@@ -40,7 +40,7 @@ class PrunadaptError(Exception):
 
 
 class UserError(PrunadaptError):
-    """Something the user can mend. Carries every problem found, not only the first."""
+    """Something the user can fix. Carries every problem found, not only the first."""
 
     exit_code = 2
 
@@ -49,19 +49,19 @@ class UserError(PrunadaptError):
         super().__init__("\n".join(map(str, self.problems)))
 
     def beside(self, work: Callable[[], Any]) -> UserError:
-        """The same with the problems that `work` ends with too, if it does."""
+        """This error, together with the problems of the UserError that `work` raises, if it does."""
         try:
             work()
         except UserError as other:
             return UserError((*self.problems, *other.problems))
         return self
 
-    def __reduce__(self) -> Any:  # ranks send each other what went wrong
+    def __reduce__(self) -> Any:  # ranks send errors to each other
         return type(self), (self.problems,)
 
 
 class LaunchError(UserError):
-    """Ranks that cannot find each other: seen by each process alone, before there is a group that could share it."""
+    """Ranks cannot find each other. Each process sees this alone, before there is a group that could share it."""
 
 
 class ParityError(PrunadaptError):
@@ -71,7 +71,7 @@ class ParityError(PrunadaptError):
 
 
 class Interrupted(PrunadaptError):
-    """Asked to stop; a checkpoint is written, and the same command goes on from there."""
+    """The run was asked to stop; a checkpoint is written, and the same command goes on from there."""
 
     exit_code = 75
 
@@ -83,8 +83,10 @@ class RanksDisagree(PrunadaptError):
 
 
 def told(work: Callable[[], int | None]) -> int:
-    """Run `work` of a program that has one process; returns its exit code, 0 where it names none. An error is said on standard
-    error. Programs of several ranks have `entry.guarded`."""
+    """Run the `work` of a program with a single process; returns its exit code, 0 if `work` returns None.
+
+    A PrunadaptError is printed on standard error. Programs with several ranks use `entry.guarded`.
+    """
     try:
         return work() or 0
     except PrunadaptError as error:
@@ -93,7 +95,7 @@ def told(work: Callable[[], int | None]) -> int:
 
 
 def message(error: PrunadaptError) -> str:
-    """What a program says about it on standard error: a line, or one for each problem under a heading."""
+    """What a program prints about an error on standard error: one line, or one per problem under a heading."""
     if isinstance(error, Interrupted):
         return str(error)
     return f"error: {error}" if len(str(error).splitlines()) == 1 else f"errors:\n{error}"

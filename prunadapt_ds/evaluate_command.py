@@ -1,6 +1,6 @@
-"""Score a folder on a task: one of ours (compact, padded, uniform, adapter) or any stock sequence classifier.
+"""Score a folder on a task: one of ours (compact, padded, uniform, adapter) or any stock model.
 
-All ranks share the rows.
+The ranks share the rows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OPTIONS = frozenset(
     }
 )
 USAGE = Usage(
-    "Score a folder on a task's development set: one that a run has exported, or any stock model. One line of JSON.",
+    "Score an exported folder, or any stock model, on a task's development set. Prints one line of JSON.",
     "prunadapt evaluate --model_name_or_path outputs/exports/compact --task_name mrpc --data_dir glue_data",
     OPTIONS,
 )
@@ -58,7 +58,7 @@ def run(config: Config) -> dict[str, float]:
     Raises UserError, on all ranks alike, for options that have no meaning here and for a folder that does not fit the task.
     """
     if foreign := sorted(config.given - OPTIONS):
-        remedy = f"has no meaning when a folder is scored; taken are {', '.join(sorted(OPTIONS))}"
+        remedy = f"has no meaning when a folder is scored; accepted are {', '.join(sorted(OPTIONS))}"
         raise UserError([Problem(name, "given", remedy) for name in foreign])
     distributed.init()
     if config.uses_sample and distributed.rank() == 0:

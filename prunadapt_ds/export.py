@@ -1,7 +1,7 @@
-"""Write the trained model as a smaller Hugging Face folder.
+"""Writes the trained model as a smaller Hugging Face folder.
 
-A large matrix is never whole anywhere: a few of its rows at a time go to rank 0, which merges LoRA and folds gates in fp32, right
-into files.
+Large matrices are never gathered whole: rank 0 receives a few rows at a time, merges LoRA and folds gates in fp32, and writes
+the result straight to files.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from prunadapt_ds.models.structure import full_numel, full_shape
 from prunadapt_ds.weight_files import WeightFiles
 from prunadapt_ds.zero3 import own_run
 
-ROWS_NUMEL = 2**22  # of a tensor's rows that are computed at a time: 16 MiB
+ROWS_NUMEL = 2**22  # elements of a tensor's rows that are computed at a time: 16 MiB
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What one projection keeps."""
+    """The units that one projection keeps."""
 
     projection: ProjectionLayout
-    num_units: int  # before
-    units: Tensor  # int64 [K], positions among those
+    num_units: int  # before the cut
+    units: Tensor  # int64 [K], the kept ones among these
     side: str  # "out" or "in"
-    vanishes: bool  # the sub-layer has no unit left
+    vanishes: bool  # the sub-layer has no units left
 
     @property
     def axis(self) -> int:
@@ -56,7 +56,7 @@ class Cut:
 
 
 def cuts_of(layout: Layout, plan: PruningPlan, present: PruningPlan) -> dict[str, Cut]:
-    """By the projection's full name, what it keeps of a model that holds `present`."""
+    """By full name of the projection: what `plan` keeps of it in a model that physically holds the units of `present`."""
     cuts = {}
     for (layer, sublayer), old, new in zip(layout.places, present.kept, plan.kept, strict=True):
         units = torch.searchsorted(torch.tensor(old, dtype=torch.long), torch.tensor(new, dtype=torch.long))
@@ -68,10 +68,10 @@ def cuts_of(layout: Layout, plan: PruningPlan, present: PruningPlan) -> dict[str
 
 @dataclass(frozen=True)
 class Exported:
-    """A tensor of the export in fp32, which never has to be whole in memory.
+    """An fp32 tensor of the export that never has to be whole in memory.
 
-    `kept`: int64, ascending, the rows of `stored` that stay; None: all. `values`: from some of these rows, [k, ...], and their
-    positions in the export, what is exported of them.
+    `kept`: int64 [n], ascending, the rows of `stored` that stay; None: all. `values` maps some of these rows, [k, ...], and
+    their positions in the export to the exported rows.
     """
 
     shape: tuple[int, ...]
@@ -80,7 +80,7 @@ class Exported:
     values: Callable[[Tensor, slice], Tensor]
 
     def write(self, out: Tensor | None) -> None:
-        """Fill `out`, a few rows at a time. Collective; None on ranks that only send what they hold."""
+        """Fill `out` a few rows at a time. Collective; `out` is None on ranks that only send their shards."""
         start = written = 0
         for block in row_blocks(self.stored, ROWS_NUMEL):
             stop = start + len(block)
@@ -95,9 +95,9 @@ class Exported:
 
 
 def kept_rows(module: Any, gate: Gate | None, cut: Cut, stored: Tensor, rows: slice) -> Tensor:
-    """Some rows, in fp32, of the weight that a projection keeps, with LoRA merged in and the gate folded.
+    """Rows `rows` of a projection's exported weight, in fp32, with LoRA merged and the gate folded in.
 
-    stored: the base weight's rows that these come from; other parameters are whole.
+    stored: the rows of the base weight that they come from. All other parameters must be whole.
     """
     index = cut.index.to(stored.device)
     weight = (stored if cut.axis == 0 else stored.index_select(1, index)).to(torch.float32, copy=True)
@@ -111,7 +111,10 @@ def kept_rows(module: Any, gate: Gate | None, cut: Cut, stored: Tensor, rows: sl
 
 
 def folded_scale(gate: Gate, cut: Cut, rows: slice) -> Tensor:
-    """g * m of the units of those rows, or of the kept columns, of the output projection behind the gate."""
+    """The gate's factors g * m for the weight of the output projection behind it.
+
+    [K * width] for its kept columns; [rows, 1] for `rows` of its kept rows, if the weight is transposed.
+    """
     scale = ((1 + gate.delta.detach().float()) * gate.mask.float()).repeat_interleave(gate.width)
     scale = scale[cut.index.to(scale.device)]
     return scale if cut.axis == 1 else scale[rows, None]
@@ -120,17 +123,17 @@ def folded_scale(gate: Gate, cut: Cut, rows: slice) -> Tensor:
 def pruned_tensors(
     model: nn.Module, layout: Layout, plan: PruningPlan, present: PruningPlan | None = None
 ) -> Iterator[tuple[str, Exported]]:
-    """Name, under the stock model's names, of everything the exported checkpoint holds, and its tensor, to be written before
-    the next is asked for.
+    """Yield (name in the stock model, tensor) for everything in the exported checkpoint.
 
-    `present`: what the model physically holds (None: dense). Collective: every rank must write every tensor. Small parameters
-    are gathered, one module's at a time. A tensor that several modules share comes once, under its first name.
+    Collective: every rank must write each tensor before it requests the next. `present`: what the model physically holds
+    (None: dense). Small parameters are gathered, one module at a time. A tensor that several modules share is yielded once,
+    under its first name.
     """
     cuts = cuts_of(layout, plan, present or PruningPlan.dense(plan.structure))
     inside = tuple(f"{layout.layers}.{layer}." for layer in plan.skipped)  # nothing of these is exported
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if name.startswith(inside):  # part of a projection that was taken as a whole
+        if name.startswith(inside):  # in a skipped layer, or part of a projection that was exported as a whole
             continue
         cut = cuts.get(name)
         if isinstance(module, Gate):  # folded into its projection
@@ -151,7 +154,7 @@ def pruned_tensors(
 
 
 def _comes_in_parts(parameter: nn.Parameter) -> bool:
-    """Whether a tensor is so large that its rows are taken from where they lie."""
+    """Whether a tensor is so large that its rows are fetched from its shards instead of gathering it."""
     return full_numel(parameter) > ROWS_NUMEL and own_run(parameter) is not None
 
 
@@ -182,10 +185,10 @@ def export(
     folder: Path,
     present: PruningPlan | None = None,
 ) -> bool:
-    """Write the pruned model in fp32 to `folder` (rank 0 writes, all ranks must call). Returns whether it needs remote code.
+    """Write the pruned model in fp32 to `folder`, complete or not at all. Returns whether loading it needs remote code.
 
-    `present`: what the model physically holds (None: dense). The folder appears complete or not at all.
-    A model of which nothing was cut loads with the stock class.
+    Collective; rank 0 writes. `present`: what the model physically holds (None: dense). A model from which nothing was cut
+    loads with its stock class.
     """
     needs_remote_code = not bool(plan.mask().all())
     weights = WeightFiles(folder.with_name(f".{folder.name}.weights.tmp"))
@@ -195,14 +198,14 @@ def export(
     generation = None
     if auto_classes.name_for(type(model).__name__) == auto_classes.LANGUAGE_MODEL:
         generation, tokenizer = model.generation_config, copy.deepcopy(tokenizer)
-        tokenizer.padding_side = "left"  # generation goes on at the right end
+        tokenizer.padding_side = "left"  # generation appends on the right
     parts = [part for part in (config, generation, tokenizer) if part is not None]
     on_rank_0(f"writing the export {folder}", lambda: write_folder(folder, weights, parts, needs_remote_code))
     return needs_remote_code
 
 
 def write_folder(folder: Path, weights: WeightFiles, parts: list[Any], needs_remote_code: bool) -> None:
-    """The Hugging Face folder, whole or not at all. `parts`: configurations and tokenizer, which save themselves."""
+    """Write the Hugging Face folder, complete or not at all. `parts`: objects with `save_pretrained`."""
     try:
         with whole_folder(folder) as unfinished:
             weights.finish(unfinished)
@@ -217,7 +220,7 @@ def write_folder(folder: Path, weights: WeightFiles, parts: list[Any], needs_rem
 
 
 def exported_config(model: Any, layout: Layout, plan: PruningPlan, needs_remote_code: bool) -> Any:
-    """The model's configuration, with the structure and the class that reads it where something was cut."""
+    """The model's configuration; if anything was cut, with the structure and the class that builds it."""
     config = copy.deepcopy(model.config)
     stock = type(model).__name__
     config.dtype = torch.float32

@@ -1,14 +1,14 @@
-"""Faults on purpose: places in a run where a test lets a rank be killed, stall, or be asked to stop."""
+"""Fault injection: places in a run where a test can kill a rank, stall it or ask it to stop."""
 
 import os
 import signal
 import time
 
-FAULT = "PRUNADAPT_FAULT"  # variable: KIND@PLACE@RANK, e.g. SIGKILL@decide-6@1; RANK may be "all"
+FAULT = "PRUNADAPT_FAULT"  # variable: KIND@PLACE@RANK, e.g. SIGKILL@decide-6@1; KIND may be "stall", RANK "all"
 
 
 def fault_point(place: str) -> None:
-    """The run is at `place`. Does nothing but where the environment names this place and rank."""
+    """Stall this process or send it a signal if the environment names this place and rank; otherwise do nothing."""
     fault = os.environ.get(FAULT)
     if fault is None:
         return

@@ -1,6 +1,6 @@
-"""Pictures of a run, each with words that say the same. Grey tones, markers and line styles carry the meaning, never hue alone.
+"""Pictures of a run, each with an alternative text that says the same. No meaning depends on hue alone.
 
-Plain functions from what a run has left behind to SVG text; nothing here reads a file or knows a model.
+Plain functions from a run's results to SVG text: nothing here reads a file or depends on a model.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import Any
 
 import numpy as np
 
-WIDTH = 4.8  # inches: drawn for a phone, so that its letters stay legible there
-INK, PAPER, ACCENT, SECOND = "#1b2a41", "#ffffff", "#0072b2", "#d55e00"  # the last two differ in lightness as well
+WIDTH = 4.8  # inches: narrow, so that text stays legible on a phone
+INK, PAPER, ACCENT, SECOND = "#1b2a41", "#ffffff", "#0072b2", "#d55e00"  # the last two also differ in lightness
 PHASE_TONES = {"dense": "#ffffff", "prune": "#dcdcdc", "recover": "#f2f2f2"}
-MISTAKES = 10  # pairs of classes that a confusion matrix is put into words by
-BLOCKS = 24  # groups of neurons in a picture, whatever a layer's width
+MISTAKES = 10  # pairs of classes in a confusion matrix's alternative text
+BLOCKS = 24  # groups of neurons in a picture, whatever the layer's width
 STYLE: Any = {
     "font.size": 8.5,
     "axes.edgecolor": "#666666",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.color": INK,
-    "text.parse_math": False,  # a name with dollars in it, of a class or a run, is that name
-    "svg.hashsalt": "prunadapt",  # the same run gives the same file
+    "text.parse_math": False,  # names of classes and runs may contain dollar signs
+    "svg.hashsalt": "prunadapt",  # makes the files of equal runs equal
 }
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure. `alt` says in words what a reader who cannot see it must know."""
+    """One figure. `alt`: its alternative text."""
 
     title: str
     alt: str
@@ -53,7 +53,7 @@ def picture(title: str, alt: str, figure: Any) -> Picture:
 
 
 def drawn(function: Any, *arguments: Any) -> Any:
-    """`function(*arguments)` in the style of these pictures, without a trace in the caller's own settings."""
+    """Call `function(*arguments)` with matplotlib set to `STYLE`, and restore the caller's settings."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -64,9 +64,9 @@ def drawn(function: Any, *arguments: Any) -> Any:
 
 
 def kept_tables(plan: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Of plan.json: "heads" [layers, most heads], 1 kept and 0 cut, and "neurons" [layers, BLOCKS], the share kept.
+    """Tables of what plan.json keeps: "heads" [layers, max heads], 1 or 0, and "neurons" [layers, BLOCKS], the share kept.
 
-    NaN where a layer has fewer.
+    NaN where a layer has fewer columns.
     """
     tables = {}
     for kind in ("heads", "neurons"):
@@ -78,7 +78,7 @@ def kept_tables(plan: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of unequal length as one table, NaN behind the shorter ones."""
+    """Rows of unequal length as one table: float [rows, max length], padded with NaN."""
     table = np.full((len(rows), max(map(len, rows))), np.nan)
     for line, row in zip(table, rows, strict=True):
         line[: len(row)] = row
@@ -86,20 +86,20 @@ def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def in_blocks(rows: Sequence[np.ndarray], blocks: int = BLOCKS) -> np.ndarray:
-    """Means over `blocks` neighbouring groups of each row: [rows, blocks] (fewer where a row has fewer units)."""
+    """Means of each row over `blocks` groups of neighbouring entries: [rows, blocks], fewer columns if all rows are shorter."""
     return padded([np.array([part.mean() for part in np.array_split(row, min(blocks, len(row)))]) for row in rows])
 
 
 def heatmap(
     axis: Any, table: np.ndarray, title: str, *, lowest: float | None = None, highest: float | None = None
 ) -> Any:
-    """Layers as rows; dark is much. Returns the image."""
+    """Draw a table [layers, columns] with darker cells for higher values. Returns the image."""
     image = axis.imshow(
         np.ma.masked_invalid(table), cmap="Greys", aspect="auto", vmin=lowest, vmax=highest, interpolation="nearest"
     )
     axis.set_title(title, fontsize=8.5, loc="left")
     rows, columns = table.shape
-    # Lines, not a grid of minor ticks: matplotlib lays out every tick, which takes half a second of a decision.
+    # Lines instead of a grid of minor ticks: matplotlib lays out every tick, which adds half a second to a decision.
     for draw, count, length in ((axis.hlines, rows, columns), (axis.vlines, columns, rows)):
         draw(np.arange(1, count) - 0.5, -0.5, length - 0.5, color="#bbbbbb", linewidth=0.4).set_in_layout(False)
     axis.tick_params(length=0)
@@ -109,7 +109,7 @@ def heatmap(
 
 
 def structure(plan: Mapping[str, Any]) -> Picture:
-    """Which heads stayed, and how much of each group of neurons."""
+    """A picture of which heads were kept, and which share of each group of neurons."""
     tables = kept_tables(plan)
     rows = max(len(table) for table in tables.values())
     drawing, axes = figure(min(7.0, 0.9 + 0.17 * rows), 1, len(tables), squeeze=False)
@@ -129,7 +129,7 @@ def structure(plan: Mapping[str, Any]) -> Picture:
 
 
 def spans(progress: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
-    """(phase, first step, last step) of every phase, in order."""
+    """(phase, first step, last step) of every phase, in order; a phase starts at the last step of the one before."""
     found: list[tuple[str, int, int]] = []
     for row in progress:
         if found and found[-1][0] == row["phase"]:
@@ -140,7 +140,7 @@ def spans(progress: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
 
 
 def course(progress: Sequence[Mapping[str, Any]], scores: Sequence[tuple[int, float]] = ()) -> Picture:
-    """Sparsity, score, loss and samples per second over the steps, phases shaded."""
+    """A picture of sparsity, loss, samples per second and score over the steps, with shaded phases."""
     rows = [(name, [row[key] for row in progress]) for name, key in _COURSE]
     drawing, axes = figure(1.2 + 0.85 * (len(rows) + bool(scores)), len(rows) + bool(scores), 1, sharex=True)
     phases = spans(progress)
@@ -173,7 +173,7 @@ def _value(number: float | None) -> float:
 
 
 def bars(title: str, parts: Mapping[str, float | None], unit: str, scale: float = 1.0) -> Picture | None:
-    """Horizontal bars with their figures written beside them; None where nothing is known."""
+    """A picture of horizontal bars labelled with their values; None if no value is known."""
     known = {name: value / scale for name, value in parts.items() if value is not None}
     if not known:
         return None
@@ -197,7 +197,7 @@ def bars(title: str, parts: Mapping[str, float | None], unit: str, scale: float 
 
 
 def confusion(labels: Sequence[int], predictions: Sequence[int], names: Sequence[str]) -> Picture:
-    """Examples by label (rows) and prediction (columns)."""
+    """A confusion matrix: numbers of examples by label (rows) and prediction (columns)."""
     counts = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(counts, (np.asarray(labels, dtype=int), np.asarray(predictions, dtype=int)), 1)
     drawing, axis = figure(1.4 + 0.42 * len(names))
@@ -217,19 +217,19 @@ def confusion(labels: Sequence[int], predictions: Sequence[int], names: Sequence
 
 
 def _confused(counts: np.ndarray, names: Sequence[str]) -> str:
-    """The matrix in words: how many are right, and the most frequent mistakes."""
+    """The matrix in words: the number of correct predictions and the most frequent mistakes."""
     mistakes = sorted(
         ((int(count), i, j) for (i, j), count in np.ndenumerate(counts) if i != j and count),
         key=lambda found: (-found[0], *found[1:]),
     )
-    words = [f"{count} labelled {names[i][:40]} were predicted {names[j][:40]}" for count, i, j in mistakes[:MISTAKES]]
+    words = [f"{count} labelled {names[i][:40]} but predicted {names[j][:40]}" for count, i, j in mistakes[:MISTAKES]]
     if rest := mistakes[MISTAKES:]:
         words.append(f"{sum(count for count, *_ in rest)} in {len(rest)} other pairs")
     return f"{int(np.trace(counts))} of {counts.sum()} examples are right." + (f" {'; '.join(words)}." if words else "")
 
 
 def scatter(labels: Sequence[float], predictions: Sequence[float]) -> Picture:
-    """Predicted against labelled numbers."""
+    """A scatter plot of predicted numbers against labels."""
     drawing, axis = figure(3.4)
     low, high = min(*labels, *predictions), max(*labels, *predictions)
     axis.plot([low, high], [low, high], color="#888888", linewidth=1, linestyle="--")
@@ -237,5 +237,5 @@ def scatter(labels: Sequence[float], predictions: Sequence[float]) -> Picture:
     axis.set_xlabel("labelled")
     axis.set_ylabel("predicted")
     error = float(np.mean(np.abs(np.subtract(labels, predictions))))
-    alt = f"{len(labels)} examples; predictions are off by {error:.3f} on average (dashed: where they would be right)."
-    return picture("Predicted against labelled", alt, drawing)
+    alt = f"{len(labels)} examples; predictions are off by {error:.3f} on average. The dashed line marks correct predictions."
+    return picture("Predictions against labels", alt, drawing)

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, also when the process or the machine dies; and folders with one owner."""
+"""Files and folders that appear complete or not at all, even if the process or the machine dies; and folders with one owner."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from typing import IO, Any
 from prunadapt_ds.errors import Problem, UserError
 
 LOCK_NAME = ".lock"
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of Lustre and NFS as they may be mounted
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # from Lustre or NFS mounted without locking
 
 
 @contextlib.contextmanager
 def owner_writes_alone() -> Iterator[None]:
-    """Whatever the umask: files that are made meanwhile are 0644 or tighter, folders 0755 or tighter, of child processes too."""
+    """Within the block, create files with mode 0644 or tighter and folders with 0755 or tighter, whatever the umask.
+
+    This includes those of child processes started in the block.
+    """
     before = os.umask(0o022)
     os.umask(before | 0o022)
     try:
@@ -34,14 +37,14 @@ def owner_writes_alone() -> Iterator[None]:
 
 
 def usual_mode() -> int:
-    """The mode of a new file by the umask, never more than 0644: for files of libraries that make them 0600."""
+    """The mode that the umask gives a new file, at most 0644: for files that libraries create as 0600."""
     mask = os.umask(0o077)
     os.umask(mask)
     return 0o644 & ~mask
 
 
 def read_object(file: Path, refuse: Callable[[str], UserError]) -> dict[str, Any]:
-    """The object in a JSON file of a folder that a user named. Raises what `refuse` makes of why it cannot be had."""
+    """The object in a JSON file. Raises `refuse(reason)` if it cannot be read or is not an object."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -52,7 +55,7 @@ def read_object(file: Path, refuse: Callable[[str], UserError]) -> dict[str, Any
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold this file's content, or this folder's entries."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,21 +64,23 @@ def sync(path: Path) -> None:
 
 
 def identity(file: Path) -> dict[str, Any]:
-    """By which its content is known again: bytes and sha256."""
+    """The file's size in bytes and its sha256, which identify its content."""
     with file.open("rb") as opened:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
 def replace(path: Path, text: str) -> None:
-    """Write `path` under another name and give it its own at once. Raises OSError and leaves what was there before."""
+    """Write `text` to `path` atomically. Raises OSError if that fails, and then leaves the old file as it was."""
     with whole_file(path) as file:
         file.write(text)
 
 
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to fill, of another name ("w": UTF-8 text with line ends as written, "wb": bytes); once the block is done it takes
-    the place of `path`. On an error it goes again."""
+    """Open a temporary file that replaces `path` when the block ends, or is removed if the block raises.
+
+    mode: "w" for UTF-8 text with line ends as written, "wb" for bytes.
+    """
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     with whole_path(path) as unfinished, unfinished.open(mode, **text) as file:  # type: ignore[call-overload]
         yield file
@@ -83,7 +88,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-    """The same for what writes files by their names."""
+    """Like `whole_file`, but yields the temporary file's path, for writers that open files themselves."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
@@ -97,9 +102,9 @@ def whole_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, of another name; once the block is done it takes the place of `folder`. On an error it goes again.
+    """Create a temporary folder that replaces `folder` when the block ends, or is removed if the block raises.
 
-    At no time is anything but a whole folder under that name. Its files have the usual mode, at any depth.
+    Under the name `folder` there is never an incomplete one. Its files get the usual mode, at any depth.
     """
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -125,12 +130,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder: gone at once by name, so that none is ever found half removed. Raises OSError."""
+    """Remove a folder. It is renamed first, so that it is never found half removed. Raises OSError if it cannot be renamed."""
     shutil.rmtree(_aside(folder), ignore_errors=True)
 
 
 def _aside(folder: Path) -> Path:
-    """Where a folder, if there is one, has gone to be removed."""
+    """Rename `folder`, if it exists, and return its new path, from which the caller removes it."""
     leaving = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(leaving, ignore_errors=True)
     if folder.exists():
@@ -141,9 +146,9 @@ def _aside(folder: Path) -> Path:
 class OwnedFolder:
     """A folder that no other live run may write to, from construction to `release`.
 
-    The lock is the kernel's: it ends with the process however that ends, so that nothing is ever stale. A folder that had
-    to be made and is still empty at the end goes again. Raises UserError where it cannot be written or is taken; a file system
-    without locks is told of, and nothing more can be done.
+    The lock is a kernel lock: it ends with the process, however that ends, so it never goes stale. Folders that had to be
+    created and are still empty on release are removed. Raises UserError if the folder cannot be written or another run holds
+    it. If the file system has no locks, it prints a warning and goes on without.
     """
 
     def __init__(self, folder: Path):
@@ -172,13 +177,13 @@ class OwnedFolder:
                     raise
                 print(
                     f"{self.path.parent}: this file system has no locks ({error.strerror}); "
-                    "see to it yourself that no other run writes there",
+                    "make sure yourself that no other run writes there",
                     file=sys.stderr,
                 )
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(self.descriptor), os.stat(self.path)):
                     break
-            os.close(self.descriptor)  # its last owner took the file away between our two calls
+            os.close(self.descriptor)  # the previous owner unlinked the file between our open and flock
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(self.descriptor, 0)
         os.write(self.descriptor, json.dumps(owner).encode())
@@ -189,7 +194,7 @@ class OwnedFolder:
             who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
         except (OSError, ValueError, KeyError, TypeError):
             who = "another process"
-        return f"another run is writing there ({who}); wait for it, end it, or name another folder"
+        return f"another run is writing there ({who}); wait for it, stop it, or name another folder"
 
     def release(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -38,16 +38,18 @@ from prunadapt_ds.logits import exact_products, predict, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
 from prunadapt_ds.session import Session, eval_batch, evaluate, measures
 
-PARITY_EXAMPLES = 512  # of each validation set, compared in fp32 where the run itself was not
+PARITY_EXAMPLES = 512  # per validation set; fp32 runs compare all of them, except for language models
 
 
-@exact_products()  # what is merged and compared here
+@exact_products()  # for merging weights and comparing logits
 def finish(
     session: Session, stop_if_asked: Callable[[], None] = lambda: None, facts: Mapping[str, Any] | None = None
 ) -> None:
-    """Score, export, reload in a fresh process, compare, report. `stop_if_asked` is called where a run may be left.
+    """Score, export, reload in a fresh process, compare, report. Collective.
 
-    `facts`: of the report, where another process has trained: what that was, and that the run is not complete.
+    `stop_if_asked` is called wherever the run can stop and be resumed. `facts`: if another process did the training, what its
+    report says of it (status, device, ranks, command), which replaces what this process would say. Raises ParityError if the
+    export's logits differ by more than the tolerance.
     """
     watchdog.rest()
     fault_point("finish/begin")
@@ -61,7 +63,7 @@ def finish(
     stop_if_asked()
     watchdog.rest()
     fault_point("export/begin")
-    # What an earlier export of this run made of other weights.
+    # An earlier export of this run may have left folders with other weights.
     distributed.on_rank_0("clearing exports", lambda: graphs.discard_exports(session.output_dir, formats_of(session)))
     needs_remote_code = export.export(
         session.model,
@@ -77,14 +79,14 @@ def finish(
             session.backbone, base, session.lora_targets, session.config.lora, folder.parent / "adapter"
         )
     describe(session)
-    session.report["status"] = "complete"  # the cards say so
+    session.report["status"] = "complete"  # before the model cards, which state it
     for name, fact in (facts or {}).items():
         session.report[name] = {**session.report[name], **fact} if isinstance(fact, dict) else fact
     session.report["metric"]["masked"] = masked_metrics
     fault_point("export/end")
     stop_if_asked()
     watchdog.rest()
-    release_cached(session.device)  # the proof is another process on rank 0's GPU
+    release_cached(session.device)  # the proof is a second process on rank 0's GPU
     distributed.on_rank_0_for_long(
         "proving the export", lambda: prove(session, folder, needs_remote_code, masked, reference), watchdog.rest
     )
@@ -101,23 +103,24 @@ def finish(
 
 
 def release_cached(device: torch.device) -> None:
-    """Give the system what an accelerator's allocator keeps of memory that nobody holds."""
+    """Return the unused memory that an accelerator's allocator has cached."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def write_report(session: Session, status: str) -> None:
+    """Set the report's status and write it in all its formats. Collective."""
     session.report["status"] = status
     texts = functools.partial(text_of, session)
     distributed.on_rank_0("writing the report", lambda: pages.write(session.output_dir, session.report, texts))
 
 
 def report_unfinished(session: Session, error: PrunadaptError) -> None:
-    """Leave a report of a run that ends early, with all that is known; what cannot be written is not."""
+    """Write a report of a run that ends early, with all that is known, if it can be written. Collective."""
     session.tracker.close()
     describe(session)
-    with contextlib.suppress(PrunadaptError):  # the disk that is full, or whatever it was that ends the run
+    with contextlib.suppress(PrunadaptError):  # perhaps the very one that ended the run, such as a full disk
         write_report(session, "interrupted" if isinstance(error, Interrupted) else "failed")
 
 
@@ -126,12 +129,16 @@ def formats_of(session: Session) -> list[str]:
 
 
 def dtype_of(session: Session) -> str:
-    """Of the exported weights: what was asked for, or the dtype of the checkpoint that was loaded."""
+    """The dtype of the exported weights: --export_dtype, or that of the checkpoint that was loaded."""
     return session.config.output.export_dtype or session.backbone.stored_dtype
 
 
 def parity_reference(session: Session, masked: dict[str, Tensor]) -> dict[str, Tensor]:
-    """fp32 logits of the masked model: those at hand, or for a bf16 run those of the first rows, parameters upcast."""
+    """fp32 logits of the masked model to compare the export with: [N, C] by validation set.
+
+    They are `masked` itself if the run is fp32 and not of a language model; otherwise those of the first rows, computed again
+    with upcast parameters.
+    """
     if session.ds.dtype == "fp32" and not session.data.is_language:
         return masked
     with session.clocks.timed("evaluation"), upcast_parameters(session.model):
@@ -142,7 +149,7 @@ def parity_reference(session: Session, masked: dict[str, Tensor]) -> dict[str, T
 
 
 def compared_rows(session: Session) -> dict[str, Rows]:
-    """The first rows of each set; of language, rows that answer with their last token's logits."""
+    """The first rows of each validation set; for language models without labels, to predict the last token's logits."""
     some = {name: rows.head(PARITY_EXAMPLES) for name, rows in session.validation_rows.items()}
     if not session.data.is_language:
         return some
@@ -152,9 +159,9 @@ def compared_rows(session: Session) -> dict[str, Rows]:
 def prove(
     session: Session, folder: Path, needs_remote_code: bool, masked: dict[str, Tensor], reference: dict[str, Tensor]
 ) -> None:
-    """Rank 0: reload the export without this package and compare; complete the report and the folder's card.
+    """Rank 0: reload the export without this package and compare; complete the report and the model cards.
 
-    The comparison is made on fp32 weights; a lower dtype is cast to afterwards. Raises ParityError.
+    The comparison uses fp32 weights, which are cast to a lower dtype afterwards. Raises ParityError if the logits differ.
     """
     config, result = session.config, session.report
     export_dtype = dtype_of(session)
@@ -186,7 +193,7 @@ def prove(
     difference, tolerance = result["parity"]["max_abs_logit_diff"], result["parity"]["tolerance"]
     if not difference <= tolerance:
         raise ParityError(
-            f"the export's logits differ by {difference:.2e} from the trained model's; allowed is {tolerance:.2e}"
+            f"the export's logits differ by {difference:.2e} from the trained model's; the tolerance is {tolerance:.2e}"
         )
     result["metric"]["exported"] = measures(session, exported.logits)
     result["exports"] = {
@@ -200,14 +207,14 @@ def prove(
 
 
 def parity(reference: dict[str, Tensor], exported: proof.Reloaded) -> dict[str, float]:
-    """Of the rows that both have answered: one of the two may have been asked for the first ones only."""
+    """Compare the rows that both sides have; one of them may have the first ones only. Logits are float32 [N, C] by dataset."""
     pairs = {name: (logits, exported.logits[name]) for name, logits in reference.items()}
     shared = {name: min(len(logits) for logits in pair) for name, pair in pairs.items()}
     return proof.compare_logits({name: (a[: shared[name]], b[: shared[name]]) for name, (a, b) in pairs.items()})
 
 
 def write_format(session: Session, kind: str, compact: Path) -> proof.Reload:
-    """Rank 0: write one more folder beside the compact one; how it is proven: by stock classes."""
+    """Rank 0: write one more format beside the compact folder; returns how to prove it, with stock classes."""
     folder = compact.parent / kind
     if kind != "adapter":
         formats.convert(kind, compact, session.plan.to_dict(), folder)
@@ -218,7 +225,7 @@ def write_format(session: Session, kind: str, compact: Path) -> proof.Reload:
 
 
 def write_predictions(session: Session, masked: dict[str, Tensor], exported: dict[str, Tensor]) -> None:
-    """predictions.jsonl: a line per validation example."""
+    """Write predictions.jsonl: a line for each validation example."""
     lines = []
     for name, rows in session.validation_rows.items():
         for i, label in enumerate(rows.labels.tolist()):
@@ -236,7 +243,7 @@ def write_predictions(session: Session, masked: dict[str, Tensor], exported: dic
 
 
 def describe(session: Session) -> None:
-    """Everything of the report that does not need the model's answers. Collective."""
+    """Fill in all parts of the report that do not need the model's predictions. Collective."""
     config, result, plan = session.config, session.report, session.plan
     structure = session.backbone.structure
     clocks, seconds, steps = session.clocks, session.clocks.seconds, session.step
@@ -315,8 +322,8 @@ def describe(session: Session) -> None:
 
 
 def text_of(session: Session, name: str, index: int) -> str:
-    """What a validation example reads, its first words."""
-    if session.data.is_language:  # its rows are stretches of the text, not lines of the file
+    """The beginning of a validation example's text."""
+    if session.data.is_language:  # rows are chunks of the text, not lines of the file
         tokens = session.validation_rows[name].row(index)["input_ids"]
         return session.backbone.tokenizer.decode(tokens, skip_special_tokens=True)[:200]
     row = session.data.validation[name][index]

@@ -1,10 +1,10 @@
-"""Other folders made of a compact one, file to file: no model, no ranks, one weight file in memory at a time.
+"""Converts a compact export to other formats, file by file: no model, no ranks, one weight file in memory at a time.
 
-    padded    every tensor has its dense shape again, zeros where units were: any stock class loads it, nothing is saved
-    uniform   the same tensors under a stock configuration that says how many units every layer has, and how many layers
-              there are; needs equal counts
+    padded    every tensor has its dense shape, with zeros for units that were cut: stock classes load it, nothing is saved
+    uniform   the same tensors under a stock configuration with fewer units in every layer, or fewer layers; requires all
+              layers to keep the same numbers of units
 
-A compact folder and the run's `plan.json` hold all that is needed.
+The compact folder and the run's `plan.json` hold all that is needed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def auto_class_of(folder: Path) -> str:
 
 
 def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> None:
-    """Write `folder` in the format `kind` from a compact folder and its `plan.json`. Complete or not at all.
+    """Write `folder` in the format `kind` from a compact folder and its `plan.json`, complete or not at all.
 
-    Raises UserError where the format cannot say what the plan keeps.
+    Raises UserError if the format cannot represent what the plan keeps.
     """
     config = read_object(compact / "config.json", _refuse(compact))
     structure = config.get("pruned_structure")
@@ -58,7 +58,9 @@ def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> Non
         shapes = dense_shapes(stock)
         places = kept_places(layout, plan)
         if len(layers_left(config, plan)) < layout.num_layers:
-            remedy = "whole layers are gone, which zeros cannot say; the uniform folder loads with stock classes"
+            remedy = (
+                "whole layers were removed, which zeros cannot represent; the uniform folder loads with stock classes"
+            )
             raise UserError(Problem("export_formats", "padded", remedy))
         change = lambda name, tensor: (name, spread(tensor, shapes[name], places.get(name)))  # noqa: E731
 
@@ -73,19 +75,19 @@ def _refuse(folder: Path) -> Callable[[str], UserError]:
 
 
 def read_plan(file: Path, compact: Path) -> dict[str, Any]:
-    """A run's `plan.json`, checked against the configuration of the compact folder that it describes. Raises UserError."""
+    """Read a run's `plan.json`, checked against the configuration of the compact folder. Raises UserError if they differ."""
     refuse = _refuse(file.parent)
     config, plan = read_object(compact / "config.json", refuse), read_object(file, refuse)
     structure = config.get("pruned_structure")
     try:
         if config["model_type"] not in FAMILIES or not isinstance(config["architectures"][0], str):
-            raise ValueError("is of no known family")
+            raise ValueError("unknown model family")
         units = [_Units(u["layer"], u["kind"], u["dense"], tuple(u["kept"])) for u in plan["units"]]
         for u in units:
             if not all(isinstance(n, int) for n in (u.layer, u.dense, *u.kept)):
-                raise ValueError("counts units by what is no number")
+                raise ValueError("unit numbers are not integers")
             if list(u.kept) != sorted({k for k in u.kept if 0 <= k < u.dense}):
-                raise ValueError(f"keeps units that do not exist in layer {u.layer}")
+                raise ValueError(f"the plan keeps units that do not exist in layer {u.layer}")
         if structure is not None:
             _compare(Layout.from_dict(structure["layout"]), structure["kept"], units)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -102,18 +104,18 @@ class _Units:
 
 
 def _compare(layout: Layout, kept: list[list[int]], units: list[_Units]) -> None:
-    """Raises ValueError unless the plan's units are the layout's, and as many are kept as the configuration says."""
+    """Raise ValueError unless the plan has the layout's units and keeps the numbers that the configuration gives."""
     counts = [count for row in kept for count in row]
     wanted = [
         (layer, sublayer.kind, sublayer.num_units, count)
         for (layer, sublayer), count in zip(layout.places, counts, strict=True)
     ]
     if wanted != [(u.layer, u.kind, u.dense, len(u.kept)) for u in units]:
-        raise ValueError("other units than the folder has")
+        raise ValueError("the plan has other units than the folder")
 
 
 def stock_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A compact folder's configuration without what makes it ours."""
+    """A compact folder's configuration as that of its stock class, without the fields that we add. Sizes stay dense."""
     stock = {k: copy.deepcopy(v) for k, v in config.items() if k not in ("pruned_structure", "auto_map")}
     stock["architectures"] = [name.removeprefix("Pruned") for name in config["architectures"]]
     return stock
@@ -123,7 +125,7 @@ def stock_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def uniform_fields(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
-    """The configuration's fields that say the plan's counts. Raises UserError where it cannot be said."""
+    """The fields of a stock configuration that represent the plan's counts. Raises UserError if none can."""
     family, values = FAMILIES[config["model_type"]], as_config(stock_config(config))
     fields: dict[str, int] = {}
     left = layers_left(config, plan)
@@ -139,14 +141,14 @@ def uniform_fields(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, An
             remedy = f"layers keep {kept} {kind}; the stock configuration has one number for all: train with --uniform"
             raise UserError(Problem("export_formats", "uniform", remedy))
         if not record.config_fields:
-            remedy = f"the stock configuration of {family.model_type} cannot say fewer {kind}; train with --uniform"
+            remedy = f"the stock configuration of {family.model_type} cannot have fewer {kind}; train with --uniform"
             raise UserError(Problem("export_formats", "uniform", remedy))
         count = counts.pop()
         fields |= stock_fields(record, values, count)
         if kind == "heads":
             fields["head_dim"] = head_dim_of(values)
             if count not in (sayable := sayable_heads(family, values)):
-                remedy = f"the stock configuration takes {', '.join(map(str, sayable))} heads, not {count}; train with --uniform"
+                remedy = f"the stock configuration accepts {', '.join(map(str, sayable))} heads, not {count}; train with --uniform"
                 raise UserError(Problem("export_formats", "uniform", remedy))
     return fields
 
@@ -161,7 +163,7 @@ def layers_left(config: dict[str, Any], plan: dict[str, Any]) -> list[int]:
 
 
 def without_gaps(layers: str, left: list[int]) -> Callable[[str], str]:
-    """What a tensor is called when the layers below `layers` that are left are counted anew."""
+    """A function that renames tensors for the layers `left`, renumbered without gaps below the path `layers`."""
     number = {str(old): str(new) for new, old in enumerate(left)}
 
     def renamed(name: str) -> str:
@@ -183,7 +185,7 @@ def as_config(values: dict[str, Any]) -> Any:
 
 
 def dense_shapes(stock: dict[str, Any]) -> Shapes:
-    """Shapes of all tensors of the stock model, by name; nothing is allocated."""
+    """The shapes of all tensors of the stock model, by name. Allocates nothing."""
     import transformers
 
     with unsharded(), torch.device("meta"):
@@ -193,8 +195,11 @@ def dense_shapes(stock: dict[str, Any]) -> Shapes:
 
 @contextmanager
 def unsharded() -> Iterator[None]:
-    """Build models whole meanwhile: transformers would shard them as long as the run's ZeRO-3 configuration lives, which
-    takes every rank, and only one is here."""
+    """Build models unsharded within the block.
+
+    While the run's ZeRO-3 configuration is alive, transformers shards every new model, which takes all ranks; here only one
+    builds it.
+    """
     from transformers.integrations import deepspeed
 
     reference = deepspeed._hf_deepspeed_config_weak_ref
@@ -208,7 +213,7 @@ def unsharded() -> Iterator[None]:
 
 
 def kept_places(layout: Layout, plan: dict[str, Any]) -> dict[str, tuple[int, Tensor]]:
-    """By tensor name: the axis along which a cut was made, and the dense indices that the compact tensor holds."""
+    """By tensor name: the axis that was cut, and the dense indices (int64) that the compact tensor holds along it."""
     places = {}
     for (layer, sublayer), units in zip(layout.places, plan["units"], strict=True):
         kept = torch.tensor(units["kept"], dtype=torch.long)
@@ -222,7 +227,7 @@ def kept_places(layout: Layout, plan: dict[str, Any]) -> dict[str, tuple[int, Te
 
 
 def spread(tensor: Tensor, shape: tuple[int, ...], place: tuple[int, Tensor] | None) -> Tensor:
-    """A compact tensor at its places in zeros of the dense shape."""
+    """The compact tensor's values, at their dense places, in zeros of `shape`. `place`: (axis, indices) or None if uncut."""
     if place is None:
         assert tuple(tensor.shape) == shape, "only projections are cut"
         return tensor
@@ -234,7 +239,7 @@ def spread(tensor: Tensor, shape: tuple[int, ...], place: tuple[int, Tensor] | N
 
 
 def copy_others(source: Path, target: Path) -> None:
-    """Tokenizer and the like; not weights, configuration, model card or modelling file."""
+    """Copy the tokenizer and other files, but not weights, configuration, model card or modelling file."""
     ours = {"config.json", "README.md", MODELING_FILE, "model.safetensors.index.json"}
     for file in source.iterdir():
         if file.is_file() and file.name not in ours and file.suffix != ".safetensors":
@@ -242,7 +247,7 @@ def copy_others(source: Path, target: Path) -> None:
 
 
 def _rewrite_weights(source: Path, target: Path, change: Change, shapes: Shapes) -> None:
-    """Every weight file with its tensors changed; the last one also gets zeros for what `shapes` has and no file holds."""
+    """Write every weight file with its tensors changed; the last also gets zeros for names in `shapes` that no file holds."""
     from safetensors.torch import save_file
 
     files = sorted(source.glob("*.safetensors"))
@@ -272,13 +277,13 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tied(source: Path, names: set[str]) -> set[str]:
-    """Tensors that are another one's under a second name, and stand in no file."""
+    """Names that are a second name of a tied tensor and therefore in no file."""
     config = json.loads((source / "config.json").read_text())
     return names & {"lm_head.weight", "embed_out.weight"} if config.get("tie_word_embeddings") else set()
 
 
 def cast(folder: Path, dtype: torch.dtype) -> None:
-    """Store the weights of an exported folder in another dtype, file by file."""
+    """Convert the weights of an exported folder to another dtype, in place and one file at a time."""
     from safetensors.torch import load_file, save_file
 
     total = 0

@@ -1,17 +1,17 @@
-"""Gates: a trained scale and a decided mask per unit, on the input of each output projection.
+"""Gates: a trained scale and a pruning mask per unit, applied to the input of each output projection.
 
 Legend: B samples, T tokens, U units of a sub-layer, W width of a unit.
 
     y[b,t,u,:] = x[b,t,u,:] * g[u] * m[u]          g = 1 + delta (trained), m in {0, 1} (decided)
 
-The backward pass of the same product yields, besides the gradients, the exact gradient of every sample's own loss with
-respect to every mask entry (for heads: Michel et al., arXiv 1905.10650):
+Besides the gradients, the backward pass of this product yields the exact gradient of every sample's own loss with respect
+to every mask entry (for heads: Michel et al., arXiv 1905.10650), times the coefficient of that loss in L:
 
     d[b,u] = sum_{t,w} x[b,t,u,w] * g[u] * dL/dy[b,t,u,w]
 
-For m = 1 that is r[b,u] = sum_{t,w} y * dL/dy, and the gradient of delta is sum_b r[b,u] / g[u]. So one reduction over
-`y`, which the LoRA matrix behind the gate keeps alive anyway, serves both. Only for units that are cut, where y is zero,
-are the columns of x kept as well.
+For m = 1 this equals r[b,u] = sum_{t,w} y * dL/dy, and the gradient of delta is sum_b r[b,u] / g[u]. So a single reduction
+over y, which autograd saves anyway for the LoRA matrix behind the gate, serves both. The columns of x are saved as well only
+for units that are cut, where y is zero.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.models.structure import Structure, layers_of
 
 GATE_NAME = "prune_gate"
-FP32_ELEMENTS = 2**26  # of a copy on an accelerator
-_SMALLEST_GATE = 1e-6  # below this |g| the quotient r / g says nothing; the unit then has no gradient
+FP32_ELEMENTS = 2**26  # of one fp32 copy on an accelerator
+_SMALLEST_GATE = 1e-6  # below this |g| the quotient r / g is meaningless, and delta gets a gradient of zero
 
 
 class SampleStatistics(Protocol):
-    """What a gate tells about the samples it sees; `importance.Recorder` is one."""
+    """Receives a gate's statistics of the samples it sees; `importance.Recorder` implements it."""
 
     active: bool
 
@@ -80,21 +80,21 @@ class _Gating(torch.autograd.Function):
 
 
 def scaled(x: Tensor, change: Tensor) -> Tensor:
-    """x * (1 + change), rounded once: [B, T, U, W] with [U, 1].
+    """x * (1 + change), rounded once: [B, T, U, W] and [U, 1] -> [B, T, U, W].
 
-    One fused pass whose arithmetic is fp32 inside, so that a change too small for a bf16 `1 + change` still counts, and
-    x * (1 - 1) is exactly zero. Five times as fast on a CPU as a product with an fp32 factor.
+    One fused pass that computes in fp32, so that a change too small for a bf16 `1 + change` still counts, and a change of
+    -1 gives exactly zero. On a CPU it is five times as fast as multiplying by an fp32 factor.
     """
     return torch.addcmul(x, x, change)
 
 
 def sum_products(a: Tensor, b: Tensor) -> Tensor:
-    """Per sample and unit, the fp32 sum of a * b over tokens and width: [B, T, U, W] x 2 -> [B, U]."""
+    """Per sample and unit, the fp32 sum of a * b over tokens and width: [B, T, U, W] twice -> float32 [B, U]."""
     if a.device.type != "cpu":
-        rows = max(1, FP32_ELEMENTS // a[0].numel())  # of the batch: fp32 copies of all would be the peak of a step
+        rows = max(1, FP32_ELEMENTS // a[0].numel())  # at a time: fp32 copies of all would be the peak of a step
         pairs = zip(a.split(rows), b.split(rows), strict=True)
         return torch.cat([(x.float() * y).sum(dim=(1, 3)) for x, y in pairs])
-    product = torch.empty(a.shape[1:], dtype=torch.float32)  # one sample at a time stays in the cache
+    product = torch.empty(a.shape[1:], dtype=torch.float32)  # of one sample, so that it stays in the cache
     sums = torch.empty(a.shape[0], *a.shape[2:])
     for x, y, out in zip(a, b, sums, strict=True):
         torch.sum(product.copy_(x).mul_(y), 0, out=out)
@@ -104,8 +104,8 @@ def sum_products(a: Tensor, b: Tensor) -> Tensor:
 class Gate(nn.Module):
     """Scale and mask of one sub-layer's units.
 
-    A module of its own, so that ZeRO-3 fetches `delta` for it like any other parameter. `start`: position of its first
-    unit in the model's flat order, where the recorder wants its statistics.
+    It is a module of its own, so that ZeRO-3 gathers `delta` for it like any other parameter. `start`: position of its
+    first unit in the model's flat order, where its statistics begin in the recorder.
     """
 
     mask: Tensor
@@ -115,12 +115,12 @@ class Gate(nn.Module):
         self.num_units, self.width, self.start = num_units, width, start
         self.delta = nn.Parameter(torch.zeros(num_units, dtype=dtype, device=device))
         self.register_buffer("mask", torch.ones(num_units, dtype=dtype, device=device), persistent=False)
-        self.cut: Tensor | None = None  # indices of units with mask 0, or None: known on the host, no sync
+        self.cut: Tensor | None = None  # indices of masked units; None: none, known without a device sync
         self.recorder: SampleStatistics | None = None
         self.hooks: list[RemovableHandle] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, U * W] -> the same, scaled. Also [B * T, U * W], as some models flatten before the feed-forward."""
+        """Scale and mask x: [B, T, U * W] -> the same shape. Or [B * T, U * W], as some models flatten before the feed-forward."""
         if x.dim() == 2:
             rows = self.recorder.batch_size if self.recorder is not None and self.recorder.active else 1
             return self(x.unflatten(0, (rows, -1))).flatten(0, 1)
@@ -134,13 +134,13 @@ class Gate(nn.Module):
         return self.cut is None or len(self.cut) < self.num_units
 
     def set_mask(self, keep: Tensor) -> None:
-        """keep: bool [U]."""
+        """Keep the units for which `keep`, bool [U], is True, and mask the others."""
         self.mask.copy_(keep)
         cut = (~keep).nonzero().flatten()
         self.cut = cut.to(self.mask.device) if len(cut) else None
 
     def release(self) -> None:
-        """Let go of the modules that call this gate."""
+        """Remove the hooks by which other modules call this gate."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
@@ -150,9 +150,10 @@ class Gate(nn.Module):
 
 
 def attach(model: nn.Module, layout: Layout, structure: Structure, recorder: SampleStatistics | None = None) -> None:
-    """Put a gate in front of every output projection (after LoRA was put around it, if it is). In place.
+    """Put a gate in front of every output projection, in place. If the model gets LoRA, attach that first.
 
-    The gate is the projection's neighbour, not its child: the projection stays what PEFT made of it.
+    The gate becomes a sibling of the projection, not a child, so the projection stays what PEFT made of it. `recorder`:
+    receives the gates' statistics.
     """
     dtype, device = next((p.dtype, p.device) for p in model.parameters())
     widths = {s.kind: (s.output.path, s.width) for s in layout.sublayers}
@@ -175,9 +176,9 @@ def _applying(gate: Gate) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Ten
 
 
 def _skipping(gates: list[Gate]) -> Callable[..., Tensor | None]:
-    """A layer whose gates are all shut passes on what it was given.
+    """A forward hook that makes a layer return its input while all its units are masked.
 
-    It stays in the graph, with gradients of zero: ZeRO-3 would go on with those of the step before.
+    The layer stays in the graph and gets gradients of zero; without any, ZeRO-3 would reuse those of the step before.
     """
 
     def skip(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -193,18 +194,18 @@ def _parent(module: nn.Module, path: str) -> nn.Module:
 
 
 def gate_before(module: nn.Module, path: str) -> Gate | None:
-    """The gate in front of the output projection that is at `path` below `module`; None where there is none."""
+    """The gate in front of the output projection at `path` below `module`, or None."""
     gate = getattr(_parent(module, path), GATE_NAME, None)
     return gate if isinstance(gate, Gate) else None
 
 
 def gate_path(path: str) -> str:
-    """Where the gate of the projection at `path` is."""
+    """The path of the gate in front of the projection at `path`."""
     return ".".join([*path.split(".")[:-1], GATE_NAME])
 
 
 def remove_gate(module: nn.Module, path: str) -> None:
-    """Take away the gate in front of the projection at `path` below `module`, if there is one."""
+    """Remove the gate in front of the projection at `path` below `module`, if there is one."""
     gate = gate_before(module, path)
     if gate is not None:
         gate.release()
@@ -212,7 +213,7 @@ def remove_gate(module: nn.Module, path: str) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Take every gate off again: the pair of `attach`. What the gates computed is lost unless it was folded before."""
+    """Remove every gate, undoing `attach`. Their scales and masks are lost unless they were folded into the weights before."""
     for module in list(model.modules()):
         gate = getattr(module, GATE_NAME, None)
         if isinstance(gate, Gate):
@@ -226,6 +227,6 @@ def gates_of(model: nn.Module) -> Iterator[Gate]:
 
 
 def apply_mask(model: nn.Module, keep: Tensor) -> None:
-    """Set the masks of all gates: `keep` is bool [U] in the model's flat order."""
+    """Set the masks of all gates. keep: bool [units of the whole model], in flat order."""
     for gate in gates_of(model):
         gate.set_mask(keep[gate.start : gate.start + gate.num_units])

@@ -1,6 +1,6 @@
-"""The PEFT LoRA adapter that a run starts from (`--adapter_name_or_path`): a folder or hub id.
+"""The PEFT LoRA adapter that a run starts from (`--adapter_name_or_path`): a folder or hub ID.
 
-Its rank, scale and projections become the run's. Its matrices, and what it saved whole (a head), are where training begins.
+The run uses its rank, scale and projections. Training starts from its LoRA matrices and from what it saved whole (a head).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from prunadapt_ds.models.structure import full_shape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MATRICES = (".lora_A.weight", ".lora_B.weight")
-# What makes of LoRA something that a product of two matrices beside a frozen one is not.
+# Options with which an adapter is no longer a frozen matrix plus the product of two small ones.
 OTHER_KINDS = (
     *("use_dora", "use_rslora", "use_qalora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication"),
     *("trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config"),
 )
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that rewrite the frozen weights
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the frozen weights
 
 
 @dataclass(frozen=True)
 class GivenAdapter:
-    """A checked adapter. `shapes`: of its tensors, by the model's own names (`lora_A.weight` without the adapter's name)."""
+    """A checked adapter. `shapes`: shapes of its tensors by the model's names, `lora_A.weight` without the adapter's name."""
 
     name: str
     config: Path
     weights: Path
     r: int
     lora_alpha: float
-    base: str  # the model it says it was made for
+    base: str  # the base model that its configuration names
     shapes: dict[str, tuple[int, ...]]
 
     @property
@@ -58,7 +58,7 @@ class GivenAdapter:
         return [name for name in self.shapes if not name.endswith(MATRICES)]
 
     def identity(self) -> str:
-        """sha256 over configuration and weights, wherever they lie."""
+        """sha256 of configuration and weights, whatever their location."""
         return hashlib.sha256(self.config.read_bytes() + self.weights.read_bytes()).hexdigest()
 
 
@@ -67,7 +67,10 @@ def refuse(name: str) -> Callable[[str], UserError]:
 
 
 def read(name: str) -> GivenAdapter:
-    """Configuration and the header of the weights. Raises UserError for what is no plain LoRA, or pickled."""
+    """Read an adapter's configuration and the header of its weights.
+
+    Raises UserError if it cannot be read, is not plain LoRA, or has only pickled weights.
+    """
     from safetensors import SafetensorError, safe_open
 
     refused = refuse(name)
@@ -75,35 +78,35 @@ def read(name: str) -> GivenAdapter:
     config = read_object(file, refused)
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise refused(f"has {kind or 'no'} weights of PEFT; a run can start from LoRA only")
+        raise refused(f"has {kind or 'no'} weights of PEFT; a run can only start from LoRA")
     begins = str(config.get("init_lora_weights")).lower()
     odd = [field for field in OTHER_KINDS if config.get(field)]
     odd += ["bias"] if config.get("bias", "none") != "none" else []
     odd += ["init_lora_weights"] if begins.startswith(CHANGE_THE_BASE) else []
     if odd:
         said = ", ".join(f"{field}={config[field]!r}" for field in odd)
-        raise refused(f"is no plain LoRA ({said}); merge it into its model with PEFT and name that model instead")
+        raise refused(f"is not plain LoRA ({said}); merge it into its model with PEFT and name that model instead")
     r, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(r, int) or not isinstance(alpha, int | float) or r < 1 or alpha <= 0:
-        raise refused(f"{CONFIG} says r={r!r} and lora_alpha={alpha!r}; both must be numbers above 0")
+        raise refused(f"{CONFIG} has r={r!r} and lora_alpha={alpha!r}; both must be positive numbers, r an integer")
     try:
         with safe_open(weights, framework="pt") as opened:
             shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise refused(f"{WEIGHTS} cannot be loaded, it is damaged or cut short ({error}); fetch it again") from error
+        raise refused(f"{WEIGHTS} cannot be loaded: it is damaged or cut short ({error}); fetch it again") from error
     named = {key.removeprefix(PREFIX): shape for key, shape in shapes.items()}
     return GivenAdapter(name, file, weights, r, float(alpha), str(config.get("base_model_name_or_path") or ""), named)
 
 
 def _file(name: str, file: str) -> Path:
-    """One of an adapter's two files, fetched from the hub where it is not a folder. Raises UserError."""
+    """The path of one of an adapter's two files, fetched from the hub unless `name` is a folder. Raises UserError."""
     refused = refuse(name)
     if os.path.isdir(name):
         if (Path(name) / file).is_file():
             return Path(name) / file
         if file == WEIGHTS and any(Path(name).glob("adapter_model.*")):
-            raise refused(f"has no {WEIGHTS}; pickled ones are never loaded, save it again with PEFT")
-        raise refused(f"the folder has no {file}; name one that PEFT has saved")
+            raise refused(f"has no {WEIGHTS}; pickled ones are never loaded, save it again with a recent PEFT")
+        raise refused(f"the folder has no {file}; name one that PEFT saved")
     if os.path.exists(name):
         raise refused("is a file; name the folder of the adapter")
     if not hub.could_be_id(name):
@@ -113,15 +116,15 @@ def _file(name: str, file: str) -> Path:
     except hub.UnavailableError as error:
         raise refused(str(error)) from error
     if not found.is_file():
-        raise refused(f"there is no {file} in it; name the repository of an adapter that PEFT has saved")
+        raise refused(f"the repository has no {file}; name that of an adapter saved by PEFT")
     return found
 
 
 def take_over(given: GivenAdapter, loaded: Backbone, lora: LoraOptions, asked: frozenset[str]) -> list[str]:
-    """Let the run's LoRA options be the adapter's; returns the names of the projections that get LoRA, in the model's order.
+    """Set the run's LoRA options to the adapter's, in place. Returns the projections that get LoRA, in the model's order.
 
-    `asked`: options that the user gave. Raises UserError for those that contradict the adapter, and for an adapter that does
-    not fit the model.
+    `asked`: names of the options that the user gave. Raises UserError if one of them contradicts the adapter, or if the adapter
+    does not fit the model.
     """
     targets = _fitting(given, loaded)
     says = {"r": given.r, "lora_alpha": given.lora_alpha}
@@ -132,7 +135,7 @@ def take_over(given: GivenAdapter, loaded: Backbone, lora: LoraOptions, asked: f
     ]
     if lora.target_modules and adapters.target_modules(loaded.layout, lora.target_modules) != targets:
         some = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
-        remedy = f"the adapter {given.name} is around {some} of {len(targets)} projections; leave it out"
+        remedy = f"the adapter {given.name} adapts {some}, {len(targets)} projections in all; leave it out"
         problems.append(Problem("target_modules", lora.target_modules, remedy))
     if problems:
         raise UserError(problems)
@@ -148,13 +151,13 @@ def take_over(given: GivenAdapter, loaded: Backbone, lora: LoraOptions, asked: f
 
 
 def _fitting(given: GivenAdapter, loaded: Backbone) -> list[str]:
-    """The adapter's projections in the model's order. Raises UserError where names or shapes are not the model's."""
+    """The adapter's projections in the model's order. Raises UserError if a name or shape does not match the model's."""
     refused = refuse(given.name)
     possible = adapters.target_modules(loaded.layout)
     strange = sorted(set(given.modules) - set(possible))
     if strange or not given.modules:
         some = f"{strange[0]} and {len(strange) - 1} more" if strange else "nothing"
-        remedy = f"a run can go on with LoRA around the projections of the model's blocks, such as {possible[0]}"
+        remedy = f"a run can only start from LoRA on the projections of the model's blocks, such as {possible[0]}"
         raise refused(f"adapts {some}; {remedy}")
     parameters = dict(loaded.model.named_parameters())
     wanted = _matrix_shapes(given, parameters, loaded.layout)
@@ -163,7 +166,7 @@ def _fitting(given: GivenAdapter, loaded: Backbone) -> list[str]:
         if name not in wanted:
             raise refused(f"holds {name}, which this model does not have")
         if shape != wanted[name] and name not in _of_other_size(given, loaded):
-            raise refused(f"{name} is of shape {shape}, this model needs {wanted[name]}; was it made for another?")
+            raise refused(f"{name} has shape {shape}, but this model needs {wanted[name]}; was it made for another?")
     if lost := sorted(wanted.keys() - given.shapes.keys()):
         raise refused(f"{WEIGHTS} has no {lost[0]}; fetch it again")
     return [name for name in possible if name in set(given.modules)]
@@ -172,7 +175,7 @@ def _fitting(given: GivenAdapter, loaded: Backbone) -> list[str]:
 def _matrix_shapes(
     given: GivenAdapter, parameters: dict[str, nn.Parameter], layout: Layout
 ) -> dict[str, tuple[int, ...]]:
-    """What A and B of every adapted projection must be: [r, in] and [out, r]."""
+    """The shapes that A and B of every adapted projection must have: [r, in] and [out, r]."""
     transposed = {p.path: p.transposed for sub in layout.sublayers for p in (*sub.inputs, sub.output)}
     shapes: dict[str, tuple[int, ...]] = {}
     for module in given.modules:
@@ -183,14 +186,14 @@ def _matrix_shapes(
 
 
 def _of_other_size(given: GivenAdapter, loaded: Backbone) -> set[str]:
-    """Parameters of a head for another number of labels: they begin anew, as those of a checkpoint do."""
+    """Parameters of a head for another number of labels. They start from scratch, as a checkpoint's would."""
     parameters = dict(loaded.model.named_parameters())
     heads = [name for name in given.whole if name in loaded.task_head_names]
     return {name for name in heads if full_shape(parameters[name]) != given.shapes[name]}
 
 
 def load(given: GivenAdapter, loaded: Backbone) -> None:
-    """Give the model, which has LoRA already, the adapter's values. In place; collective where parameters are sharded."""
+    """Copy the adapter's values into the model, which must already have LoRA. In place; collective if parameters are sharded."""
     from safetensors import safe_open
 
     parameters, skipped = dict(loaded.model.named_parameters()), _of_other_size(given, loaded)

@@ -1,7 +1,7 @@
-"""GLUE as one table: the reports of `ROOT/<task>/seed<n>/` gathered, what failed or is missing marked with its reason.
+"""Gathers the reports of `ROOT/<task>/seed<n>/` into one table of GLUE, with a reason for every run that failed or is missing.
 
-The score of a task is the mean of its measures (MNLI: of both development sets), the score of GLUE the mean over its tasks,
-each counting once: as the leaderboard does. An average is only called one where every cell of it is there.
+As on the leaderboard, a task's score is the mean of its measures (for MNLI over both development sets), and GLUE's score is
+the mean over tasks. It is marked as an average of all tasks only if every run is complete.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ KINDS = ("teacher", "masked", "exported")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. status: complete, failed, interrupted or missing; `reason` says why where it is not complete.
+    """One run. status: complete, failed, interrupted or missing. reason: why it is not complete.
 
-    scores: by kind of model, 0 to 1, null where a run has no such model."""
+    scores: by kind of model, at most 1; None if the run has no such model."""
 
     task: str
     seed: int
@@ -39,12 +39,12 @@ class Cell:
     reason: str = ""
     scores: dict[str, float | None] | None = None
     measures: dict[str, float] | None = None
-    kept: float | None = None  # of the encoder's parameters
+    kept: float | None = None  # share of the encoder's parameters
     speedup: float | None = None
 
 
 def read_cell(root: Path, task: str, seed: int) -> Cell:
-    """What the folder of one run says."""
+    """Read the folder of one run."""
     folder = root / task / f"seed{seed}"
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -59,15 +59,15 @@ def read_cell(root: Path, task: str, seed: int) -> Cell:
     if not folder.is_dir():
         return Cell(task, seed, "missing", "was never started")
     if code == "running":
-        return Cell(task, seed, "missing", "was started and neither ended nor was ended: look at the job's log")
+        return Cell(task, seed, "missing", "was started but never ended: look at the job's log")
     if code == "75" or (not code and status == "interrupted"):
-        return Cell(task, seed, "interrupted", "stopped with a checkpoint: start it again")
+        return Cell(task, seed, "interrupted", "stopped with a checkpoint: start it again to resume")
     reason = _last_error(_text(folder / "log.txt"))
     return Cell(task, seed, "failed", (f"exit code {code}: " if code else "") + (reason or "look at log.txt"))
 
 
 def _failed_since(folder: Path) -> bool:
-    """Whether a later job failed in the folder of a complete run, one of other options for example: the figures are not its."""
+    """Whether a later job, with other options for example, failed in the folder of a complete run. The report is not its own."""
     code = folder / "exit_code"
     try:
         is_newer = code.stat().st_mtime_ns > (folder / "report.json").stat().st_mtime_ns
@@ -83,7 +83,7 @@ def _complete(task: str, seed: int, report: dict[str, Any]) -> Cell:
     kept = params["encoder_kept"] / params["encoder_dense"]
     numbers = [*scores.values(), *measures.values(), kept, report["latency"]["speedup"]]
     if not all(number is None or isinstance(number, (int, float)) for number in numbers):
-        raise TypeError("a figure is no number")
+        raise TypeError("a figure is not a number")
     return Cell(task, seed, "complete", "", scores, measures, kept, report["latency"]["speedup"])
 
 
@@ -95,7 +95,7 @@ def _text(path: Path) -> str:
 
 
 def _last_error(log: str) -> str:
-    """The program's own last message, or the last line of a traceback, or what SLURM had to say."""
+    """The program's own last error message, else the last line of a traceback, else SLURM's last error message."""
     lines = [line.strip() for line in log.splitlines()]
     for pattern in (r"errors?:", r"(\w+\.)*\w*(Error|Exception)\b", r"(srun|slurmstepd): error"):
         for i in range(len(lines) - 1, -1, -1):
@@ -106,14 +106,14 @@ def _last_error(log: str) -> str:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """None where one is missing or there are none."""
+    """The mean of `values`; None if there are none or one of them is None."""
     found = list(values)
     present = [value for value in found if value is not None]
     return statistics.fmean(present) if found and len(present) == len(found) else None
 
 
 def summary(cells: Sequence[Cell], tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """Scores per task over its complete seeds, and of GLUE over all; those that lack a cell are null."""
+    """Scores per task, over its complete seeds, and averages over tasks. "average" is null unless every cell is complete."""
     by_task: dict[str, Any] = {}
     for task in tasks:
         done = [c for c in cells if c.task == task and c.scores]
@@ -143,7 +143,7 @@ def _number(value: float | None, scale: float = 100, digits: int = 1) -> str:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The table for reading."""
+    """The table as Markdown."""
     lines = [
         "| task | seeds | teacher | masked | exported | measures of the export | parameters kept, % | speed-up |",
         "|---|---:|---:|---:|---:|---|---:|---:|",
@@ -159,7 +159,7 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} | {_number(row['kept'])} | {_number(row['speedup'], 1, 2)} |")
     complete = found["average"]["exported"] is not None
     average = found["average"] if complete else found["average_of_what_is_there"]
-    name = "**average**" if complete else "average of what is there, **not of all**"
+    name = "**average**" if complete else "average of complete runs, **not of all**"
     if complete and not found["is_all_of_glue"]:
         name = "**average** of these tasks"
     lines.append(f"| {name} | | {' | '.join(_number(average[kind]) for kind in KINDS)} | | | |")
@@ -171,7 +171,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def gather_tensorboard(root: Path, cells: Iterable[Cell]) -> None:
-    """Copies of all runs' event files in one folder, so that it can be moved and watched by itself."""
+    """Copy the event files of all runs into one folder that TensorBoard can read and that can be moved."""
     for task in TASKS:
         for copy in (root / "tensorboard").glob(f"{task}-seed*"):
             shutil.rmtree(copy)
@@ -182,9 +182,12 @@ def gather_tensorboard(root: Path, cells: Iterable[Cell]) -> None:
 
 
 def gather(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """Write glue.json, glue.md and tensorboard/ to `root`. Raises UserError."""
-    tasks, seeds = list(dict.fromkeys(tasks)), list(dict.fromkeys(seeds))  # one that is named twice counts once
-    problems = [Problem("tasks", t, f"no task of GLUE; known are {', '.join(TASKS)}") for t in tasks if t not in TASKS]
+    """Write glue.json, glue.md and tensorboard/ to `root`. Returns the content of glue.json.
+
+    Raises UserError for an unknown task and if `root` does not exist or cannot be written.
+    """
+    tasks, seeds = list(dict.fromkeys(tasks)), list(dict.fromkeys(seeds))  # duplicates count once
+    problems = [Problem("tasks", t, f"not a GLUE task; known are {', '.join(TASKS)}") for t in tasks if t not in TASKS]
     if not os.path.isdir(root):
         problems.append(Problem("root", str(root), "there is no such folder"))
     if problems:
@@ -205,11 +208,11 @@ _EXAMPLE = "prunadapt glue-table outputs/glue --tasks rte mrpc --seeds 0 1 2"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when every cell is complete, 1 when some are not (the table says which), 2 for a mistake."""
+    """Write and print the table. Returns 0 if every cell is complete, 1 if not, 2 after a user error."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help
     )
-    parser.add_argument("root", type=Path, help="folder that holds <task>/seed<n>/report.json")
+    parser.add_argument("root", type=Path, help="folder that contains <task>/seed<n>/report.json")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="[all nine]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="[0]")
     options = parser.parse_args(argv)
@@ -217,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> int:
-    """Raises UserError for what `gather` refuses."""
+    """Gather and print the table. Returns the exit code. Raises UserError like `gather`."""
     found = gather(root, tasks, seeds)
     print(markdown(found))
     print(

@@ -1,10 +1,10 @@
-"""Folders for runtimes that know nothing of transformers, each one graph made of a compact folder, proven against it.
+"""Exports a compact folder as a graph for runtimes without transformers, and checks that it computes the same logits.
 
-    onnx           model.onnx (and model.onnx.data above 1.5 GB): onnxruntime and whatever else reads ONNX
-    torch_export   model.pt2: torch.export.load, ahead-of-time compilers
+    onnx           model.onnx (and model.onnx.data above 1.5 GB): for onnxruntime and other ONNX runtimes
+    torch_export   model.pt2: for torch.export.load and ahead-of-time compilers
 
-Any batch size and sequence length; fp32; of language models the logits of all tokens, without a cache. The work is done by a
-process of its own (tracing.py); a folder appears once it is proven.
+Graphs take any batch size and sequence length and are fp32; language models return the logits of all tokens and use no cache.
+A separate process does the work (tracing.py); the folder appears once the check has passed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KINDS = ("onnx", "torch_export")
 
 
 def discard_exports(run_dir: Path, kept: Sequence[str] = ()) -> None:
-    """exports/KIND of all kinds there are, graphs and folders of weights, but those `kept`."""
+    """Remove exports/KIND for all kinds, graphs and folders of weights alike, except those `kept`."""
     for kind in {*EXPORT_FORMATS, *KINDS} - set(kept):
         discard(run_dir / "exports" / kind)
 
@@ -39,7 +39,7 @@ OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
 
 
 def problems(kinds: Sequence[str], dtype: str | None) -> list[Problem]:
-    """What is wrong with asking for these formats here."""
+    """The problems with requesting these formats and this dtype on this machine."""
     found = []
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if "onnx" in kinds and missing:
@@ -52,10 +52,10 @@ def problems(kinds: Sequence[str], dtype: str | None) -> list[Problem]:
 
 
 def convert(kind: str, compact: Path, folder: Path) -> dict[str, Any]:
-    """Write `folder` in the format `kind` and prove it; returns the report's entries {parity, latency}.
+    """Write `folder` in the format `kind` and check its logits. Returns the report's entries {parity, latency}.
 
-    Raises ParityError where the graph computes something else than the compact folder's model, and PrunadaptError where
-    none could be made. Either way nothing is left.
+    Raises ParityError if the graph's logits differ from those of the compact folder's model, and PrunadaptError if no graph
+    could be made. In both cases, no folder is left behind.
     """
     with whole_folder(folder) as unfinished, tempfile.TemporaryDirectory() as scratch:
         formats.copy_others(compact, unfinished)
@@ -63,13 +63,13 @@ def convert(kind: str, compact: Path, folder: Path) -> dict[str, Any]:
         logits, found = traced(kind, compact, unfinished, Path(scratch))
         parity = proof.compare_logits({kind: (logits["compact"], logits["exported"])}) | {"examples": found["examples"]}
         if not parity["max_abs_logit_diff"] <= parity["tolerance"]:
-            difference = f"{parity['max_abs_logit_diff']:.2e}; allowed is {parity['tolerance']:.2e}"
+            difference = f"{parity['max_abs_logit_diff']:.2e}; the tolerance is {parity['tolerance']:.2e}"
             raise ParityError(f"{folder} differs from {compact} in its logits by {difference}")
     return {"parity": parity, "latency": found["latency"]}
 
 
 def write_small_files(compact: Path, folder: Path) -> None:
-    """A stock configuration; and a tokenizer that pads on the right, from where a graph counts its positions."""
+    """Write a stock configuration, and make the tokenizer pad on the right: graphs count positions from the left."""
     config = formats.stock_config(json.loads((compact / "config.json").read_text()))
     write_config(folder, config | {"use_cache": False, "dtype": "float32"})
     tokenizer_file = folder / TOKENIZER_CONFIG
@@ -78,7 +78,7 @@ def write_small_files(compact: Path, folder: Path) -> None:
 
 
 def traced(kind: str, compact: Path, folder: Path, scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Logits of compact folder and graph on the same rows, float32 [N] each, and {examples, latency}; writes the graph."""
+    """Write the graph. Returns the logits {"compact", "exported"} on the same rows, float32 [N] each, and {examples, latency}."""
     from safetensors.torch import load_file
 
     request: dict[str, Any] = {
@@ -95,7 +95,7 @@ def traced(kind: str, compact: Path, folder: Path, scratch: Path) -> tuple[dict[
 
 
 def trace(request: dict[str, Any], scratch: Path) -> None:
-    """Have a process of its own answer `request`; see tracing.py. Raises PrunadaptError with its last words if it fails."""
+    """Answer `request` in a separate process, see tracing.py. Raises PrunadaptError with the end of its stderr if it fails."""
     (scratch / "request.json").write_text(json.dumps(request))
     environment = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
     environment |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -109,4 +109,6 @@ def trace(request: dict[str, Any], scratch: Path) -> None:
     )
     if done.returncode != 0:
         proof.raise_if_stopped(done)
-        raise PrunadaptError(f"no {request['kind']} could be made of {request['compact']}:\n{done.stderr[-3000:]}")
+        raise PrunadaptError(
+            f"no {request['kind']} graph could be made from {request['compact']}:\n{done.stderr[-3000:]}"
+        )

@@ -1,4 +1,4 @@
-"""The hub: whether it answers, asked once and quickly before its client tries for half a minute, and a model as a folder."""
+"""The hub: a quick check that it answers, before its client retries for half a minute, and a model as a local folder."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 from typing import Any
 
 HUB_TIMEOUT = 3.0
-"""Seconds the hub has to answer before a run is told that it is unreachable (the client retries for 23)."""
+"""Seconds that the hub has to answer before it counts as unreachable (its client retries for 23)."""
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.codes", "*.jinja", "*.py", "vocab.*", "README.md")
-"""Of a model: its configuration, tokenizer, code and card."""
+"""A model's configuration, tokenizer, code and card."""
 
 
 class UnavailableError(Exception):
-    """A model that neither the hub nor its cache on this host gives; says why, and what helps."""
+    """Neither the hub nor its cache on this host has the model; says why, and what helps."""
 
 
 def could_be_id(name: str) -> bool:
-    """Whether `name` can be a model of the hub, as `model` or `owner/model`; what cannot is meant as a path."""
+    """Whether `name` can be a hub id, `model` or `owner/model`; anything else is taken for a path."""
     return not name.startswith((".", "/", "~")) and not name.endswith("/") and name.count("/") < 2
 
 
 def unreachable(ask: Callable[[Any, float], Any]) -> str | None:
-    """Why the hub does not answer `ask(api, timeout)`, or None when it does.
+    """Why the hub does not answer `ask(api, timeout)`; None if it does.
 
-    One request, in a thread because looking up a host name obeys no timeout.
+    One request, in a thread because a host name lookup obeys no timeout.
     """
     from huggingface_hub import HfApi, constants
 
@@ -47,7 +47,7 @@ def unreachable(ask: Callable[[Any, float], Any]) -> str | None:
 
 
 def why_offline(name: str) -> str | None:
-    """Why the hub does not give the model `name`; None when it does."""
+    """Why the hub does not provide the model `name`; None if it does."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -57,16 +57,16 @@ def why_offline(name: str) -> str | None:
 
 @functools.cache
 def snapshot(name: str) -> Path:
-    """The folder of this host's cache with all that loading the model (or adapter) `name` takes, fetched where the hub answers.
+    """The cache folder with all that is needed to load the model (or adapter) `name`, downloaded if the hub answers.
 
-    Of weights those that transformers or PEFT would look for, in safetensors. Whatever keeps the hub from giving them, a
-    copy in the cache will do. Raises UnavailableError where there is none.
+    Of the weights, only the safetensors that transformers or PEFT would look for. If the download fails for whatever reason, a
+    cached copy will do. Raises UnavailableError if there is none.
     """
     reason = why_offline(name)
     if reason is None:
         try:
             return _fetch(name)
-        except Exception as error:  # a dozen types: not yours to read, no room, a cache of others, a damaged index
+        except Exception as error:  # a dozen types: no access, a full disk, another user's cache, a damaged index
             reason = first_line(error)[:200]
     if (folder := _cached(name)) is not None:
         return folder
@@ -94,7 +94,7 @@ def _fetch(name: str) -> Path:
 
 
 def _cached(name: str) -> Path | None:
-    """Where the cache has a model with weights, whoever fetched it; whether it is complete is not known."""
+    """The cached folder of a model with weights, whoever fetched it; it may be incomplete."""
     from huggingface_hub import try_to_load_from_cache
 
     found = (try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json"))

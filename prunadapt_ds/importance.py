@@ -1,10 +1,11 @@
-"""Importance of units to the task: what the gates record, how ranks add it up, and the criteria that read it.
+"""Importance of units for the task: what the gates record, how it is summed over ranks, and the criteria that score it.
 
-Legend: B samples of a micro-batch, U units of the whole model in flat order, S statistics.
+Legend: B samples of a micro-batch, T tokens, U units of the whole model in flat order, K units of one gate, W width of a unit,
+S statistics. d[b,u] is the gradient of sample b's own loss with respect to the mask of unit u (see gates.py).
 
-Every sample counts once and with its own loss at weight 1, whatever the micro-batch size, gradient accumulation or the
-number of ranks: the recorder undoes the coefficient with which autograd saw each sample's loss, and the sums of all
-ranks are added before anything is squared away.
+Every sample counts once and with its own loss at weight 1, whatever the micro-batch size, gradient accumulation or number
+of ranks: the recorder divides out the coefficient with which autograd saw each sample's loss. Every d[b,u] is completed and
+then squared on the rank that holds the sample; ranks add only sums over samples.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from prunadapt_ds.distributed import dist_sum, on_rank_0
 from prunadapt_ds.files import whole_path
 
 BACKWARD = ("grad_sq", "grad_abs")
-FORWARD = {"activation_abs": 1, "activation_sq": 2, "activation_4th": 4}  # and the power of |x| that each is a mean of
+FORWARD = {"activation_abs": 1, "activation_sq": 2, "activation_4th": 4}  # the power of |x| that each averages
 STATISTICS = (*BACKWARD, *FORWARD)
 
 
 @dataclass(frozen=True)
 class WindowSums:
-    """Sums over all samples of a decision window, on all ranks: each statistic float32 [U], and the sample count.
+    """Sums over the samples of a decision window, over all ranks: each statistic float32 [U], and the sample count.
 
     grad_sq: sum_b d[b,u]^2.  grad_abs: sum_b |d[b,u]|.  activation_abs, activation_sq, activation_4th: sum_b of the mean
-    |x|, |x|^2, |x|^4 over the real tokens and the width of the unit.
+    |x|, |x|^2, |x|^4 over the real tokens and the width of the unit, at the gate's input. seed: of the run, for `random`.
     """
 
     sums: dict[str, Tensor]
@@ -38,13 +39,14 @@ class WindowSums:
     seed: int = 0
 
     def mean(self, statistic: str) -> Tensor:
+        """The mean of a statistic over the samples: float32 [U]."""
         return self.sums[statistic] / self.count
 
 
 def save_sums(window: WindowSums, folder: Path, step: int, samples: list[int]) -> None:
-    """<step>.safetensors in `folder`: raw sums [U] of every statistic, the count, and the ids of the samples behind them.
+    """Write <step>.safetensors in `folder`: the raw sums [U] of every statistic, the count, and the ids of the samples.
 
-    Rank 0 writes. Collective: a disk that is full ends all ranks.
+    Rank 0 writes. Collective; raises PrunadaptError on all ranks if it cannot, for example because the disk is full.
     """
     tensors = {name: window.sums[name].clone() for name in STATISTICS}
     tensors |= {"count": torch.tensor([window.count]), "sample_ids": torch.tensor(samples)}
@@ -69,14 +71,18 @@ CRITERIA: dict[str, Criterion] = {}
 
 
 def criterion(*reads: str) -> Callable[[Callable[[WindowSums], Tensor]], Callable[[WindowSums], Tensor]]:
-    """Register a criterion under its function's name. Refuses a name that is taken or a statistic nobody records."""
+    """Register a criterion under its function's name; `reads` names the statistics it needs.
+
+    The name must also go into `config.CRITERION_NAMES`, the choices of --criterion: config.py must not import torch, so it
+    cannot read `CRITERIA`. Raises ValueError if the name is taken or a statistic is not recorded.
+    """
 
     def register(function: Callable[[WindowSums], Tensor]) -> Callable[[WindowSums], Tensor]:
         name = function.__name__
         if name in CRITERIA:
             raise ValueError(f"criterion {name!r} is registered already")
         if unknown := set(reads) - set(STATISTICS):
-            raise ValueError(f"criterion {name!r} reads {sorted(unknown)}; recorded are {STATISTICS}")
+            raise ValueError(f"criterion {name!r} reads {sorted(unknown)}, which are not among {STATISTICS}")
         CRITERIA[name] = Criterion(name, reads, function)
         return function
 
@@ -97,22 +103,22 @@ def taylor(window: WindowSums) -> Tensor:
 
 @criterion("activation_abs")
 def magnitude(window: WindowSums) -> Tensor:
-    """Mean |x| of the unit over real tokens; no gradient. A floor that others have to beat."""
+    """Mean |x| of the unit over real tokens; no gradient. A baseline that others have to beat."""
     return window.mean("activation_abs")
 
 
 @criterion("activation_sq")
 def activation_norm(window: WindowSums) -> Tensor:
-    """Root of the mean x^2 over real tokens; no gradient: the input norms of Wanda (Sun et al., arXiv 2306.11695)."""
+    """Root of the mean x^2 over real tokens; no gradient. The input norm in Wanda (Sun et al., arXiv 2306.11695)."""
     return window.mean("activation_sq").sqrt()
 
 
 @criterion("grad_abs", "activation_sq", "activation_4th")
 def outlier(window: WindowSums) -> Tensor:
-    """`taylor`, more for units whose activations have outliers: times the root of their kurtosis E[x^4] / E[x^2]^2.
+    """`taylor` times the root of the activations' kurtosis E[x^4] / E[x^2]^2, which favours units with outliers.
 
-    APT (Zhao et al., arXiv 2401.12200) adds that root to a salience of its own scale; here it multiplies, because heads
-    and neurons are compared by score per cost, which a sum of unlike scales would decide alone.
+    APT (Zhao et al., arXiv 2401.12200) adds that root to a salience of another scale; here it multiplies, because heads and
+    neurons are compared by score per cost, and in a sum the term with the larger scale alone would decide.
     """
     fourth, square = window.mean("activation_4th"), window.mean("activation_sq")
     kurtosis = fourth / square.square().clamp(min=torch.finfo(torch.float32).tiny)
@@ -127,45 +133,45 @@ def random(window: WindowSums) -> Tensor:
 
 
 class Recorder:
-    """Collects the gates' per-sample statistics of one rank.
+    """Collects the gates' per-sample statistics on one rank.
 
-    Around each micro-batch: `begin`, forward, backward, `end`. Several contributions to one sample (a chunked
-    feed-forward calls its gate more than once, and so do layers that share weights) are added before they are squared.
+    For each micro-batch: `begin`, forward, backward, `end`. A gate may contribute to a sample more than once (chunked
+    feed-forwards, layers that share weights); the contributions are added before they are squared.
     """
 
     def __init__(self, num_units: int, *, activations: bool, device: torch.device | str = "cpu", seed: int = 0):
         self.num_units, self.device, self.seed = num_units, torch.device(device), seed
         self.activations = activations
         self.active = False
-        self._present: Tensor | None = None  # bool [U of the dense model], where some are physically gone
+        self._present: Tensor | None = None  # bool [U of the dense model]; None: all exist
         self._sums = torch.zeros(len(STATISTICS), num_units, device=self.device)
         self._count = torch.zeros(1, device=self.device)
-        self._d: Tensor | None = None  # [B, U], as autograd sees it
+        self._d: Tensor | None = None  # [B, U], still times the coefficients
         self._a: Tensor | None = None  # [forward statistics, B, U]
         self._coefficients: Tensor | None = None  # [B]
         self._token_mask: Tensor | None = None  # [B, T]
-        self._tokens_seen: dict[int, int] = {}  # by gate, in the present forward pass
+        self._tokens_seen: dict[int, int] = {}  # by a gate's start, in this forward pass
 
     def narrow(self, present: Tensor) -> None:
-        """From now on only the units `present` exist: bool [U of the dense model]. The window must be empty."""
+        """From now on record only the units in `present`, bool [U of the dense model]. The window must be empty."""
         self._present = present
         self.num_units = int(present.sum())
         self._sums = torch.zeros(len(STATISTICS), self.num_units, device=self.device)
 
     def capture(self) -> Tensor:
-        """What this rank has summed up since the last decision: float32 [S * U + 1], the count last."""
+        """This rank's sums since the last decision: float32 [S * U + 1], the sample count last."""
         return torch.cat([self._sums.flatten(), self._count])
 
     def restore(self, flat: Tensor) -> None:
-        """Go on from such sums, this rank's own or, on one rank alone, those of all together."""
+        """Continue from sums that `capture` returned: this rank's own or, on one rank only, the total of all ranks."""
         self._sums = flat[:-1].view(len(STATISTICS), self.num_units).to(self.device)
         self._count = flat[-1:].to(self.device)
 
     def begin(self, coefficients: Tensor, attention_mask: Tensor) -> None:
         """Start a micro-batch.
 
-        coefficients: float [B], the factor c_b in sum_b c_b * L_b that autograd differentiates; 0 marks a row that is
-        no sample. attention_mask: [B, T], 1 for real tokens.
+        coefficients: float [B], the factors c_b in the sum_b c_b * L_b that autograd differentiates; 0 marks a placeholder
+        row. attention_mask: [B, T], 1 for real tokens.
         """
         size = len(coefficients)
         self.active = True
@@ -176,32 +182,32 @@ class Recorder:
 
     @property
     def batch_size(self) -> int:
-        """Rows of the present micro-batch."""
+        """Rows of the current micro-batch, B."""
         assert self._coefficients is not None
         return len(self._coefficients)
 
     def add(self, start: int, d: Tensor) -> None:
-        """Add d: float [B, units of one gate], not yet divided by the samples' coefficients."""
+        """Add a gate's contribution d, float [B, K], not yet divided by the coefficients. start: the gate's first unit."""
         assert self._d is not None
         self._d[:, start : start + d.shape[1]] += d
 
     @property
     def wants_activations(self) -> bool:
-        """Whether this is a forward pass to count: recomputation under gradient checkpointing is not."""
+        """Whether this forward pass counts: a recomputation under gradient checkpointing does not."""
         recomputing = torch._C._current_graph_task_id() != -1
         return self.active and self.activations and not recomputing
 
     def add_activations(self, start: int, x: Tensor) -> None:
-        """Add the means of |x|'s powers over real tokens and width. x: [B, T, U, W]; T may be the next chunk of the tokens."""
+        """Add the means of powers of |x| over real tokens and width. x: [B, T, K, W]; T may be just the next chunk of tokens."""
         assert self._a is not None and self._token_mask is not None
         mask = self._token_mask.to(torch.float32)  # [B, all tokens]
-        first = self._tokens_seen.get(start, 0) % mask.shape[1]  # a block that runs again starts over
+        first = self._tokens_seen.get(start, 0) % mask.shape[1]  # a block that runs again (shared weights) starts over
         self._tokens_seen[start] = first + x.shape[1]
         chunk = mask[:, first : first + x.shape[1]]  # [B, T]
         tokens = mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
         magnitude = x.abs().float()
         for sums, power in zip(self._a, FORWARD.values(), strict=True):
-            per_token = (magnitude if power == 1 else magnitude**power).mean(dim=3)  # [B, T, U]
+            per_token = (magnitude if power == 1 else magnitude**power).mean(dim=3)  # [B, T, K]
             sums[:, start : start + x.shape[2]] += torch.einsum("btu,bt->bu", per_token, chunk) / tokens
 
     def end(self) -> None:
@@ -219,9 +225,9 @@ class Recorder:
         self.active = False
 
     def all_reduce(self) -> WindowSums:
-        """Sums over all ranks since the last call, in ONE collective; the next window starts empty.
+        """Add up the sums of all ranks since the last call, in ONE collective, and start an empty window.
 
-        Always of the dense model's units [U]: those that are physically gone have sums of zero.
+        They are always those of the dense model's units [U]; units that are physically gone have zeros.
         """
         flat = torch.cat([self._sums.flatten(), self._count])
         flat = dist_sum(flat).cpu()
@@ -237,13 +243,13 @@ class Recorder:
 
 @dataclass
 class ScoreAverage:
-    """Exponential moving average of scores over decision windows. decay 0 forgets all but the newest window."""
+    """Exponential moving average of scores over decision windows; with decay 0, only the newest window counts."""
 
     decay: float
     value: Tensor | None = None
 
     def update(self, scores: Tensor, seen: Tensor) -> Tensor:
-        """scores: float [U]. seen: bool [U], units whose score is this window's; others keep what they had."""
+        """Add a window's scores, float [U], and return the average. seen: bool [U]; unseen units keep their average."""
         if self.value is not None:
             scores = torch.where(seen, self.decay * self.value + (1 - self.decay) * scores, self.value)
         self.value = scores

@@ -1,4 +1,4 @@
-"""SLURM templates and DeepSpeed configurations, copied to a folder from which jobs are then submitted."""
+"""Copies SLURM templates and DeepSpeed configurations to a folder from which jobs are submitted."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _EXAMPLE = "prunadapt init-slurm my-project"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Copy; returns the exit code."""
+    """Copy the files. Returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="is made where there is none")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="created if it does not exist")
     options = parser.parse_args(argv)
     return told(lambda: copy(options.folder))
 
 
 def copy(target: Path) -> None:
-    """`slurm/` and `ds_configs/` in `target`. Raises UserError, before anything is copied, where one of them is there."""
+    """Write `slurm/` and `ds_configs/` to `target`. Raises UserError, before anything is copied, if one of them exists."""
     there = [name for name in resources.FOLDERS if (target / name).exists()]
     if there:
-        remedy = "exists already and may hold your changes; name another folder, or move it away"
+        remedy = "exists already and may contain your changes; name another folder, or move it away"
         raise UserError([Problem("folder", str(target / name), remedy) for name in there])
     try:
         with files.owner_writes_alone():
@@ -41,6 +41,6 @@ def copy(target: Path) -> None:
     except OSError as error:
         raise UserError(Problem("folder", str(target), f"cannot be written ({error.strerror})")) from error
     print(
-        f"wrote {target}/slurm and {target}/ds_configs. Next: cd {shlex.quote(str(target))}, put your site's lines into"
+        f"wrote {target}/slurm and {target}/ds_configs. Next: cd {shlex.quote(str(target))}, add your site's setup to"
     )
-    print("site_setup of slurm/common.sh, then for example: sbatch slurm/train.sh --task_name mrpc")
+    print("site_setup in slurm/common.sh, then for example: sbatch slurm/train.sh --task_name mrpc")

@@ -1,7 +1,7 @@
-"""What a model of one shape holds, keeps and computes, read off real shapes without a weight.
+"""Counts the parameters, saved activations and operations of a model of one shape, without allocating any weights.
 
-The model is built on the meta device by the same code that trains it (records, adapters, gates, cuts), so that every activation
-counted is one that autograd would really keep.
+The model is built on the meta device by the same code that trains it (records, adapters, gates, cuts), so the activations
+counted are those that autograd would save.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from prunadapt_ds.models.structure import Structure, full_numel, layers_of, meas
 from prunadapt_ds.objective import sample_losses
 from prunadapt_ds.resize import resize
 
-NAME = "prunadapt_plan"  # of its attention, among transformers' attention functions
+NAME = "prunadapt_plan"  # name under which its attention is registered with transformers
 
 
 class Size(NamedTuple):
-    """Elements of a parameter, whether it trains, and elements of the block it is in (0: of none, or of a shared one)."""
+    """Elements of a parameter, whether it trains, and elements of its whole block (0 if it is in none, or in a shared one)."""
 
     elements: int
     trains: bool
@@ -39,12 +39,14 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a model of one shape holds, keeps and computes.
+    """The sizes of a model of one shape.
 
-    tensors: each parameter's size, by name.  largest_module: most elements of one module's own parameters.  activations:
-    bytes kept for the backward pass of a micro-batch; accounted: those of them that memory.SavedActivations counts (it does
-    not see what a block saves while it is computed again).  macs: of a micro-batch's forward pass.  exported: elements of
-    the exported model.
+    `tensors`: each parameter's size, by name.
+    `largest_module`: elements of the module with the largest parameters of its own.
+    `activations`: bytes saved for the backward pass of a micro-batch.
+    `accounted`: those that memory.SavedActivations counts, which does not see what a block saves while it is recomputed.
+    `macs`: multiply-accumulates of a micro-batch's forward pass.
+    `exported`: elements of the exported model.
     """
 
     tensors: dict[str, Size]
@@ -63,7 +65,10 @@ class Inventory:
         return sum(size.elements for size in self.tensors.values() if not size.trains)
 
     def whole(self, zero: dict[str, Any]) -> int:
-        """Elements of what trains and stays whole between steps under ZeRO-3: see `engine.keep_whole`."""
+        """Elements of the trainable parameters that stay whole between steps under ZeRO-3, see `engine.keep_whole`.
+
+        zero: the ds_config's `zero_optimization`.
+        """
         threshold = zero.get("stage3_param_persistence_threshold", 0)
         small = [size for size in self.tensors.values() if size.trains and size.elements <= threshold]
         return sum(size.elements for size in small if not zero3.is_piece(size.block, zero))
@@ -71,7 +76,7 @@ class Inventory:
 
 @dataclass
 class Skeleton:
-    """A model on the meta device, as `setup.setup` and `session.add_trainables` would have built it."""
+    """A model on the meta device, built as `setup.setup` and `session.add_trainables` would."""
 
     model: Any
     family: Family
@@ -82,13 +87,13 @@ class Skeleton:
 
 
 def skeleton(model_config: Any, config: Config, dtype: torch.dtype) -> Skeleton:
-    """The dense model with everything that trains, on the meta device. Raises UserError as training would."""
+    """Build the dense model with all trainable parts on the meta device. Raises UserError as training would."""
     from transformers.initialization import no_init_weights
 
     is_language = config.is_language
     family = family_of(model_config)
     if is_language and not family.is_decoder:
-        raise UserError(Problem("task_type", "causal_lm", f"{model_config.model_type} is no decoder"))
+        raise UserError(Problem("task_type", "causal_lm", f"{model_config.model_type} is not a decoder"))
     if family.is_decoder:
         model_config.use_cache = False
         model_config.pad_token_id = model_config.pad_token_id or 0
@@ -112,7 +117,7 @@ def skeleton(model_config: Any, config: Config, dtype: torch.dtype) -> Skeleton:
     backbone.no_dropout(model)
     method = config.prune.method
     ranks = {}
-    if method == "tmp":  # which layers get the higher rank makes no difference to any size
+    if method == "tmp":  # which layers get the higher rank does not affect any size
         important = round(layout.num_layers * tmp.IMPORTANT_FRACTION)
         ranks = {i: tmp.IMPORTANT_RANK if i < important else tmp.OTHER_RANK for i in range(layout.num_layers)}
     targets = adapters.target_modules(layout, config.lora.target_modules, only_head_inputs=method == "tmp")
@@ -124,7 +129,7 @@ def skeleton(model_config: Any, config: Config, dtype: torch.dtype) -> Skeleton:
 
 
 class _Kept(torch.autograd.Function):
-    """What a fused attention keeps: q, k, v, the mask, its output, and a float per row."""
+    """Saves what a fused attention would: q, k, v, the mask, the output, and a float per head and token."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -138,7 +143,7 @@ class _Kept(torch.autograd.Function):
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any) -> Any:
-    """transformers' attention function on the meta device; keys and values of a group are repeated, as with any mask."""
+    """The attention function for the meta device. It repeats keys and values of a group, as transformers does with a mask."""
     sharing = query.shape[1] // key.shape[1]
     if sharing > 1:
         key, value = key.repeat_interleave(sharing, 1), value.repeat_interleave(sharing, 1)
@@ -152,16 +157,16 @@ def _register() -> None:
     AttentionInterface.register(NAME, _attention)
 
     def padded_mask(*args: Any, **options: Any) -> Tensor | None:
-        """A batch is taken to be padded: nothing on the meta device can be looked at."""
+        """Assumes that the batch is padded: values on the meta device cannot be inspected."""
         return sdpa_mask(*args, **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
     AttentionMaskInterface.register(NAME, padded_mask)
 
 
 def kept_bytes(built: Skeleton, batch_size: int, seq_length: int, num_labels: int) -> tuple[int, int, int, int]:
-    """Bytes that a forward pass keeps: outside the blocks, in all blocks, in the largest block, and a block's input.
+    """Bytes that a forward pass saves: outside the blocks, in all blocks, in the largest block, and as the blocks' inputs.
 
-    A real forward pass on the meta device, with the loss, counted by `memory.SavedActivations`.
+    Runs a forward pass with the loss on the meta device and counts with `memory.SavedActivations`.
     """
     from torch.fx.experimental import _config as fx_config
 
@@ -187,7 +192,7 @@ def kept_bytes(built: Skeleton, batch_size: int, seq_length: int, num_labels: in
     ]
     try:
         everything_counts = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
-        with everything_counts, saved.watch():  # every token of a language model is taken to be learnt
+        with everything_counts, saved.watch():  # assumes that no token of a language model is ignored
             logits = built.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
             loss = sample_losses(logits, labels, is_regression=num_labels == 1 and not built.is_language)
     finally:
@@ -198,7 +203,7 @@ def kept_bytes(built: Skeleton, batch_size: int, seq_length: int, num_labels: in
 
 
 def sizes(model: nn.Module, blocks: Iterable[tuple[int, nn.Module]], path: str) -> dict[str, Size]:
-    """Every parameter's size by name, sharded or not. blocks: with their index below `path`, none where layers are shared."""
+    """Every parameter's size by name, sharded or not. blocks: (index below `path`, block); empty if layers are shared."""
     found = {name: Size(full_numel(p), p.requires_grad, 0) for name, p in model.named_parameters()}
     for index, block in blocks:
         total = sum(full_numel(p) for p in block.parameters())
@@ -210,7 +215,7 @@ def sizes(model: nn.Module, blocks: Iterable[tuple[int, nn.Module]], path: str) 
 def take_stock(
     built: Skeleton, config: Config, batch: int, num_labels: int, present: PruningPlan | None = None
 ) -> Inventory:
-    """Count what the skeleton holds, keeps and computes: `present` (None: dense), micro-batches of `batch` samples."""
+    """Take the skeleton's inventory for micro-batches of `batch` samples. `present`: the plan it was cut to (None: dense)."""
     model, structure, length = built.model, built.structure, config.data.max_seq_length
     outside, blocks, largest, inputs = kept_bytes(built, batch, length, num_labels)
     recomputes = config.train.gradient_checkpointing
@@ -232,7 +237,7 @@ def take_stock(
 
 
 def cut_down(built: Skeleton, cut: PruningPlan) -> None:
-    """Cut the skeleton. Its gates are made anew: masks have no values here that could be sliced."""
+    """Cut the skeleton, in place. Its gates are rebuilt, because masks on the meta device have no values to slice."""
     had_gates = next(gates.gates_of(built.model), None) is not None
     gates.detach(built.model)
     resize(built.model, built.layout, cut)
@@ -243,12 +248,12 @@ def cut_down(built: Skeleton, cut: PruningPlan) -> None:
 
 
 def between(dense: Inventory, small: Inventory, way: float) -> Inventory:
-    """The inventory that lies `way` (0 to 1) on the line from dense to small."""
+    """Interpolate linearly between two inventories. way: 0 for `dense`, 1 for `small`."""
 
     def mix(a: int, b: int) -> int:
         return round(a + way * (b - a))
 
-    gone = Size(0, False, 0)  # a sub-layer without units has no weights, and its output bias another name
+    gone = Size(0, False, 0)  # a sub-layer without units has no weights, and its output bias has another name
 
     def mixed(name: str, trains: bool) -> Size:
         a, b = dense.tensors.get(name, gone), small.tensors.get(name, gone)

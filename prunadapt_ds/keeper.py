@@ -1,6 +1,6 @@
-"""Keeps a run safe from step to step: stops when asked to or when the loss is not finite, saves when it is time.
+"""Keeps a run safe from step to step: stops it on request or when a loss is not finite, and saves checkpoints when due.
 
-Ranks agree on all of it through `pulse`, which nobody waits for.
+Ranks agree on all of this through `pulse`, for which nobody waits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prunadapt_ds.session import Session
 from prunadapt_ds.step import StepLosses
 
 LEAST_SECONDS_APART = 60.0
-SHARE_OF_TIME = 0.01  # of a run that saving may take at the default interval
+SHARE_OF_TIME = 0.01  # share of a run's time that saving may take by default
 
 
 class Keeper:
@@ -34,9 +34,9 @@ class Keeper:
         self.newest = start.folder if start else None
 
     def step_done(self, losses: StepLosses, *, settle: bool) -> None:
-        """After an optimizer step. What it brought is heard of one step later, or with `settle` at once.
+        """Report a finished optimizer step. The ranks read each other's flags one step later, or at once with `settle`.
 
-        Raises PrunadaptError on all ranks when a loss was no number or rank 0 could not write.
+        Raises PrunadaptError on all ranks if a loss was not finite, or rank 0 could not write its metrics.
         """
         watchdog.beat()
         session = self.session
@@ -51,17 +51,17 @@ class Keeper:
             self._hear()
 
     def save_if_due(self) -> None:
-        """At the end of a step, when its lines of metrics are written. Raises Interrupted once a stop was asked for."""
+        """Save at the end of a step, after its metrics are written. Raises Interrupted once a stop was requested."""
         session, every = self.session, self.session.config.output.checkpoint_steps
         is_last = session.step == session.total_steps
         due = session.step % every == 0 if every else self.due
         if due or is_last or self.stops:
-            self._hear()  # a checkpoint of weights that are no numbers would be worse than none
+            self._hear()  # a checkpoint of weights that are not finite would be worse than none
             self.save()
         self._leave_if_asked()
 
     def save(self) -> None:
-        """Write a checkpoint, unless this very step has one."""
+        """Write a checkpoint, unless this step already has one."""
         session = self.session
         if self.saved_step == session.step:
             return
@@ -71,13 +71,13 @@ class Keeper:
         self.saved_at, self.save_seconds = time.monotonic(), time.monotonic() - start
 
     def stop_if_asked(self) -> None:
-        """Between two stretches of work after the last step, which has its checkpoint."""
+        """Raise Interrupted if a stop was requested. For the work after the last step, which has its checkpoint."""
         self.pulse.send(torch.tensor([0.0, bool(self.signals.name), 0.0, 0.0]).to(self.session.device))
         self._hear()
         self._leave_if_asked()
 
     def _is_time(self) -> bool:
-        """Rank 0's clock."""
+        """Whether a checkpoint is due by rank 0's clock; False on other ranks."""
         apart = max(LEAST_SECONDS_APART, self.save_seconds / SHARE_OF_TIME)
         return distributed.rank() == 0 and time.monotonic() - self.saved_at > apart
 
@@ -93,7 +93,7 @@ class Keeper:
             raise PrunadaptError(distributed.broadcast_object(self.session.tracker.problem))
 
     def _no_number(self) -> PrunadaptError:
-        """Names the first step among the last two whose loss was none, on any rank, and its samples."""
+        """The error that names the first of the last two steps with a loss that is not finite on any rank, and its samples."""
         step, samples = 0, []
         for recent, losses in self.recent:
             mine = [s for rows, loss in losses for s, x in zip(rows, loss.tolist(), strict=True) if x - x != 0]

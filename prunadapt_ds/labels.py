@@ -1,6 +1,6 @@
-"""Names of classes. A model may know a task's classes in another order, or by other names.
+"""Class names: a model may have a task's classes in another order, or under other names.
 
-Legend: C classes.
+Legend: N rows, C classes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from prunadapt_ds.backbone import Backbone, class_names
 from prunadapt_ds.engine import gathered
 from prunadapt_ds.models.structure import full_shape
 
-FILE = "labels.json"  # of an adapter's folder, whose other files do not say it
+FILE = "labels.json"  # in an adapter's folder, whose other files lack class names
 
 
 def columns(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
-    """Where each of our classes stands among theirs, whatever the case of the letters; None where the names are not the same."""
+    """The position of each of our classes among theirs, ignoring case; None if the two do not have the same names."""
     places = {name.casefold(): i for i, name in enumerate(theirs)}
     if not len(places) == len(theirs) == len(ours) or places.keys() != {name.casefold() for name in ours}:
         return None
@@ -30,24 +30,28 @@ def columns(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
 
 
 def in_order(logits: Tensor, theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
-    """Columns in the order of `ours`, where the model names the same classes in another: [N, C] -> [N, C]."""
+    """Reorder columns from `theirs` to `ours` if both name the same classes, else leave them: [N, C] -> [N, C]."""
     found = columns(theirs, ours)
     return logits if found is None else logits[:, found]
 
 
 def doubt(theirs: Sequence[str], ours: Sequence[str]) -> str:
-    """A line where a model's classes have names, and these are not ours: nobody can tell which is which."""
+    """A warning if a model's classes have names that are not ours, so that nobody can tell which is which; else empty."""
     if not ours or columns(theirs, ours) is not None or all(re.fullmatch(r"label_\d+", n, re.I) for n in theirs):
         return ""
-    return f"calls its classes {', '.join(theirs)}; they are taken in this order for {', '.join(ours)}"
+    return f"calls its classes {', '.join(theirs)}; they are mapped in this order to {', '.join(ours)}"
 
 
 def write(config: Any, folder: Path) -> None:
+    """Write the names of a configuration's classes to an adapter's folder."""
     (folder / FILE).write_text(json.dumps(class_names(config), indent=1) + "\n", encoding="utf-8")
 
 
 def read(config: Any, folder: Path) -> None:
-    """Give a base model's configuration the names that the adapter in `folder` was trained with, if it says them."""
+    """Give a base model's configuration the class names that the adapter in `folder` was trained with, if it has them.
+
+    Raises ValueError if they do not fit the configuration's number of classes.
+    """
     file = folder / FILE
     if not file.is_file():
         return
@@ -58,9 +62,9 @@ def read(config: Any, folder: Path) -> None:
 
 
 def reorder_head(backbone: Backbone, ours: Sequence[str]) -> None:
-    """Move the rows of a head that came with the model to where our classes are. Collective.
+    """Move the rows of a head that came with the model to the order of our classes. Collective.
 
-    It would begin worse than a new one where it knows the same classes in another order.
+    A head that knows the same classes in another order would otherwise start out worse than a new one.
     """
     order = columns(backbone.known_classes, ours)
     if order is None or order == sorted(order):
@@ -72,12 +76,12 @@ def reorder_head(backbone: Backbone, ours: Sequence[str]) -> None:
             if parameter.numel():
                 parameter.copy_(parameter[order].clone())
     backbone.notes.append(
-        f"its head knew the classes as {', '.join(backbone.known_classes)}, and was put into the task's order"
+        f"its head knew the classes as {', '.join(backbone.known_classes)}, and was reordered to match the task"
     )
 
 
 def task_head_linears(backbone: Backbone) -> list[Any]:
-    """Linear modules of the head, in the model's order."""
+    """The linear modules of the task head, in the model's order."""
     inside = tuple(f"{name}." for name in backbone.family.task_head)
     modules = backbone.model.named_modules()
     return [m for name, m in modules if isinstance(m, nn.Linear) and f"{name}.".startswith(inside)]

@@ -1,7 +1,7 @@
-"""What attention and feed-forward take at every width, measured: the table behind `--budget latency`.
+"""Measured times of attention and feed-forward at every width: the table behind `--budget latency`.
 
-One block of the model is built at several widths and timed on the run's own device and dtype. The time of a whole encoder is
-taken to be the sum of its sub-layers' times, each of which is read off a measured curve.
+One block of the model is built at several widths and timed on the run's own device and dtype. The time of all blocks is taken
+to be the sum of a fixed time for each and of their sub-layers' times, which are read off measured curves.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ SETTING = {
     "batch_size": 32,
     "seq_length": 128,
     "repeats": 20,
-}  # of every measured latency, where no option says otherwise
-POINTS = 8  # widths of each kind, beside nothing and the least
-LEAST_ROUNDS, MOST_ROUNDS = 3, 40  # over all widths
-SECONDS = 20.0  # after which there are no more than the least rounds
-SETTLED = 0.05  # by which the two least times of a width may differ, so that there are no more rounds
-ROUGH = 0.2  # from which on the times are worth nothing: the machine is too busy
-CALLS = 8  # in a row on an accelerator, so that what launches them is hidden as in a whole model
-VOCABULARY = 64  # of the model around the block, whose embeddings are not timed
+}  # of every measured latency, unless an option sets another
+POINTS = 8  # evenly spaced widths of each kind, besides `least` and `least + multiple`
+LEAST_ROUNDS, MOST_ROUNDS = 3, 40  # of timing every width once
+SECONDS = 20.0  # after which rounds end, but not before LEAST_ROUNDS
+SETTLED = 0.05  # rounds end when the two shortest times of every width differ by no more
+ROUGH = 0.2  # above this difference the times are useless: the machine is too busy
+CALLS = 8  # in a row on an accelerator, to hide launch overhead as in a whole model
+VOCABULARY = 64  # of the model around the block; its embeddings are not timed
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Times of one block's parts, and how they were taken.
+    """Times of one block's parts, and how they were measured.
 
-    `layer_ns`: a block without units: norms, residual sums, output biases. `heads`, `neurons`: (units kept, ns beyond that)
-    as measured. `clock`: "wall", or on a busy machine "cpu": seconds of the processor. `spread`: how much the two least
-    times of a width differ, of the width where they differ most.
+    `layer_ns`: a block with as few units as possible (norms, residual sums, output biases). `heads`, `neurons`: (units kept, ns
+    beyond `layer_ns`) as measured. `clock`: "wall", or "cpu" for CPU time on a busy machine. `spread`: the relative difference
+    between a width's two shortest times, the largest of all widths.
     """
 
     device: str
@@ -65,9 +65,9 @@ class LatencyTable:
 
 
 def curve(points: tuple[tuple[int, int], ...], num_units: int) -> tuple[int, ...]:
-    """ns by the number of units kept, [num_units + 1]: the measured points made monotone, straight lines between them.
+    """ns by number of units kept, [num_units + 1]: linear interpolation between measured points made non-decreasing.
 
-    The nearest curve that never falls, in least squares: fewer units never take longer, what says so is noise.
+    It is the nearest non-decreasing curve in least squares, since fewer units taking longer can only be noise; it starts at 0.
     """
     from scipy.optimize import isotonic_regression
 
@@ -77,7 +77,7 @@ def curve(points: tuple[tuple[int, int], ...], num_units: int) -> tuple[int, ...
 
 
 def with_times(structure: Structure, layout: Layout, table: LatencyTable) -> Structure:
-    """The same structure whose sub-layers know what they take."""
+    """The same structure with the times of `table`."""
     curves = {}
     for sub in layout.sublayers:
         found = curve(getattr(table, sub.kind), sub.num_units)
@@ -88,7 +88,7 @@ def with_times(structure: Structure, layout: Layout, table: LatencyTable) -> Str
 
 
 def sizes(num_units: int, least: int, multiple: int) -> list[int]:
-    """The numbers of units that are timed: `least`, one step of `multiple` more, all, and some evenly between."""
+    """The numbers of units to time: `least`, `least + multiple`, all, and some evenly spaced ones between."""
     between = {least + round(i * (num_units - least) / POINTS / multiple) * multiple for i in range(1, POINTS)}
     return sorted(n for n in {least, least + multiple, num_units} | between if n <= num_units)
 
@@ -104,14 +104,14 @@ def measure(
     device: torch.device,
     name: str,
 ) -> LatencyTable:
-    """Time a block like the model's, with random weights, at all widths. Nothing of `model` is read but class and configuration.
+    """Time a block like the model's, with random weights, at several widths. Only the class and configuration of `model` are used.
 
-    Widths take turns, and of each the least time counts, so that what else runs on the machine disturbs little. Where it
-    disturbs too much, on a CPU, what counts is the processor's time on one thread, which others hardly stretch. `name`:
-    the device's. Random generators are as they were afterwards.
+    Widths take turns and the shortest time of each counts, so that other load on the machine matters little. If it still
+    matters too much on a CPU, the CPU time of a single thread counts, which other load hardly stretches. `name`: the
+    device's. The random generators are left as they were.
     """
     heads, neurons = layout.sublayers
-    fewest = min(heads.floors, default=0)  # where attention cannot go, its least number belongs to the block
+    fewest = min(heads.floors, default=0)  # if attention cannot be removed, its fewest heads belong to the block
     widths = {(n, 0) for n in sizes(heads.num_units, fewest, 1)}
     widths |= {(fewest, n) for n in sizes(neurons.num_units, 0, neuron_multiple)}
     generators = [device] if device.type == "cuda" else []
@@ -141,7 +141,7 @@ def measure(
 
 @contextlib.contextmanager
 def all_cores(device: torch.device) -> Iterator[int | None]:
-    """On a CPU, take the cores of the other ranks as well, which wait: an exported model is served alone."""
+    """On a CPU, use the cores of the waiting ranks too, as an exported model is served alone; yields the number of threads."""
     if device.type != "cpu":
         yield None
         return
@@ -156,12 +156,12 @@ def all_cores(device: torch.device) -> Iterator[int | None]:
 def one_block(
     model: Any, layout: Layout, batch_size: int, seq_length: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """A dense block of the model's class on the device, and what its base model calls it with."""
+    """A dense block of the model's class on the device, and the args and kwargs with which its base model calls it."""
     config = copy.deepcopy(model.config)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, VOCABULARY, 1
-    config.use_cache = False  # it would grow from call to call
+    config.use_cache = False  # a cache would grow from call to call
     with torch.device(device):
         base = type(model.base_model)(config).to(dtype).eval()
         input_ids = torch.randint(2, VOCABULARY, (batch_size, seq_length))
@@ -175,7 +175,7 @@ def one_block(
 
 
 def narrowed(block: nn.Module, layout: Layout, kept: tuple[int, int]) -> nn.Module:
-    """A copy of a dense block with so many heads and neurons."""
+    """A copy of a dense block with `kept` = (heads, neurons)."""
     holder = nn.Module()
     holder.add_module("layers", nn.ModuleList([copy.deepcopy(block)]))
     narrow(holder, replace(layout, layers="layers"), [list(kept)])
@@ -189,7 +189,7 @@ def least_times(
     device: torch.device,
     clock: Callable[[], float],
 ) -> tuple[dict[tuple[int, int], int], float]:
-    """The least ns that a call of each block took, and the spread. Until they settle, or it has taken long enough."""
+    """The shortest time of each block, in ns, and the largest spread; rounds go on until it is small or time is up."""
     taken: dict[tuple[int, int], list[float]] = {kept: [] for kept in blocks}
     start, calls, unrest = time.perf_counter(), CALLS if device.type == "cuda" else 1, 0.0
     with torch.inference_mode():
@@ -203,7 +203,7 @@ def least_times(
 
 
 def spread(times: list[float]) -> float:
-    """By how much the second least is more than the least."""
+    """By how much the second shortest time exceeds the shortest, relative to it; 0 for a single time."""
     least, *others = sorted(times)
     return others[0] / least - 1 if others else 0.0
 

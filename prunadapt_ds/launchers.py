@@ -1,11 +1,13 @@
 """This process's rank and world size, as its launcher sets them: read from the environment, checked, never guessed.
 
-| launcher              | says it in                     | where the ranks meet: MASTER_ADDR and MASTER_PORT, or      |
+Ranks meet at MASTER_ADDR and MASTER_PORT. Where these are not set:
+
+| launcher              | rank and world size from       | ranks meet at                                              |
 |-----------------------|--------------------------------|------------------------------------------------------------|
-| deepspeed, torchrun   | RANK, WORLD_SIZE, LOCAL_RANK   | -                                                          |
-| mpirun (any MPI)      | MPI, asked through mpi4py      | rank 0's host, a free port of it                           |
-| srun                  | SLURM_PROCID and their like    | the step's first host, a port made of job and step         |
-| none                  | -                              | one process meets nobody                                   |
+| deepspeed, torchrun   | RANK, WORLD_SIZE, LOCAL_RANK   | an error: both variables are required                      |
+| mpirun (any MPI)      | MPI, through mpi4py            | rank 0's host, a free port there                           |
+| srun                  | SLURM_PROCID and others        | the step's first host, a port derived from job and step    |
+| none                  | one process                    | nowhere                                                    |
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ RENDEZVOUS_VARIABLE = "PRUNADAPT_RENDEZVOUS_SECONDS"
 TIMEOUT_VARIABLE = "PRUNADAPT_TIMEOUT_MINUTES"
 SETTINGS = (RENDEZVOUS_VARIABLE, TIMEOUT_VARIABLE, "PRUNADAPT_STUCK_SECONDS")  # a whole number each; docs/operations.md
 FIRST_STEP_PORT, STEP_PORTS = 10000, 64 * 313
-FIRST_HANDED_OUT = 32768  # from here on a system's ports go to whoever connects or asks for any
-RENDEZVOUS_SECONDS = 25  # from the start of the program: a failed launch is known of within half a minute
+FIRST_HANDED_OUT = 32768  # start of the ephemeral ports, which the system hands out itself
+RENDEZVOUS_SECONDS = 25  # from the program's start, so that a failed launch is reported within half a minute
 LEAST_RENDEZVOUS_SECONDS = 8  # from when this rank is ready
 LAUNCHER_VARIABLE = "PRUNADAPT_LAUNCHER"
 MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
@@ -39,7 +41,7 @@ LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRA
 
 @dataclass(frozen=True)
 class Place:
-    """This process among all. `master_addr` and `master_port` are where rank 0 is met; unused by one process."""
+    """This process among all. `master_addr` and `master_port`: where rank 0 listens; unused by a single process."""
 
     launcher: str
     rank: int = 0
@@ -50,7 +52,7 @@ class Place:
     master_port: int = 0
 
     def variables(self) -> dict[str, str]:
-        """What DeepSpeed and others read."""
+        """The environment variables that DeepSpeed and others read."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -63,12 +65,12 @@ class Place:
 
 
 def find(environ: Mapping[str, str]) -> Place:
-    """The place that `environ` names. Raises LaunchError with everything that is missing or no number."""
+    """The place that `environ` describes. Raises LaunchError with everything that is missing or not a number."""
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _from_variables(environ)
     if "OMPI_COMM_WORLD_RANK" in environ:
         return _from_mpi(environ)
-    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:  # a batch script has the first only
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:  # a batch script has only the first
         return _from_slurm(environ)
     if any(name in environ for name in MPI_VARIABLES):
         return _from_mpi(environ)
@@ -76,12 +78,12 @@ def find(environ: Mapping[str, str]) -> Place:
 
 
 def number(environ: Mapping[str, str], names: tuple[str, ...], default: int = 0) -> int:
-    """The first of the variables that is set and a whole number: for use before, or without, a checked `Place`."""
+    """The first of the variables that is set to a whole number: for use before, or without, a checked `Place`."""
     return next((int(environ[name]) for name in names if environ.get(name, "").isdecimal()), default)
 
 
 def check_settings(environ: Mapping[str, str]) -> None:
-    """Raises LaunchError for every one that is set to something else than a whole number of at least 1."""
+    """Raise LaunchError for every one of `SETTINGS` that is set to anything but a whole number of at least 1."""
     found = [(name, environ[name]) for name in SETTINGS if name in environ]
     wrong = [(name, value) for name, value in found if not value.isdecimal() or not int(value)]
     if wrong:
@@ -89,7 +91,7 @@ def check_settings(environ: Mapping[str, str]) -> None:
 
 
 class _Reader:
-    """Whole numbers out of the environment; collects what is wrong."""
+    """Reads whole numbers from the environment, and collects what is wrong."""
 
     def __init__(self, environ: Mapping[str, str], launcher: str):
         self.environ, self.launcher, self.problems = environ, launcher, list[Problem]()
@@ -113,7 +115,7 @@ class _Reader:
 
 
 def _from_variables(environ: Mapping[str, str]) -> Place:
-    marks = (("TORCHELASTIC_RUN_ID", "torchrun"), ("CROSS_SIZE", "deepspeed"))  # what these two set and nobody else
+    marks = (("TORCHELASTIC_RUN_ID", "torchrun"), ("CROSS_SIZE", "deepspeed"))  # variables that only these two set
     launcher = next((name for mark, name in marks if mark in environ), "the launcher")
     read = _Reader(environ, launcher)
     world_size = read.number("WORLD_SIZE", least=1)
@@ -149,7 +151,10 @@ def _from_slurm(environ: Mapping[str, str]) -> Place:
 
 
 def step_port(job: int, step: int) -> int:
-    """Where all ranks of a step come to without having met; another for any step of 313 neighbouring jobs with 64 steps each."""
+    """The port where the ranks of a SLURM step meet, computed by each rank alone.
+
+    It differs between all steps of 313 neighbouring jobs with 64 steps each.
+    """
     return FIRST_STEP_PORT + (64 * job + step % 64) % STEP_PORTS
 
 
@@ -159,7 +164,7 @@ def first_host(nodelist: str) -> str:
 
 
 def _from_mpi(environ: Mapping[str, str]) -> Place:
-    """Ask MPI who we are, and let rank 0 say where to meet it. MPI itself is not used any further."""
+    """Get rank and size from MPI, and broadcast where rank 0 listens. MPI is not used for anything else."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -177,30 +182,29 @@ def _from_mpi(environ: Mapping[str, str]) -> Place:
     address, port = world.bcast((address, port))
     place = Place("mpirun", world.rank, world.size, node.rank, node.size, address, port)
     node.Free()
-    MPI.Finalize()  # from here on a rank may end as it likes
+    MPI.Finalize()  # from here on, a rank may exit in any way
     read.raise_problems()
     return place
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on, and that no system hands out before rank 0 has imported torch and does."""
-    usual = random.SystemRandom().sample(
-        range(FIRST_STEP_PORT + STEP_PORTS, FIRST_HANDED_OUT), 100
-    )  # whatever the run's seed
+    """A free port of this host that the system will not hand out before rank 0, which first imports torch, listens on it."""
+    # Drawn independently of the run's seed.
+    usual = random.SystemRandom().sample(range(FIRST_STEP_PORT + STEP_PORTS, FIRST_HANDED_OUT), 100)
     for port in (*usual, 0):
         with socket.socket() as s, contextlib.suppress(OSError):
             s.bind(("", port))
             return int(s.getsockname()[1])
     raise LaunchError(
-        Problem("MASTER_PORT", None, f"no port of {socket.gethostname()} is free; end what listens there")
+        Problem("MASTER_PORT", None, f"no port of {socket.gethostname()} is free; stop what listens there")
     )
 
 
 def rendezvous(place: Place) -> Any:
-    """A store that all ranks share. Raises LaunchError, by `rendezvous_deadline`, where they cannot meet.
+    """Return a store that all ranks share. Raises LaunchError if they have not met by `rendezvous_deadline`.
 
-    torch's own rendezvous is left to torchrun, which has met already: it tries for twice its timeout, logs every attempt
-    with a stack, and waits for ever for an answer from a stranger on the port.
+    torch's own rendezvous is used only under torchrun, whose agents have met already: it tries for twice its timeout, logs
+    every attempt with a stack, and waits forever for an answer from a stranger on the port.
     """
     import torch.distributed as dist
 
@@ -218,13 +222,15 @@ def rendezvous(place: Place) -> Any:
         _await_all(place, store, deadline)
         store.set("launch/complete", "yes")
     elif not _arrives(store, ["launch/complete"], deadline + 1):
-        raise LaunchError(_no_answer(place, "met rank 0, but not all ranks came"))
+        raise LaunchError(_no_answer(place, "met rank 0, but not all ranks arrived"))
     return store
 
 
 def refuse_shared_gpu(place: Place, store: Any, gpu: str, patience: float = 60) -> None:
-    """Say so before NCCL does, in its own way. `gpu`: what tells this rank's from every other. Raises LaunchError on all ranks,
-    also where one has not named its own after `patience` seconds."""
+    """Raise LaunchError on all ranks if two of them share a GPU, before NCCL fails with a message that is harder to read.
+
+    `gpu`: a unique id of this rank's GPU. Also raises if a rank has not named its own within `patience` seconds.
+    """
     keys = [f"launch/gpu/{rank}" for rank in range(place.world_size)]
     store.set(keys[place.rank], gpu)
     if not _arrives(store, keys, time.monotonic() + patience):
@@ -237,8 +243,10 @@ def refuse_shared_gpu(place: Place, store: Any, gpu: str, patience: float = 60) 
 
 
 def rendezvous_deadline(started: float, now: float, limit: float) -> float:
-    """Until when a rank waits for the others: `limit` seconds from its start, which ranks share, and not from when its imports are
-    done. A rank whose imports took that long waits a little all the same."""
+    """When a rank stops waiting for the others: `limit` seconds after its start, which ranks share, not after its imports.
+
+    A rank whose imports took that long still waits a little.
+    """
     return max(started + limit, now + min(limit, LEAST_RENDEZVOUS_SECONDS))
 
 
@@ -263,7 +271,7 @@ def _serve(place: Place) -> Any:
 
 
 def _visit(place: Place, deadline: float) -> Any:
-    """Rank 0's store. Knocks until somebody opens; whoever does not speak the protocol is not waited for."""
+    """Connect to rank 0's store: retry until something listens; whatever does not speak the protocol is given up at `deadline`."""
     from torch.distributed import TCPStore
 
     address = (place.master_addr, place.master_port)
@@ -281,7 +289,7 @@ def _visit(place: Place, deadline: float) -> Any:
     connect.start()
     connect.join(max(1.0, deadline - time.monotonic()))
     if not found:
-        raise LaunchError(_no_answer(place, "found something else than rank 0"))
+        raise LaunchError(_no_answer(place, "found something other than rank 0"))
     return found[0]
 
 
@@ -290,12 +298,12 @@ def _await_all(place: Place, store: Any, deadline: float) -> None:
     if late:
         shown = ", ".join(map(str, late[:8])) + (", ..." if len(late) > 8 else "")
         where = f"{place.master_addr}:{place.master_port}"
-        remedy = f"ranks {shown} did not come to {where}; did they start? {_SLOW}"
+        remedy = f"ranks {shown} did not reach {where}; did they start? {_SLOW}"
         raise LaunchError(Problem("WORLD_SIZE", place.world_size, remedy))
 
 
 def _arrives(store: Any, keys: list[str], deadline: float) -> bool:
-    while not store.check(keys):  # store.wait would log stacks when its time is up
+    while not store.check(keys):  # store.wait would log stacks at its timeout
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)

@@ -1,6 +1,6 @@
 """Logits of a dataset, computed by all ranks, every row exactly once.
 
-Legend: N rows, C classes.
+Legend: N rows, B rows of a batch, C classes, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from prunadapt_ds.reload import summary
 def forward_passes(
     engine: Any, rows: Rows, batch_size: int, device: torch.device
 ) -> Iterator[tuple[list[int], dict[str, Tensor], Tensor]]:
-    """This rank's batches of an evaluation: (positions in `rows`, inputs on the device, logits). Collective.
+    """Yield this rank's batches of an evaluation: (positions in `rows`, inputs on the device, logits). Collective.
 
-    A rank without rows of its own keeps the others company: its batch is empty and the logits are another row's.
-    `engine`: a DeepSpeed engine or a module.
+    Logits are [B, C], or [B, T, V] for language models. A rank without rows of its own takes part in the forward pass all the
+    same: its batch is empty, and the logits are another row's. `engine`: a DeepSpeed engine or a module.
     """
     was_training = engine.module.training if hasattr(engine, "module") else engine.training
     engine.eval()
@@ -43,8 +43,11 @@ def forward_passes(
 
 @torch.no_grad()
 def predict(engine: Any, rows: Rows, batch_size: int, device: torch.device) -> Tensor:
-    """float32 [N, C] in the order of `rows`, on the CPU of every rank: the logits, or what `reload.summary` keeps of
-    language. `engine`: a DeepSpeed engine or a module."""
+    """Logits of all rows, float32 [N, C] in the order of `rows`, on the CPU of every rank. Collective.
+
+    For language models, what `reload.summary` keeps: [N, 2], or [N, V] for rows without token labels. `engine`: a DeepSpeed
+    engine or a module.
+    """
     positions, logits = [], []
     for batch, inputs, output in forward_passes(engine, rows, batch_size, device):
         if output.dim() == 3:
@@ -81,7 +84,7 @@ class _Upcast(TorchFunctionMode):
             args = tuple(_float32(a) for a in args)
             kwargs = {k: _float32(v) for k, v in kwargs.items()}
         found = func(*args, **kwargs)
-        # To the dtype of the weights, which would be fp32.
+        # A cast to the weights' dtype, which stands for fp32 here: it must not round.
         is_rounded = func is torch.Tensor.to and args[0].dtype == torch.float32 and _is_low(found)
         return args[0].to(found.device) if is_rounded else found
 
@@ -96,7 +99,7 @@ def _float32(value: Any) -> Any:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """fp32 matrix products with all their digits, also where the environment allows fewer (TF32, as NGC's containers do)."""
+    """Compute fp32 matrix products in full precision, even if the environment allows TF32, as NVIDIA's NGC containers do."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -107,16 +110,16 @@ def exact_products() -> Iterator[None]:
 
 @contextmanager
 def upcast_parameters(model: nn.Module) -> Iterator[None]:
-    """Compute as if every parameter were stored in fp32: weights are upcast where they are used, shard by shard.
+    """Compute as if every parameter were stored in fp32: each weight is upcast only while it is used.
 
-    This is how a bf16 model is compared with its export: same numbers, no rounding in between.
+    This is how a bf16 model is compared with its export: the same weights, and no rounding in between.
     """
     adapters: list[Any] = [m for m in model.modules() if hasattr(m, "cast_input_dtype_enabled")]
     scaled: list[Any] = [m for m in model.modules() if hasattr(m, "scalar_embed_scale")]
     stored = [module.embed_scale for module in scaled]
-    for module in adapters:  # PEFT would round the input of LoRA to the dtype of its matrices
+    for module in adapters:  # PEFT would round LoRA's input to the dtype of its matrices
         module.cast_input_dtype_enabled = False
-    for module in scaled:  # Gemma stores the root of its width in the dtype of its weights
+    for module in scaled:  # Gemma rounds the root of its width to the dtype of its weights
         module.embed_scale = torch.full_like(module.embed_scale, module.scalar_embed_scale, dtype=torch.float32)
     try:
         with _Upcast():

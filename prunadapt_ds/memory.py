@@ -1,7 +1,7 @@
 """Bytes a rank holds: counted tensor by tensor, and measured from outside.
 
-On an accelerator the allocator's peak is the measure. On a CPU the counted bytes are what targets speak of; the resident
-memory of the process is reported beside them, anonymous pages only, above the level just before the model was loaded.
+On an accelerator the allocator's peak is the measure. On a CPU, targets refer to the counted bytes; the resident memory of
+the process is reported beside them: anonymous pages only, above the level just before the model was loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prunadapt_ds import distributed
 
 
 def _status_bytes(field: str) -> int:
-    """A field of /proc/self/status in bytes; 0 where the system has none."""
+    """A field of /proc/self/status in bytes; 0 if the system does not have it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -29,7 +29,7 @@ def _status_bytes(field: str) -> int:
 
 
 class PeakMemory:
-    """High-water mark of a rank's memory since the last `reset`, above the level at construction."""
+    """High-water mark of a rank's memory since the last `reset`; on a CPU, above the level at construction."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -52,19 +52,17 @@ class PeakMemory:
 
 
 def return_freed() -> None:
-    """Give memory that the process has freed back to the system, where the C library can: glibc keeps most of it otherwise."""
+    """Return memory that the process has freed to the system, if the C library can: glibc keeps most of it otherwise."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class SavedActivations:
-    """Counts the tensors autograd keeps for a backward pass: distinct storages that belong to no parameter.
+    """Counts the bytes that autograd keeps for a backward pass: distinct storages that belong to no parameter.
 
-    `bytes` is the most of any stretch that was watched, a forward and a backward pass each: the addresses of one are used
-    again in the next.
-
-    Tensors of the meta device count like real ones. Of a recomputed block its inputs are
-    seen, and not what it saves while it is computed again.
+    `bytes` is the maximum over the watched contexts, each a forward and a backward pass; they are counted one by one, because
+    later passes reuse addresses. Tensors on the meta device count like real ones. Of a recomputed block only the inputs are
+    seen, not what it saves while it is recomputed.
     """
 
     def __init__(self) -> None:
@@ -94,11 +92,11 @@ class SavedActivations:
 
 @dataclass
 class MemoryMarks:
-    """What a run has held, dense and after its last shrink: the most of any rank, but for `activation_bytes`, this rank's.
+    """Memory marks of a run, dense and after its last shrink: the maximum over ranks, except for `activation_bytes`.
 
-    `live`: counted, all together, "dense" and "after_shrink"; `parts`: likewise, by part.  `sent`: what a rank sends in a
-    step.  `peaks`: measured, "dense_phase" and "after_shrink".  `watched_length`: tokens of the longest sample in a step whose
-    activations were counted with the present engine; 0: none yet.
+    `live`: counted bytes in total, "dense" and "after_shrink"; `parts`: the same by part.  `sent`: bytes that a rank sends in a
+    step.  `peaks`: measured bytes, "dense_phase" and "after_shrink".  `activation_bytes`: counted on this rank.
+    `watched_length`: tokens of the longest sample in a step whose activations were counted with the present engine; 0: none yet.
     """
 
     peak: PeakMemory
@@ -110,31 +108,31 @@ class MemoryMarks:
     watched_length: int = 0
 
     def note_activations(self, found: int, length: int) -> None:
-        """Of a step with samples of up to `length` tokens, which no step of this engine has had."""
+        """Record the activations of a step with samples of up to `length` tokens, more than any before with this engine."""
         is_first = self.watched_length == 0
         self.activation_bytes = found if is_first else max(found, self.activation_bytes)
         self.watched_length = length
 
     def note_live(self, parts: Mapping[str, int], sent: int, *, is_shrunk: bool) -> None:
-        """What the busiest rank holds now, the most of each part that any rank does, and what one sends. Collective."""
+        """Record the most that any rank holds now, in total and of each part, and what one sends in a step. Collective."""
         kind = "after_shrink" if is_shrunk else "dense"
         self.live[kind] = int(distributed.dist_max(sum(parts.values())))
         self.sent[kind] = sent
         self.parts[kind] = {name: int(distributed.dist_max(size)) for name, size in parts.items()}
 
     def note_peak(self, *, is_shrunk: bool) -> None:
-        """The highest memory of any rank since the engine was built; the next mark starts here. Collective."""
+        """Record the highest memory of any rank since the last mark; the next one starts here. Collective."""
         self.peaks["after_shrink" if is_shrunk else "dense_phase"] = int(distributed.dist_max(self.peak.bytes()))
         self.peak.reset()
 
     def saved(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON. Collective."""
+        """The marks as JSON, for a checkpoint. Collective."""
         of_engine = {"activations": self.activation_bytes, "watched_length": self.watched_length}
         marks = {"live": self.live, "parts": self.parts, "sent": self.sent, "peak": self.peaks}
         return {**marks, **of_engine, "now": distributed.dist_max(self.peak.bytes())}
 
     def restore(self, saved: Mapping[str, Any], *, is_shrunk: bool) -> None:
-        """Go on as one run's."""
+        """Continue from a checkpoint's marks."""
         self.live, self.peaks = dict(saved["live"]), dict(saved["peak"])
         self.parts, self.sent = dict(saved.get("parts", {})), dict(saved.get("sent", {}))
         self.peaks["after_shrink" if is_shrunk else "dense_phase"] = int(saved["now"])
@@ -144,7 +142,7 @@ class MemoryMarks:
 
 
 def parameter_bytes(model: nn.Module, *, only_frozen: bool = False) -> int:
-    """Bytes of parameters on this rank now: shards, and whatever is whole."""
+    """Bytes of the parameters on this rank now: shards, and whatever is whole."""
     total = 0
     for parameter in model.parameters():
         if only_frozen and parameter.requires_grad:

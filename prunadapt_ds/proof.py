@@ -1,6 +1,6 @@
-"""The proof of an export: a fresh process without this package loads a folder and must compute the same logits.
+"""Proves an export: a fresh process that does not import this package loads the folder and must compute the same logits.
 
-What runs there is `reload.py`.
+That process runs `reload.py`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.formats import auto_class_of
 from prunadapt_ds.pulse import STOP_SIGNALS
 
-TOLERANCE = 1e-4  # of max |logit difference|, relative to max(1, max |logit|)
+TOLERANCE = 1e-4  # for max |logit difference|, relative to max(1, max |logit|)
 
 
 @dataclass(frozen=True)
 class Reload:
-    """A folder and what a fresh process is to compute from it.
+    """A folder, and what a fresh process should compute from it.
 
-    `latency`: {"batch_size", "seq_length", "repeats", "dtype"} to time it against the dense stock model as well.
-    `adapter_of`: the folder is a PEFT adapter of this base: {"model", "auto_class", "num_labels", "pad_token_id"}.
+    `latency`: {"batch_size", "seq_length", "repeats", "dtype"} to also time it against the dense stock model; None: no timing.
+    `adapter_of`: base of the PEFT adapter in the folder: {"model", "auto_class", "num_labels", "pad_token_id"}; None: a model.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class Reload:
     adapter_of: dict[str, Any] | None = None
 
     def request(self, scratch: Path) -> dict[str, Any]:
-        """As reload.py reads it; answers are written to `scratch`."""
+        """The request in the form that reload.py reads. The answers go to `scratch`."""
         rows = next(iter(self.datasets.values()))
         return {
             "folder": str(self.folder.resolve()),
@@ -70,7 +70,7 @@ class Reload:
 
 @dataclass(frozen=True)
 class Reloaded:
-    """What a fresh process computed from an exported folder: logits float32 [N, C] per dataset, and timings."""
+    """What a fresh process computed from an exported folder: `reload.summary` float32 [N, C] per dataset, and timings."""
 
     logits: dict[str, Tensor]
     latency: dict[str, Any] | None
@@ -79,8 +79,8 @@ class Reloaded:
 def reload_in_fresh_process(*reloads: Reload) -> list[Reloaded]:
     """Load each folder in a new Python process that does not import this package, and predict.
 
-    One process for all: most of its time it imports. Folders of stock classes come first, before any code of a folder's own.
-    Raises ParityError with the process's last words if it fails, and Interrupted where it was asked to stop.
+    One process serves all folders, because most of its time goes into imports. Folders that need remote code come last.
+    Raises ParityError with the end of the process's stderr if it fails, and Interrupted if a signal stopped it.
     """
     from safetensors.torch import load_file
 
@@ -105,7 +105,9 @@ def reload_in_fresh_process(*reloads: Reload) -> list[Reloaded]:
         results = [json.loads((a / "result.json").read_text()) for a in answers]
         for asked, result in zip(reloads, results, strict=True):
             if result["on_cpu_because"]:
-                print(f"{asked.folder} is proven on the CPU and not timed: {result['on_cpu_because']}", file=sys.stderr)
+                print(
+                    f"{asked.folder} was proven on the CPU and not timed: {result['on_cpu_because']}", file=sys.stderr
+                )
         return [
             Reloaded(load_file(a / "logits.safetensors"), result.get("latency"))
             for a, result in zip(answers, results, strict=True)
@@ -115,15 +117,15 @@ def reload_in_fresh_process(*reloads: Reload) -> list[Reloaded]:
 def run_script(
     script: Path, arguments: list[str], environment: dict[str, str], folder: Path
 ) -> subprocess.CompletedProcess[str]:
-    """A Python process of its own, in `folder`."""
+    """Run a script in a new Python process, with `folder` as its working directory."""
     command = [sys.executable, str(script), *arguments]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
 
 def raise_if_stopped(done: subprocess.CompletedProcess[str]) -> None:
-    """Raises Interrupted where a process ended by a signal that asks a run to stop: a terminal and SLURM send it to all alike.
+    """Raise Interrupted if a stop signal ended the process: terminals and SLURM send these to all processes of a run.
 
-    Raises PrunadaptError where another signal ended it: that says nothing about what it was to prove.
+    Raises PrunadaptError if another signal did, which says nothing about the export.
     """
     for number in STOP_SIGNALS:
         if done.returncode == -number:
@@ -140,7 +142,10 @@ def raise_if_stopped(done: subprocess.CompletedProcess[str]) -> None:
 
 
 def compare_logits(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """The report's parity block over all datasets: (trained, exported) logits, float32 [N, C] twice. NaN is infinite."""
+    """The report's parity block over all datasets.
+
+    pairs: (trained, exported) logits by dataset, float32 [N, C] each. A NaN counts as an infinite difference.
+    """
     trained, exported = (torch.cat([pair[i].flatten() for pair in pairs.values()]) for i in (0, 1))
     difference = float((trained - exported).abs().nan_to_num(nan=torch.inf).max())
     return {

@@ -1,7 +1,7 @@
-"""What ranks tell each other once a step, without waiting: is one asked to stop, is a loss no number, has one failed?
+"""Flags that ranks exchange once per step without waiting: has a rank been asked to stop, has it failed, is its loss not finite?
 
-The sum of a few flags over all ranks is started at the end of a step and read at the end of the next one, when it has long
-arrived: no rank waits for it, and on an accelerator the host does not wait for the device.
+The all-reduce of a few flags starts at the end of a step and is read at the end of the next one, when it has long finished:
+no rank waits for it, and on an accelerator the host does not wait for the device.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-STOPPING = b"\nstopping after this step; once more to leave now\n"  # on a line of its own, below a bar
+STOPPING = b"\nstopping after this step; once more to leave now\n"  # on a line of its own, below a progress bar
 
 
 class StopSignals:
-    """Remembers the first signal that asks this process to stop. A second Ctrl-C ends it at once.
+    """Remembers the first signal that asks this process to stop. A second Ctrl-C ends the process at once.
 
-    speaks: whether this process says that it has heard a Ctrl-C; one of all ranks does.
+    speaks: whether this process acknowledges a Ctrl-C on standard error; one rank does.
     """
 
     def __init__(self, speaks: bool = False) -> None:
@@ -32,7 +32,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """From now on. Only a process's main thread may; elsewhere signals do what they did."""
+        """Install the handlers. Only a process's main thread may; in any other thread this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in STOP_SIGNALS:
@@ -43,8 +43,8 @@ class StopSignals:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if self.speaks:
-                with contextlib.suppress(OSError):  # whoever listened is gone
-                    os.write(2, STOPPING)  # no buffer of Python's, which this handler may have interrupted
+                with contextlib.suppress(OSError):  # nobody reads it any more
+                    os.write(2, STOPPING)  # past Python's buffers: this handler may have interrupted a write to them
 
     def forget(self) -> None:
         for number, handler in self._before.items():
@@ -61,7 +61,7 @@ class Pulse:
         self._work: Any = None
 
     def send(self, flags: Tensor) -> None:
-        """Start to add up `flags`: float [size], on the device. Collective, does not wait."""
+        """Start summing `flags`, float [size] on the device, over all ranks. Collective; does not wait."""
         assert self._sent is None, "what was sent before must be read first"
         total = flags.clone()
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -70,14 +70,14 @@ class Pulse:
             self._sent = total
             return
         if self._work is not None:
-            self._work.wait()  # orders streams, the host goes on
+            self._work.wait()  # orders the streams; the host does not wait
             self._work = None
         self._sent = torch.empty(self.size, pin_memory=True).copy_(total, non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record()
 
     def read(self) -> list[float] | None:
-        """The sums of what was sent last; None if nothing was sent since the last call."""
+        """Return the sums of what was sent last; None if nothing was sent since the last call."""
         if self._sent is None:
             return None
         if self._work is not None:

@@ -1,4 +1,4 @@
-"""Whether the engine of a running session is rebuilt around what the plan leaves, and the rebuilding."""
+"""Decide whether to rebuild the engine of a running session around the units its plan keeps, and do so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prunadapt_ds.shrink import pays_now, shrink
 
 
 def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> bool:
-    """Whether a smaller engine earns back what rebuilding it costs, from the seconds measured in this run."""
+    """Whether a smaller engine saves more time than rebuilding takes, by the times measured in this run. Collective."""
     structure, steps = session.backbone.structure, pruning.decision_steps
     when = session.config.prune.shrink
     if session.plan.hash == session.present.hash or when == "never":
@@ -19,7 +19,7 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
     times = session.clocks.weighed_steps
     if when == "always" or times == StepTimes():
         return when == "always"
-    if step in session.rebuilt:  # decided already, before the run was interrupted
+    if step in session.rebuilt:  # already decided, before the run was interrupted
         return session.rebuilt[step]
     dense = structure.dense_cost("macs")
     later = [s for s in steps if s > step]
@@ -35,7 +35,7 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
 
 
 def shrink_model(session: Session) -> None:
-    """Rebuild the engine around the model that `session.plan` leaves."""
+    """Cut the model to `session.plan`, and rebuild the engine around it. Collective."""
     start = session.clocks.now()
     fault_point(f"shrink-{session.step}/begin")
     session.note_peak()

@@ -1,6 +1,6 @@
-"""Make other folders from what a run left, without training again, and prove each against the compact one.
+"""Export a run in other formats without training again, and prove each against the compact folder.
 
-A run that was interrupted has no compact folder yet: it is made first, of the newest intact checkpoint.
+An interrupted run has no compact folder yet: it is made first, from the newest intact checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXAMPLES, TOKENS = 64, 24  # random rows on which a new folder must compute what
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, convert on rank 0, prove; returns the exit code."""
+    """Parse `argv`, convert on rank 0, and prove the result; returns the exit code."""
     options = _parser().parse_args(argv)
     return guarded(
         lambda: run(
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         choices=KINDS,
-        help="folders to write in exports/; `compact` is one that an interrupted run lacks, and is always made then",
+        help="folders to write in exports/; `compact` only for an interrupted run, which gets it in any case",
     )
     parser.add_argument("--export_dtype", choices=EXPORT_DTYPES, help="dtype of the weights [as in exports/compact]")
     parser.add_argument(
@@ -61,11 +61,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(run_dir: Path, kinds: Sequence[str], dtype: str | None = None, *, trust_remote_code: bool = False) -> None:
-    """Rank 0 makes the folders, the others wait for its verdict; all of them make the compact folder of an interrupted run.
-    The report's `exports` gains the new folders.
+    """Export a run in the formats `kinds`, and add the new folders to the `exports` of its report.
 
-    Raises UserError for a folder that no run left, for one with other modelling code than ours, and for a format that cannot
-    say its plan; ParityError where a new folder computes something else.
+    Rank 0 makes the folders while the others wait; all ranks make the compact folder of an interrupted run.
+    Raises UserError for a folder that no run left, for one with modelling code that is not ours, and for a format that cannot
+    represent its plan; ParityError if a new folder computes something else.
     """
     distributed.init()
     start = distributed.on_rank_0(f"reading {run_dir}", lambda: unfinished.find(run_dir))
@@ -78,7 +78,7 @@ def run(run_dir: Path, kinds: Sequence[str], dtype: str | None = None, *, trust_
 
 
 def check(run_dir: Path, kinds: Sequence[str], dtype: str | None, *, is_finished: bool) -> None:
-    """Raises UserError for formats that cannot be had here."""
+    """Raise UserError for formats that cannot be made here."""
     found = graphs.problems(kinds, dtype)
     if "compact" in kinds and is_finished and (run_dir / "exports" / "compact").is_dir():
         found.append(Problem("export_formats", "compact", "the run is finished and has written it; leave it out"))
@@ -98,7 +98,7 @@ def make_all(run_dir: Path, kinds: Sequence[str], dtype: str | None, status: str
 
 
 def make(run_dir: Path, kind: str, dtype: str | None, status: str) -> None:
-    """Write exports/<kind> of a run whose report has this status, and prove it."""
+    """Write exports/<kind> of a run whose report must have this status, and prove it. For rank 0."""
     compact, plan = run_dir / "exports" / "compact", run_dir / "plan.json"
 
     def refuse(remedy: str) -> UserError:
@@ -139,7 +139,7 @@ def make(run_dir: Path, kind: str, dtype: str | None, status: str) -> None:
 
 
 def said(more: dict[str, Any]) -> str:
-    """What was measured of a graph, for the line about it."""
+    """What was measured of an exported graph, for the line about it; "" if nothing was."""
     if not more:
         return ""
     parity, latency = more["parity"], more["latency"]
@@ -165,7 +165,7 @@ def only_our_code(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def prove(compact: Path, folder: Path) -> None:
-    """Both folders, loaded by a fresh process, compute the same on random rows."""
+    """Check in a fresh process that both folders compute the same on random rows. Raises ParityError."""
     rows = {"random": random_rows(compact)}
     pair = [
         proof.Reload(path, rows, 16, distributed.device(), "auto_map" in json.loads((path / "config.json").read_text()))

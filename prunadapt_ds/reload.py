@@ -1,9 +1,11 @@
-"""Load an exported folder as a stranger would, compute logits, time it.
+"""Loads an exported folder as any user would, computes logits, and times it.
 
-Runs as a script in a process of its own that never imports the trainer: it needs torch, transformers and safetensors.
-Reads requests (JSON, rows to predict) and answers each with logits and timings, one after the other:
+Runs as a script in a separate process that never imports the trainer: it needs only torch, transformers and safetensors (and
+peft for an adapter). Reads requests (JSON with the rows to predict) and answers each with logits and timings, one by one:
 
     python reload.py request.json [request.json ...]
+
+Legend: B batch size, T tokens, V vocabulary size, N rows, C outputs per row.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from typing import Any
 
 
 def token_losses(logits: Any, labels: Any) -> tuple[Any, Any]:
-    """Negative log-likelihood of every sequence, and of how many tokens: [B, T, V] and [B, T] -> float32 [B] twice.
+    """Summed negative log-likelihood and number of counted tokens per sequence: [B, T, V] and [B, T] -> float32 [B] twice.
 
-    The logits of a token are of the next one; a label below 0 counts nothing.
+    Logits at position t predict token t + 1; labels below 0 are ignored.
     """
     import torch
     import torch.nn.functional as F
@@ -32,8 +34,11 @@ def token_losses(logits: Any, labels: Any) -> tuple[Any, Any]:
 
 
 def summary(logits: Any, attention_mask: Any, labels: Any) -> Any:
-    """What is kept of a batch's logits, float32: all of a classifier's [B, C]; of language [B, T, V] its `token_losses`
-    as [B, 2], or without labels the logits of the last token [B, V]."""
+    """Reduce a batch's logits to what is compared, in float32.
+
+    A classifier's [B, C] are kept as they are. A language model's [B, T, V] become its `token_losses` [B, 2] or, without
+    labels, the logits of each row's last token [B, V].
+    """
     import torch
 
     if logits.dim() == 2:
@@ -53,7 +58,11 @@ def predict(
     most_tokens: int,
     labels: Any = None,
 ) -> Any:
-    """`summary` of all rows in their order, float32 [N, C]; rows of like length share a batch. `most_tokens`: the model takes."""
+    """Compute `summary` for all rows, in their order: float32 [N, C].
+
+    Rows of similar length share a batch, padded on the right to a multiple of 8 tokens where `most_tokens`, the model's
+    maximum, allows it.
+    """
     import torch
 
     logits = None
@@ -82,8 +91,10 @@ def predict(
 def latency(
     models: list[Any], batch_size: int, seq_length: int, repeats: int, device: Any, seconds: float = 60
 ) -> tuple[list[float], int]:
-    """Median milliseconds of a forward pass of each model, after warm-up, models taking turns; and how often each was timed:
-    `repeats` times, or less often, but three times at least, if that would take more than `seconds`."""
+    """Time forward passes of the models, which take turns. Returns each one's median in milliseconds, and the number of turns.
+
+    After a warm-up there are `repeats` turns, or fewer, but at least three, once the whole takes longer than `seconds`.
+    """
     import torch
 
     vocabulary = models[0].config.vocab_size
@@ -115,7 +126,7 @@ def latency(
 
 
 def load_adapter(folder: str, base: dict[str, Any], dtype: Any) -> Any:
-    """A base model with the PEFT adapter of `folder`."""
+    """Load a base model with the PEFT adapter in `folder`. `base`: see `proof.Reload.adapter_of`."""
     import transformers
     from peft import PeftModel
 
@@ -127,10 +138,10 @@ def load_adapter(folder: str, base: dict[str, Any], dtype: Any) -> Any:
 
 
 def answer(request: dict[str, Any]) -> None:
-    """Compute what is asked for; on the CPU, and without timing it, where the GPU that is named does not do it."""
+    """Answer a request. If the requested GPU fails, answer it on the CPU instead, without timings."""
     try:
         return answer_on(request["device"], request)
-    except RuntimeError as error:  # the run's engine is there as well, or a GPU takes one process only
+    except RuntimeError as error:  # the run's engine fills the GPU's memory, or the GPU allows only one process
         if request["device"] == "cpu":
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -144,7 +155,7 @@ def answer_on(device_name: str, request: dict[str, Any], why: str = "") -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    torch.set_float32_matmul_precision("highest")  # an environment may allow TF32, whose digits are too few to compare
+    torch.set_float32_matmul_precision("highest")  # the environment may allow TF32, which is too coarse to compare
     auto_class = getattr(transformers, request["auto_class"])
     device = torch.device(device_name)
 
@@ -171,7 +182,7 @@ def answer_on(device_name: str, request: dict[str, Any], why: str = "") -> None:
     if request["latency"]:
         dtype = request["latency"]["dtype"]
         if dtype != request["dtype"]:
-            del model  # two at a time are enough
+            del model  # so that no more than two are in memory
             model = load(dtype)
         try:
             config = AutoConfig.from_pretrained(request["folder"], trust_remote_code=False)
@@ -186,8 +197,8 @@ def answer_on(device_name: str, request: dict[str, Any], why: str = "") -> None:
                 "threads": torch.get_num_threads(),
                 "speedup": dense_ms / exported_ms,
             }
-        except RuntimeError as error:  # the dense one beside it: what is not timed is proven all the same
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # a CPU's
+        except RuntimeError as error:  # no memory for the dense model as well: proven, but not timed
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # on a CPU
                 raise
             result["latency"] = None
     assert "prunadapt_ds" not in sys.modules, "the exported folder must load without the trainer"

@@ -1,6 +1,6 @@
-"""What a run leaves behind: report.json, and report.md and the final table from the same numbers.
+"""A run's report.json, and report.md and the final table with the same numbers.
 
-A value that does not apply is null; a key is never absent.
+A value that does not apply is null; no key is ever absent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prunadapt_ds.hub import could_be_id
 SCHEMA_VERSION = 1
 
 
-LIVE_PARTS = ("parameters", "optimizer", "activations")  # of live_tensor_bytes
+LIVE_PARTS = ("parameters", "optimizer", "activations")  # they add up to live_tensor_bytes
 
 
 def _nothing(*keys: str) -> dict[str, Any]:
@@ -34,7 +34,7 @@ _SCHEMA: dict[str, Any] = {
     "labels": [],
     "versions": _nothing("python", "prunadapt_ds", "torch", "deepspeed", "transformers", "peft"),
     "metric": _nothing("teacher", "masked", "exported"),
-    "distillation": _nothing("r2", "followed"),  # the teacher's, on training examples
+    "distillation": _nothing("r2", "followed"),  # the teacher's R2 on training examples, and whether it was used
     "params": _nothing("encoder_dense", "encoder_kept", "total_dense", "total_kept", "trainable"),
     "macs": _nothing("dense", "kept", "seq_length"),
     "sparsity": _nothing("target", "achieved"),
@@ -64,7 +64,7 @@ _SCHEMA: dict[str, Any] = {
         "live_parts_bytes": {kind: _nothing(*LIVE_PARTS) for kind in ("dense", "after_shrink")},
         "peak_rank_bytes": _nothing("dense_phase", "after_shrink"),
     },
-    "communication": {"sent_bytes": _nothing("dense", "after_shrink")},  # by a rank in an optimizer step
+    "communication": {"sent_bytes": _nothing("dense", "after_shrink")},  # per rank and optimizer step
     "latency": _nothing(
         *("dense_ms", "exported_ms", "batch_size", "seq_length", "dtype", "threads", "repeats", "speedup"),
         *("target_speedup", "table_speedup"),
@@ -72,18 +72,18 @@ _SCHEMA: dict[str, Any] = {
     "parity": _nothing("max_abs_logit_diff", "tolerance", "examples"),
     "exports": {},
 }
-_OPEN = ("metric.teacher", "metric.masked", "metric.exported", "exports", "structure", "progress")  # any keys, or rows
-_OF_EXPORT = dict.fromkeys(("onnx", "torch_export"), ("parity", "latency"))  # proven and timed on their own
-_PROGRESS = ("step", "phase", "loss", "sparsity", "samples_per_s", "live_tensor_bytes", "train_s")  # a row an interval
+_OPEN = ("metric.teacher", "metric.masked", "metric.exported", "exports", "structure", "progress")  # free keys, or rows
+_OF_EXPORT = dict.fromkeys(("onnx", "torch_export"), ("parity", "latency"))  # proven and timed separately
+_PROGRESS = ("step", "phase", "loss", "sparsity", "samples_per_s", "live_tensor_bytes", "train_s")  # per interval
 
 
 def empty() -> dict[str, Any]:
-    """A report with every key and no value."""
+    """A report with all keys, where no value is known yet."""
     return copy.deepcopy(_SCHEMA)
 
 
 def validate(report: dict[str, Any]) -> None:
-    """Raise ValueError that names every key too many or too few."""
+    """Raise ValueError if the report does not follow the schema. It names every missing and every unknown key."""
     wrong = sorted(_differences(report, _SCHEMA, ""))
     if not wrong:
         wrong = sorted(_contents(report))
@@ -103,7 +103,7 @@ def _differences(found: Any, wanted: dict[str, Any], prefix: str) -> list[str]:
 
 
 def _contents(report: dict[str, Any]) -> list[str]:
-    """What is wrong inside the parts whose keys a run chooses."""
+    """The errors in the parts of a report whose keys or rows depend on the run."""
     wrong = []
     for kind, measures in report["metric"].items():
         if measures is not None and (not isinstance(measures, dict) or "score" not in measures):
@@ -120,7 +120,7 @@ def _contents(report: dict[str, Any]) -> list[str]:
 
 
 def _finite(value: Any) -> Any:
-    """The same without NaN and infinity, which JSON cannot say: null."""
+    """The same with None for NaN and infinity, which JSON cannot represent."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -129,13 +129,13 @@ def _finite(value: Any) -> Any:
 
 
 def finite(report: dict[str, Any]) -> dict[str, Any]:
-    """The report as report.json says it. Raises ValueError where it does not follow its schema."""
+    """The report in the form that report.json has. Raises ValueError if it does not follow the schema."""
     validate(report)
     return _finite(report)
 
 
 def write(output_dir: Path, report: dict[str, Any], more: str = "") -> None:
-    """Write report.json and report.md (with `more` at its end), each complete or not at all."""
+    """Write report.json and report.md (with `more` appended), each complete or not at all."""
     report = finite(report)
     files.replace(output_dir / "report.md", markdown(report) + more)
     files.replace(output_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
@@ -150,7 +150,7 @@ def _share(kept: float | None, dense: float | None) -> str:
 
 
 def short_model(model: str) -> str:
-    """A folder's own name instead of its path; a name on the hub, which has one slash at most, as it is."""
+    """The last part of a path to a folder; a name on the hub, which has at most one slash, is unchanged."""
     return model if could_be_id(model) else model.rstrip("/").rpartition("/")[2]
 
 
@@ -160,7 +160,10 @@ COST_HEADER = ("cost", "dense", "pruned")
 
 
 def scores(report: dict[str, Any]) -> list[Row]:
-    """Every measure in percent, perplexity as it is. The teacher is this run's model before its first cut."""
+    """The rows of the score table: every measure in percent, except perplexity.
+
+    The teacher is the run's own model before its first cut.
+    """
     metric = report["metric"]
     kinds = SCORE_HEADER[1:]
     names = list(dict.fromkeys(key for kind in kinds for key in metric[kind] or {}))
@@ -173,10 +176,10 @@ def _compared(name: str, dense: float | None, pruned: float | None, text: str = 
 
 
 def costs(report: dict[str, Any]) -> list[Row]:
-    """What the dense model and the pruned one cost, and the pruned one's share."""
+    """The rows of the cost table: the dense model, the pruned one, and their ratio."""
     params, macs, latency, time = report["params"], report["macs"], report["latency"], report["time"]
     live, peak = report["memory"]["live_tensor_bytes"], report["memory"]["peak_rank_bytes"]
-    sent = report.get("communication", _SCHEMA["communication"])["sent_bytes"]  # older reports have none
+    sent = report.get("communication", _SCHEMA["communication"])["sent_bytes"]  # older reports lack the key
     return [
         _compared("encoder parameters", params["encoder_dense"], params["encoder_kept"], "{:,.0f}"),
         _compared(f"MACs, {macs['seq_length']} tokens (M)", macs["dense"], macs["kept"], "{:,.0f}", 1e6),
@@ -185,12 +188,12 @@ def costs(report: dict[str, Any]) -> list[Row]:
         _compared("live memory per rank (MiB)", live["dense"], live["after_shrink"], scale=2**20),
         _compared("peak memory per rank (MiB)", peak["dense_phase"], peak["after_shrink"], scale=2**20),
         _compared("sent per rank and step (MiB)", sent["dense"], sent["after_shrink"], scale=2**20),
-        ("train time (s), all of it", "-", _number(time["train_s"], "{:,.1f}")),
+        ("train time (s), in total", "-", _number(time["train_s"], "{:,.1f}")),
     ]
 
 
 def headline(report: Mapping[str, Any]) -> list[Row]:
-    """(what, figure, beside what) of the run's main results."""
+    """The run's main results: (name, value, what it is compared with)."""
     time, latency, live = report["time"], report["latency"], report["memory"]["live_tensor_bytes"]
     dense = "of the dense model's"
     shares = [
@@ -198,7 +201,7 @@ def headline(report: Mapping[str, Any]) -> list[Row]:
         ("MACs", report["macs"]["kept"], report["macs"]["dense"], dense),
         ("latency", latency["exported_ms"], latency["dense_ms"], f"{dense}, batch {latency['batch_size']}"),
         ("training step", time["last_step_s"], time["dense_step_s"], "of the dense model's"),
-        ("memory", live["after_shrink"], live["dense"], "live bytes, of the dense phase's"),
+        ("memory", live["after_shrink"], live["dense"], "of the dense phase's live bytes"),
     ]
     cards: list[Row] = _score_card(report)
     cards += [(name, f"{kept / of:.0%}", beside) for name, kept, of, beside in shares if kept is not None and of]
@@ -208,7 +211,7 @@ def headline(report: Mapping[str, Any]) -> list[Row]:
 
 
 def _score_card(report: Mapping[str, Any]) -> list[Row]:
-    """The exported model's score, and how much of the teacher's was kept; of perplexity, how many times it grew."""
+    """The exported model's score and the share of the teacher's that it keeps; for perplexity, the ratio of the two."""
     exported, teacher = ((report["metric"][kind] or {}).get("score") for kind in ("exported", "teacher"))
     if exported is None:
         return []
@@ -223,7 +226,7 @@ def _score_card(report: Mapping[str, Any]) -> list[Row]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The final tables as text, 100 columns wide at most."""
+    """The final tables as text, at most 100 columns wide."""
     from rich.console import Console
     from rich.table import Table
 
@@ -243,7 +246,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def markdown_table(header: Row, rows: Iterable[Row], text_columns: int = 1) -> str:
-    """A table whose first `text_columns` columns hold text and the others numbers."""
+    """A Markdown table. The first `text_columns` columns are aligned as text, the others as numbers."""
 
     def line(cells: Row) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
@@ -265,7 +268,7 @@ def progress_cells(row: dict[str, Any]) -> Row:
 
 
 def setting(report: dict[str, Any]) -> str:
-    """How the run was made, in one paragraph."""
+    """The run's settings in one paragraph."""
     launcher = f" by {report['launcher']}" if report["launcher"] else ""
     where = f"{report['world_size']} rank(s){launcher} on {report['nodes'] or 1} node(s)"
     return (
@@ -277,7 +280,7 @@ def setting(report: dict[str, Any]) -> str:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What a reader of the tables must know; nothing about what this run did not do."""
+    """Notes that the tables need; none about anything the run did not do."""
     return [text for text in (teacher(report), parity(report), speedup(report)) if text]
 
 
@@ -286,36 +289,36 @@ def teacher(report: dict[str, Any]) -> str:
         return ""
     text, found = "The teacher comes from this run's own dense phase, before the first cut.", report["distillation"]
     if found["followed"] is False:
-        text += f" It was not followed: it explained {found['r2']:.1%} of the labels of training examples."
+        text += f" It was not used, because its R2 on training examples was only {found['r2']:.1%}."
     return text
 
 
 def parity(report: dict[str, Any]) -> str:
     found = report["parity"]
-    if found["max_abs_logit_diff"] is None:  # nothing was exported yet
+    if found["max_abs_logit_diff"] is None:  # nothing has been exported yet
         return ""
     return (
-        f"Exported and trained model differ by at most {_number(found['max_abs_logit_diff'], '{:.2e}')} in their logits "
-        f"on {_number(found['examples'])} examples (allowed: {_number(found['tolerance'], '{:.2e}')})."
+        f"The exported and the trained model differ by at most {_number(found['max_abs_logit_diff'], '{:.2e}')} in their logits "
+        f"on {_number(found['examples'])} examples (tolerance: {_number(found['tolerance'], '{:.2e}')})."
     )
 
 
 def live_parts(report: dict[str, Any]) -> list[Row]:
-    """What the counted bytes of a rank are of, in MiB; nothing where no step was taken."""
+    """A rank's live bytes by kind, in MiB; [] if no step was taken."""
     parts = report["memory"]["live_parts_bytes"]
     rows = [(name, parts["dense"][name], parts["after_shrink"][name]) for name in LIVE_PARTS]
     return [_compared(*row, scale=2**20) for row in rows if row[1:] != (None, None)]
 
 
 def speedup(report: dict[str, Any]) -> str:
-    """What was asked for and what was measured; nothing where no speed was asked for."""
+    """The requested, the predicted and the measured speed-up in one sentence; "" if no speed-up was requested."""
     found = report["latency"]
     if found["target_speedup"] is None:
         return ""
     target, table, measured = (_number(found[key], "{:.2f}") for key in ("target_speedup", "table_speedup", "speedup"))
     return (
-        f"Speed-up: {target} asked for, {table} by the times of single sub-layers that the decisions read, {measured} measured on "
-        f"the exported model as a whole (batch {found['batch_size']}, {found['seq_length']} tokens, {found['dtype']})."
+        f"Speed-up: {target} requested, {table} predicted from the times of single sub-layers, {measured} measured on "
+        f"the whole exported model (batch {found['batch_size']}, {found['seq_length']} tokens, {found['dtype']})."
     )
 
 
@@ -324,7 +327,7 @@ def versions(report: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report for reading."""
+    """The text of report.md."""
     structure = [(str(r["layer"]), str(r["heads"]), str(r["neurons"])) for r in report["structure"]]
     seconds = [(key, _number(value, "{:,.2f}")) for key, value in report["time"].items()]
     memory = live_parts(report)
@@ -339,7 +342,7 @@ def markdown(report: dict[str, Any]) -> str:
         markdown_table(("layer", "heads", "neurons"), structure, 0),
         "## Time",
         markdown_table(("", ""), seconds),
-        *(["## Live memory of a rank (MiB)", markdown_table(("", "dense", "pruned"), memory)] if memory else []),
+        *(["## Live memory per rank (MiB)", markdown_table(("", "dense", "pruned"), memory)] if memory else []),
         "## Progress",
         markdown_table(PROGRESS_HEADER, map(progress_cells, report["progress"])),
         versions(report),

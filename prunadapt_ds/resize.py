@@ -22,8 +22,8 @@ from prunadapt_ds.models.modeling_prunadapt import (
     update_attributes,
 )
 
-Slices = dict[str, tuple[int, Tensor]]  # by parameter name: the axis and the int64 indices that stayed
-Editing = Callable[[nn.Module], AbstractContextManager[None]]  # makes one module's parameters whole while it is cut
+Slices = dict[str, tuple[int, Tensor]]  # by parameter name: the axis, and the indices kept, int64
+Editing = Callable[[nn.Module], AbstractContextManager[None]]  # keeps a module's parameters whole while it is cut
 
 
 def resize(
@@ -35,10 +35,10 @@ def resize(
 ) -> Slices:
     """Physically remove the units that `plan` cuts from a model that still holds `present` (None: dense). In place.
 
-    The model may carry LoRA and gates; those of the kept units keep their values. A sub-layer without units is replaced
-    by the bias of its output projection; a layer without any by nothing, where the layout says so. Each projection is cut
-    inside `editing(projection)`, one at a time: under ZeRO-3 `engine.rewriting`. Returns how every parameter that changed
-    its shape was sliced, for whatever must follow it.
+    The model may have LoRA and gates; those of the kept units keep their values. A sub-layer without units is replaced by
+    the bias of its output projection; a layer without units by `SkippedLayer`, if the layout skips such layers. Projections
+    are cut one at a time, each inside `editing(projection)`, which is `engine.rewriting` under ZeRO-3. Returns how every
+    parameter that changed its shape was sliced, so that its optimizer state can be sliced alike.
     """
     slices: Slices = {}
     before = present or PruningPlan.dense(plan.structure)
@@ -58,7 +58,7 @@ def resize(
                     remove_gate(layer, sublayer.output.path)
                     remove_sublayer(layer, sublayer)
                 continue
-            units = torch.searchsorted(torch.tensor(old), torch.tensor(new))  # positions among the units still there
+            units = torch.searchsorted(torch.tensor(old), torch.tensor(new))  # positions among the units still present
             for projection, side in sublayer.sides:
                 module = layer.get_submodule(projection.path)
                 with editing(module):
@@ -94,7 +94,7 @@ def resize_projection(module: Any, layout: ProjectionLayout, units: Tensor, num_
 
 
 def resize_gate(gate: Gate, units: Tensor) -> None:
-    """Keep the gate entries `units`; masks of the kept units stay as they are."""
+    """Keep the gate's entries `units`, int64 [K], with the masks they have."""
     keep = gate.mask.index_select(0, units.to(gate.mask.device))
     gate.delta = select(gate.delta, units, 0)
     gate.register_buffer("mask", keep, persistent=False)
@@ -103,7 +103,7 @@ def resize_gate(gate: Gate, units: Tensor) -> None:
 
 
 def renumber_gates(model: nn.Module) -> None:
-    """Give the gates that are left their positions in the flat order of the units that are left."""
+    """Renumber the remaining gates in the flat order of the remaining units."""
     start = 0
     for module in model.modules():
         if isinstance(module, Gate):

@@ -1,4 +1,4 @@
-"""Go on where a run was interrupted: which checkpoint, whether it is the same run's, and the files that say so."""
+"""Resume an interrupted run: find its checkpoint, check that it is the same run's, and keep the files that identify a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prunadapt_ds.faults import fault_point
 from prunadapt_ds.session import Session, add_trainables
 from prunadapt_ds.setup import agreed_ds_config
 
-# Options that may change while a run is interrupted, because they do not change what it computes ...
+# Options that may change when a run is resumed: because they do not change what it computes ...
 FREE = {
     "trust_remote_code",
     "per_device_eval_batch_size",
@@ -31,9 +31,9 @@ FREE = {
     "save_total_limit",
     "resume",
 }
-# ... because what they name is compared instead of the name ...
+# ... because the content that they name is compared instead of the name ...
 BY_CONTENT = {"model_name_or_path", "adapter_name_or_path", "data_dir", "train_file", "validation_file"}
-# ... or because what becomes of them together with the ds_config is.
+# ... or because what they resolve to, together with the ds_config, is compared.
 RESOLVED = {
     "ds_config",
     "per_device_train_batch_size",
@@ -50,11 +50,11 @@ REBUILDS = "rebuilds.json"
 
 @dataclass
 class Start:
-    """How a run begins: from nothing, from a checkpoint, or not at all because its work is done."""
+    """How a run begins: from scratch, from a checkpoint, or not at all because it is complete."""
 
-    options: dict[str, Any]  # what was asked for, as it is now: a ds_config may be edited while a run goes on
+    options: dict[str, Any]  # as requested now: the ds_config may be edited while the run goes on
     checkpoint: Checkpoint | None = None
-    finished: dict[str, Any] | None = None  # the report of the same run, complete
+    finished: dict[str, Any] | None = None  # the report of the same run, if it is complete
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -67,7 +67,7 @@ def root_of(config: Config) -> Path:
 
 
 def options(config: Config, ds: DsConfig) -> dict[str, Any]:
-    """What was asked for, by option, as far as it decides what the run computes. `ds`: what became of its ds_config."""
+    """The requested options by name, as far as they decide what the run computes. `ds`: its resolved ds_config."""
     given = {name: value for section in config.to_dict().values() for name, value in section.items()}
     found = {name: value for name, value in given.items() if name not in FREE | BY_CONTENT | RESOLVED}
     found |= {
@@ -92,10 +92,10 @@ def names(config: Config) -> dict[str, Any]:
 
 
 def config_of(run_dir: Path, saved: Mapping[str, Any]) -> Config:
-    """The configuration of the run whose checkpoint holds the state `saved`, on as many ranks as there are now.
+    """The configuration of the run whose checkpoint holds the state `saved`, for the current number of ranks.
 
-    What does not change what was computed is at its default; model and data are where the checkpoint's part of the run
-    found them. Raises UserError where nothing says so.
+    Options that do not change what is computed have their defaults; model and data are where the run found them when it wrote
+    the checkpoint. Raises UserError if nothing says where that was.
     """
     stated = {
         **saved["options"],
@@ -116,8 +116,8 @@ def _refuse_run(run_dir: Path) -> Callable[[str], UserError]:
 
 
 def changes(now: Mapping[str, Any], before: Mapping[str, Any], where: str) -> list[Problem]:
-    """A problem for every option that is not what it was."""
-    remedy = "the run in {} began with {!r}{}; give that, name another --output_dir, or start over with --resume never"
+    """One problem for every option that has changed."""
+    remedy = "the run in {} began with {!r}{}; use that, name another --output_dir, or start over with --resume never"
     product = {"train_batch_size": " (ranks x --per_device_train_batch_size x --gradient_accumulation_steps)"}
     return [
         Problem(name, value, remedy.format(where, before[name], product.get(name, "")))
@@ -127,7 +127,7 @@ def changes(now: Mapping[str, Any], before: Mapping[str, Any], where: str) -> li
 
 
 def find(config: Config) -> Start:
-    """What `--resume` says about what lies in the output folder. All ranks get the same; UserError on all.
+    """Decide from `--resume` and the output folder how the run begins. Collective. Raises UserError on all ranks.
 
     Only rank 0 looks, so that no two ranks can find different things.
     """
@@ -167,7 +167,7 @@ def _find(config: Config, asked: dict[str, Any]) -> Start:
 
 
 def _refuse_another_run(output_dir: Path, asked: Mapping[str, Any]) -> None:
-    """A run that goes on from elsewhere must not take the folder of one that is not itself."""
+    """A run that is resumed from elsewhere must not take over the output folder of another run. Raises UserError."""
     with contextlib.suppress(*checkpoint.NOT_THERE, ValueError, RecursionError):
         before = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
         if isinstance(before, dict) and (problems := changes(asked, before, str(output_dir))):
@@ -191,8 +191,8 @@ def _refuse_other_inputs(output_dir: Path, found: Checkpoint) -> None:
 
 
 def _newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """As `checkpoint.newest`. Raises UserError where there are checkpoints and none is intact: a run that began anew instead
-    would take them away."""
+    """Like `checkpoint.newest`, but raises UserError if there are checkpoints and none is intact: a run that started over
+    would delete them."""
     try:
         found, damaged = checkpoint.newest(root)
     except Unread as error:
@@ -206,14 +206,14 @@ def _newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def _refuse_unread(asked: str, error: Unread) -> UserError:
     remedy = (
-        f"{error}; nothing was changed: try again where it can be, name an older one with --resume DIR, "
+        f"{error}; nothing was changed: try again where it can be read, name an older one with --resume DIR, "
         "or start over with --resume never"
     )
     return UserError(Problem("resume", asked, remedy))
 
 
 def _given(folder: Path) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint in `folder`, or the newest intact one of those below it and a line about each that was passed over."""
+    """The checkpoint in `folder`, or the newest intact one below it, and a line about each that was skipped."""
     passed_over: list[str] = []
     try:
         if (folder / checkpoint.STATE).exists():
@@ -232,7 +232,10 @@ def _given(folder: Path) -> tuple[Checkpoint, list[str]]:
 
 
 def _finished(output_dir: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a complete run in `output_dir`; UserError if that run was another one, OSError if nobody can say."""
+    """The report of a complete run in `output_dir`, or None.
+
+    Raises UserError if that run was another one, OSError if the report cannot be read.
+    """
     try:
         report = json.loads((output_dir / "report.json").read_text())
         if report["status"] != "complete":
@@ -266,7 +269,7 @@ def _answered_by_export(problems: list[Problem], output_dir: Path) -> list[Probl
 
 
 def begin(session: Session) -> None:
-    """Start from nothing: what an earlier run left in the folder goes, before it can be taken for this one's."""
+    """Start from scratch: remove what an earlier run left in the folder, so that it is not taken for this run's. Collective."""
 
     def clear() -> None:
         for _, folder in checkpoint.listed(root_of(session.config)):
@@ -286,13 +289,13 @@ def begin(session: Session) -> None:
 
 
 def _write_options(session: Session) -> None:
-    """run.json, by which the run is known again. Of rank 0."""
+    """Write run.json, by which the run is recognised. For rank 0."""
     stated = {**asked_of(session), **names(session.config)}
     files.replace(session.output_dir / "run.json", json.dumps(stated, indent=2, sort_keys=True) + "\n")
 
 
 def keep_options(session: Session) -> None:
-    """run.json of a run that goes on in another folder than the one it began in. Collective."""
+    """Write run.json if a run goes on in another folder than the one it began in. Collective."""
 
     def write() -> None:
         if not (session.output_dir / "run.json").exists():
@@ -302,14 +305,14 @@ def keep_options(session: Session) -> None:
 
 
 def write_latency(session: Session) -> None:
-    """latency.json: the measured table, for people. A run that goes on reads it from its checkpoint."""
+    """Write latency.json, the measured table, for people: a resumed run reads it from its checkpoint. Collective."""
     if session.latency is not None:
         text = json.dumps(session.latency, indent=1) + "\n"
         distributed.on_rank_0("writing latency.json", lambda: files.replace(session.output_dir / LATENCY, text))
 
 
 def note_rebuilds(session: Session) -> None:
-    """Write down what clocks have decided: a run that is interrupted before the next checkpoint repeats it."""
+    """Record the decisions to rebuild: a run that is interrupted before its next checkpoint must repeat them. Collective."""
     distributed.on_rank_0(
         "writing the decisions to rebuild",
         lambda: files.replace(root_of(session.config) / REBUILDS, json.dumps(session.rebuilt)),
@@ -317,7 +320,7 @@ def note_rebuilds(session: Session) -> None:
 
 
 def noted_rebuilds(config: Config) -> dict[int, bool]:
-    """By step; nothing where the file is not there or not whole."""
+    """The recorded decisions by step; none if the file is missing or damaged."""
     try:
         noted = json.loads((root_of(config) / REBUILDS).read_text())
         return {int(step): bool(rebuilt) for step, rebuilt in noted.items()}
@@ -326,7 +329,10 @@ def noted_rebuilds(config: Config) -> dict[int, bool]:
 
 
 def save(session: Session) -> Path:
-    """Write a checkpoint of the run as it is. Collective; PrunadaptError on all ranks where it cannot be written."""
+    """Write a checkpoint of the run as it is; returns its folder. Collective.
+
+    Raises PrunadaptError on all ranks if the weights are not finite, or the checkpoint cannot be written.
+    """
     root = root_of(session.config)
     fault_point(f"checkpoint-{session.step}/begin")
     with session.clocks.timed("checkpoint"), watchdog.resting():
@@ -343,9 +349,9 @@ def save(session: Session) -> Path:
 
 
 def rebuild(session: Session, start: Checkpoint, *, to_train: bool = True) -> None:
-    """Make a new session's model what it was at a checkpoint: its shape, and what training had learnt. Collective.
+    """Give a new session's model the shape and the training state that it had at a checkpoint. Collective.
 
-    to_train: whether it goes on, and needs its teacher.
+    to_train: whether training goes on, which needs the teacher.
     """
     add_trainables(session, cut_to=snapshot.plans(session, start.state))
     snapshot.restore(session, start, to_train=to_train)

@@ -1,4 +1,4 @@
-"""What a run holds on to, the engine around its model, and that model's evaluation."""
+"""The state of a run, the engine around its model, and the evaluation of that model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from prunadapt_ds.tracking import Tracker
 
 @dataclass
 class Session:
-    """What a run holds on to from setup to the report."""
+    """Everything that a run holds from setup to the report."""
 
     config: Config
     ds: DsConfig
@@ -65,16 +65,16 @@ class Session:
     recorder: Recorder | None = None
     rank_per_layer: dict[int, int] = field(default_factory=dict)
     engine: Any = None
-    teacher: Tensor | TokenTeacher | None = None  # its logits [N, C] on the training set, or where its words are
+    teacher: Tensor | TokenTeacher | None = None  # its logits [N, C] on the training set, or its files of tokens
     average: WeightAverage = field(default_factory=WeightAverage)  # of the dense phase, until it has become the teacher
     step: int = 0  # optimizer steps done
     scores: ScoreAverage | None = None
     losses: list[Tensor] = field(default_factory=list)  # [3] of each step since the last log line, see step.train_step
-    rebuilt: dict[int, bool] = field(default_factory=dict)  # by decision step, whether the clock spoke for a rebuild
-    options: dict[str, Any] = field(default_factory=dict)  # by which a run is known again; see resume.py
+    rebuilt: dict[int, bool] = field(default_factory=dict)  # by decision step, whether timing favoured a rebuild
+    options: dict[str, Any] = field(default_factory=dict)  # by which a run is recognised; see resume.py
     identity: dict[str, str] = field(default_factory=dict)  # sha256: "data", "backbone", "adapter"
     timing: dict[str, int] = field(default_factory=dict)  # how latency is measured: batch_size, seq_length, repeats
-    given: given_adapter.GivenAdapter | None = None  # the adapter it starts from
+    given: given_adapter.GivenAdapter | None = None  # the adapter that the run starts from
     latency: dict[str, Any] | None = None  # the table of --budget latency, see LatencyTable
 
     @property
@@ -97,36 +97,36 @@ class Session:
         return self.present.hash != PruningPlan.dense(self.backbone.structure).hash
 
     def note_peak(self) -> None:
-        """Write down the highest memory of any rank since the engine was built; the next mark starts here. Collective."""
+        """Record the highest memory of any rank since the last mark; the next one starts here. Collective."""
         self.memory.note_peak(is_shrunk=self.is_shrunk)
 
     def release_engine(self) -> Any:
-        """The engine, which the session forgets: what takes it holds the only reference."""
+        """Return the engine and drop the session's reference to it, so that the caller holds the only one."""
         engine, self.engine = self.engine, None
         return engine
 
     def live_parts_now(self) -> dict[str, int]:
-        """Bytes this rank holds: parameters, optimizer state, and what the last watched step saved for its backward."""
+        """Bytes this rank holds: parameters, optimizer state, and the most that a watched step saved for its backward."""
         held = memory.parameter_bytes(self.model), state.optimizer_bytes(self.engine), self.memory.activation_bytes
         return dict(zip(LIVE_PARTS, held, strict=True))
 
     def live(self) -> int:
-        """All of them together."""
+        """The sum of `live_parts_now`."""
         return sum(self.live_parts_now().values())
 
     def sent_in_a_step(self) -> int:
-        """Bytes that a rank sends to others in an optimizer step of the model as it is, by the planner's formulas."""
+        """Bytes that a rank sends to others in an optimizer step of the current model, by the planner's formulas."""
         return zero_costs.sent_bytes(inventory_of(self), self.ds, distributed.world_size(), self.config)
 
     def note_live(self) -> None:
-        """Write down what the ranks hold now, and what one sends in a step. Collective."""
+        """Record what the ranks hold now, and what one sends in a step. Collective."""
         self.memory.note_live(self.live_parts_now(), self.sent_in_a_step(), is_shrunk=self.is_shrunk)
 
 
 def add_trainables(session: Session, cut_to: PruningPlan | None = None) -> None:
-    """LoRA, gates and head, as the method wants them, and the engine around them.
+    """Add LoRA and gates as the method requires, and build the engine. Collective.
 
-    `cut_to`: what a dense model must physically become before that, when a run goes on that has shrunk.
+    `cut_to`: the plan to which the model is cut before that, if a run that has shrunk is resumed.
     """
     config, loaded = session.config, session.backbone
     targets = still_there(loaded.model, session.lora_targets)
@@ -144,13 +144,13 @@ def add_trainables(session: Session, cut_to: PruningPlan | None = None) -> None:
 
 
 def still_there(model: nn.Module, names: list[str]) -> list[str]:
-    """Those of the projections that a cut before training has left."""
+    """Those of the projections that a cut before training has left in the model."""
     modules = dict(model.named_modules())
     return [name for name in names if hasattr(modules.get(name), "weight")]
 
 
 def attach_gates(session: Session, criterion: str) -> None:
-    """Gates on every sub-layer, recording what `criterion` reads."""
+    """Attach gates to every sub-layer, with a recorder of what `criterion` reads."""
     loaded, config = session.backbone, session.config
     session.recorder = Recorder(
         loaded.structure.num_units,
@@ -183,12 +183,12 @@ def build_engine(session: Session) -> Any:
 
 
 def own_blocks(loaded: backbone.Backbone) -> list[tuple[int, nn.Module]]:
-    """The blocks that run once in a pass, with their index."""
+    """The blocks that run once per pass, with their index; none if layers are shared."""
     return [] if loaded.family.shares_layers else list(layers_of(loaded.model, loaded.layout))
 
 
 def inventory_of(session: Session) -> dict[str, inventory.Size]:
-    """Sizes of the tensors that the model holds now."""
+    """Sizes of the parameters that the model holds now, by name."""
     return inventory.sizes(session.model, own_blocks(session.backbone), session.backbone.layout.layers)
 
 
@@ -197,17 +197,17 @@ def eval_batch(session: Session) -> int:
 
 
 def evaluate(session: Session) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """The task's measures of the model as it is, and the logits behind them, by validation set."""
+    """Return the task's measures of the model as it is, and by validation set what `logits.predict` gave. Collective."""
     with session.clocks.timed("evaluation"):
         logits = {
             name: predict(session.engine, rows, eval_batch(session), session.device)
             for name, rows in session.validation_rows.items()
         }
-        with watchdog.resting():  # however long rank 0 takes over many examples
+        with watchdog.resting():  # rank 0 may take long over many examples
             return distributed.on_rank_0("measuring", lambda: measures(session, logits)), logits
 
 
 def measures(session: Session, logits: dict[str, Tensor]) -> dict[str, float]:
-    """The task's, of logits by validation set. Of one rank: the others need not load its libraries."""
+    """The task's measures of logits by validation set. For one rank: the others need not load the libraries."""
     rows = session.validation_rows
     return measures_of(session.data, {n: logits[n].numpy() for n in rows}, {n: rows[n].labels.numpy() for n in rows})

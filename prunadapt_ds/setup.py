@@ -1,4 +1,4 @@
-"""From options to a session: data, a frozen and sharded model, and what must agree before anything is trained.
+"""Turn options into a session: load data and a frozen, sharded model, and check what must agree before training.
 
 All ranks get through setup together or not at all.
 """
@@ -48,17 +48,18 @@ from prunadapt_ds.tracking import Tracker
 def setup(
     config: Config, saved: Mapping[str, Any] | None = None, *, ds: DsConfig | None = None, tracked: bool = True
 ) -> Session:
-    """Everything up to a frozen, sharded model and tokenised data. All ranks fail together or not at all.
+    """Build a session with tokenised data and a frozen, sharded model. All ranks fail together or not at all.
 
-    `saved`: the state in the checkpoint that the run goes on from; another backbone or other data are refused.
-    `ds`: instead of what `--ds_config` says.  `tracked`: leave it out where nothing is trained, to keep the run's metrics.
+    `saved`: the state in the checkpoint that the run is resumed from; another backbone or other data are refused.
+    `ds`: used instead of `--ds_config`.
+    `tracked`: False where nothing is trained, so that the run's metrics.jsonl stays as it is.
     """
     distributed.init()
     device = distributed.device()
     ds = ds or agreed_ds_config(config)
     data = read_inputs(config)
     identity = {"data": same_data(data)}
-    if not data.is_language:  # whose blocks of tokens are not known yet
+    if not data.is_language:  # a language model's rows are not known before tokenisation
         refuse_fewer_than_ranks(len(data.train))
     adapter = config.lora.adapter_name_or_path
     given = distributed.together(lambda: given_adapter.read(adapter)) if adapter is not None else None
@@ -116,7 +117,7 @@ def setup(
 
 
 def agreed_ds_config(config: Config) -> DsConfig:
-    """What `--ds_config` says for all ranks, which may run on several kinds of machine: "auto" is bf16 where all are fast at it.
+    """Resolve `--ds_config` for all ranks, which may be on different kinds of machine: "auto" is bf16 if all are fast at it.
 
     Collective. Raises UserError on all ranks.
     """
@@ -125,7 +126,7 @@ def agreed_ds_config(config: Config) -> DsConfig:
 
 
 def read_inputs(config: Config) -> TaskData:
-    """The task's examples, when there is a model's folder as well. Collective. Raises UserError with what is wrong of both."""
+    """Read the task's examples and check the model's folder. Collective. Raises UserError with the problems of both."""
 
     def check_model() -> None:
         distributed.together(lambda: model_folder.check(config.model.model_name_or_path))
@@ -139,7 +140,7 @@ def read_inputs(config: Config) -> TaskData:
 
 
 def read_data(config: Config) -> TaskData:
-    """The task's examples, or raise on every rank what one of them could not read."""
+    """Read the task's examples. Raises UserError on every rank if one of them cannot read them."""
     if distributed.rank() != 0:
         datasets.disable_progress_bars()
     if config.is_language:
@@ -148,7 +149,7 @@ def read_data(config: Config) -> TaskData:
 
 
 def load_libraries(data: TaskData) -> None:
-    """What measures and pictures need on rank 0, now: its memory is not counted as the model's, and neither waits for it."""
+    """Import early what rank 0 needs for measures and plots: it then neither counts as the model's memory nor delays them."""
     if distributed.rank() == 0:
         importlib.import_module("matplotlib.figure")
         if not data.is_language:
@@ -156,7 +157,7 @@ def load_libraries(data: TaskData) -> None:
 
 
 def load_model(config: Config, ds: DsConfig, data: TaskData) -> backbone.Backbone:
-    """The frozen backbone, sharded where the stage says so, with dropout and recomputation as asked. Raises UserError."""
+    """Load the frozen backbone, sharded under ZeRO-3, with dropout and recomputation as configured. Raises UserError."""
     loaded = backbone.load(
         config.model.model_name_or_path,
         num_labels=data.num_labels,
@@ -178,14 +179,14 @@ def load_model(config: Config, ds: DsConfig, data: TaskData) -> backbone.Backbon
 
 
 def prunable(config: Config, loaded: backbone.Backbone, table: dict[str, Any] | None) -> Structure:
-    """The model's structure with the floors and, of --budget latency, the times that hold for this run.
+    """The model's structure with this run's floors and, with --budget latency, its measured times.
 
-    Raises UserError where the target lies beyond what these floors leave to cut.
+    Raises UserError if the target is beyond what the floors leave to cut.
     """
     prune = config.prune
     structure = with_floors(loaded.family, loaded.structure, loaded.model.config, prune)
     if structure.skips and "padded" in (config.output.export_formats or ()):
-        remedy = "zeros cannot say that whole layers are gone, which --uniform may decide; leave one of them out"
+        remedy = "zeros cannot represent removed layers, which --uniform may choose; leave out one of the two"
         raise UserError(Problem("export_formats", "padded", remedy))
     if table is not None:
         structure = latency.with_times(structure, loaded.layout, latency.LatencyTable.from_dict(table))
@@ -194,7 +195,7 @@ def prunable(config: Config, loaded: backbone.Backbone, table: dict[str, Any] | 
 
 
 def rows_of(dataset: Any, config: Config, data: TaskData, loaded: backbone.Backbone) -> Rows:
-    """A split as token ids."""
+    """Tokenise a split. Raises UserError for tokens that the model does not know."""
     longest = config.data.max_seq_length
     if data.is_language:
         rows = Rows(tokenize_language(dataset, loaded.tokenizer, longest), loaded.tokenizer)
@@ -205,7 +206,7 @@ def rows_of(dataset: Any, config: Config, data: TaskData, loaded: backbone.Backb
 
 
 def sampler_of(config: Config, ds: DsConfig, train_rows: Rows) -> Sampler:
-    """Which rank sees which sample when."""
+    """The sampler, which decides which rank sees which sample when."""
     return Sampler(
         num_samples=len(train_rows),
         micro_batch_size=ds.values["train_micro_batch_size_per_gpu"],
@@ -218,7 +219,7 @@ def sampler_of(config: Config, ds: DsConfig, train_rows: Rows) -> Sampler:
 
 
 def refuse_fewer_than_ranks(count: int) -> None:
-    """Every rank needs a training example of its own."""
+    """Every rank needs a training example of its own. Raises UserError."""
     ranks = distributed.world_size()
     if count < ranks:
         remedy = f"fewer than the {ranks} ranks; start fewer ranks, or give more data"
@@ -242,7 +243,7 @@ def timing_of(config: Config, model: nn.Module) -> dict[str, int]:
 def measured(
     config: Config, loaded: backbone.Backbone, timing: dict[str, int], ds: DsConfig, saved: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The table of --budget latency: rank 0 measures it for all; a run that goes on keeps the one it began with."""
+    """The table of --budget latency: rank 0 measures it for all; a resumed run keeps the one it began with."""
     if saved is not None:
         return saved["latency"]
     watchdog.rest()
@@ -263,9 +264,9 @@ def measured(
 
 
 def same_data(data: TaskData) -> str:
-    """Every rank must hold the same examples: one that fell back to an old cache would train on something else.
+    """Check that every rank holds the same examples, and return their sha256. Raises RanksDisagree.
 
-    Returns their sha256.
+    A rank that fell back to an old cache would train on something else.
     """
     digest = hashlib.sha256()
     for split in (data.train, *data.validation.values()):
@@ -291,13 +292,13 @@ def same_tokens(config: Config, rows: Sequence[Rows], saved: Mapping[str, Any] |
 
 
 def model_identity(config: Config, given: given_adapter.GivenAdapter | None) -> dict[str, str]:
-    """sha256 of what the run starts from."""
+    """sha256 of the backbone and, if there is one, of the adapter that the run starts from."""
     found = {"backbone": model_folder.identity(config.model.model_name_or_path)}
     return found | ({"adapter": given.identity()} if given is not None else {})
 
 
 def refuse_changed(config: Config, identity: dict[str, str], saved: Mapping[str, Any] | None) -> None:
-    """A run goes on with the backbone, the data and the adapter it began with, wherever they lie now."""
+    """A resumed run needs the backbone, data and adapter it began with, wherever they are stored now. Raises UserError."""
     names = {
         "backbone": ("model_name_or_path", config.model.model_name_or_path),
         "data": _data_option(config),
@@ -320,7 +321,7 @@ def _data_option(config: Config) -> tuple[str, Any]:
 def tracker_of(
     config: Config, ds: DsConfig, total_steps: int, saved: Mapping[str, Any] | None, *, tracked: bool
 ) -> Tracker:
-    """Rank 0's writes, those of other ranks do not. Raises PrunadaptError on all of them where metrics.jsonl cannot be opened."""
+    """Create the tracker; only rank 0's writes. Raises PrunadaptError on all ranks if metrics.jsonl cannot be opened."""
     folder = Path(config.output.output_dir)
     found = [Tracker(folder, total_steps, enabled=False)]
 
@@ -353,7 +354,7 @@ def _cut_rows(session: Session) -> str | None:
 
 
 def announce(session: Session) -> None:
-    """Say what will happen, and what the "auto" fields became."""
+    """Print what will happen, and what the "auto" fields became."""
     config, ds, say = session.config, session.ds, session.tracker.say
     if config.uses_sample:
         say(
@@ -363,10 +364,8 @@ def announce(session: Session) -> None:
     if config.data.train_file and not session.data.is_language:
         names = session.data.label_names
         kind = f"{len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
-        regression = (
-            "labels with decimal points, so this is a regression (classes: --problem_type single_label_classification)"
-        )
-        stated = "labels are numbers of a regression" if config.data.problem_type else regression
+        regression = "labels with decimal points, so this is a regression (for classes, pass --problem_type)"
+        stated = "a regression" if config.data.problem_type else regression
         say(f"{config.data.train_file}: {kind if names else stated}")
     resolved = ", ".join(f"{name}={value}" for name, value in ds.resolved.items()) or "nothing"
     say(f"{ds.path}: ZeRO stage {ds.stage}, {ds.dtype}, {distributed.world_size()} ranks; auto: {resolved}")
@@ -376,10 +375,10 @@ def announce(session: Session) -> None:
         say(longer)
     say(f"peak learning rate {session.learning_rate:.2g}, {session.total_steps} steps")
     if config.prune.uniform and not session.backbone.family.heads.config_fields:
-        whole = "neurons and whole layers go" if session.backbone.layout.skips else "neurons go"
+        whole = "neurons and whole layers are cut" if session.backbone.layout.skips else "neurons are cut"
         name = session.backbone.family.model_type
-        say(f"--uniform: {whole}, no single heads; the stock configuration of {name} cannot say fewer")
+        say(f"--uniform: {whole}, but no single heads: the stock configuration of {name} cannot state fewer")
     if session.latency is not None and session.latency["clock"] == "cpu":
-        say("this machine is busy: blocks were timed by processor seconds on one thread, not by the clock")
+        say("this machine is busy: blocks were timed in CPU seconds on one thread, not in wall-clock time")
     session.tracker.text("config", json.dumps(config.to_dict(), indent=2))
     session.tracker.text("ds_config", json.dumps(ds.values, indent=2))

@@ -1,8 +1,8 @@
-"""What a run has learnt, as tensors and JSON, and back into a session on any number of ranks.
+"""Turn the state of a run into tensors and JSON for a checkpoint, and restore it on any number of ranks.
 
-What a checkpoint holds does not depend on how the run is split: whole fp32 masters and moments, the plan, the averages of
-scores. What is each rank's own (random states, sums of the open decision window) is kept rank by rank: on as many ranks as
-before every one gets its own back and the run goes on bit for bit; on another number the sums go to rank 0 together.
+Most of it does not depend on how the run is split: whole fp32 masters and moments, the plan, the moving average of scores.
+State of single ranks (random states, sums of the open decision window) is stored rank by rank. On as many ranks as before,
+each gets its own back and the run continues bit for bit; on another number, rank 0 gets the total of the window's sums.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from prunadapt_ds.token_teacher import TokenTeacher
 
 
 def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and the rest as JSON, for rank 0 to write: what others get lacks what training has learnt. Collective."""
+    """Return tensors by name, and the rest as JSON, for rank 0 to write; other ranks' lack masters and moments. Collective.
+
+    Raises PrunadaptError on all ranks if the weights are not finite.
+    """
     learnt = state.capture(session.engine, keep=distributed.rank() == 0)
     if not distributed.everywhere(all(bool(torch.isfinite(t).all()) for t in learnt.masters.values())):
-        raise PrunadaptError(f"the weights are no numbers after step {session.step}; no checkpoint is made of them")
+        raise PrunadaptError(f"the weights are not finite after step {session.step}; no checkpoint is written")
     tensors = {f"master/{name}": tensor for name, tensor in learnt.masters.items()}
     for key, moments in learnt.moments.items():
         tensors |= {f"{key}/{name}": tensor for name, tensor in moments.items()}
@@ -66,7 +69,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """uint8 [bytes] of torch's generators."""
+    """The states of torch's generators by device: uint8 [bytes]."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -74,7 +77,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def seed_this_rank(seed: int, step: int) -> None:
-    """Chance of its own for every rank, so that dropout of other samples is another one, and for every step to go on from."""
+    """Seed this rank's generators for the step that follows `step`: different on every rank, whose samples differ too."""
     own = seed * 1_000_003 + step * 1009 + distributed.rank()
     torch.manual_seed(own)
     random.seed(own)
@@ -87,7 +90,7 @@ def numpy_state() -> list[Any]:
 
 
 def place(session: Session) -> dict[str, Any]:
-    """Of the report: where the run is trained, which whoever exports it later cannot see. Collective."""
+    """The report's fields about where the run trains, which a later export of its checkpoint cannot see. Collective."""
     return {
         "zero_stage": session.ds.stage,
         "device": distributed.device_name(session.device),
@@ -98,7 +101,7 @@ def place(session: Session) -> dict[str, Any]:
 
 
 def plans(session: Session, saved: Mapping[str, Any]) -> PruningPlan | None:
-    """Take over what was decided; returns what the dense model must be cut to, if it must."""
+    """Take over the saved decisions; returns the plan that the dense model must be cut to, or None."""
     structure = session.backbone.structure
 
     def plan(kept: list[list[int]]) -> PruningPlan:
@@ -110,8 +113,10 @@ def plans(session: Session, saved: Mapping[str, Any]) -> PruningPlan | None:
 
 
 def restore(session: Session, start: Checkpoint, *, to_train: bool = True) -> None:
-    """Put back what training had learnt into a session whose model has the right shape; without `to_train` the teacher, which
-    may be large, stays where it is. Collective."""
+    """Restore a checkpoint into a session whose model has the right shape already. Collective.
+
+    Without `to_train` a language model's teacher, which may be large, stays where it is.
+    """
     saved = start.state
     read: dict[str, Tensor] = {}
     distributed.on_rank_0(f"reading {start.folder}", lambda: read.update(start.tensors()))
@@ -135,7 +140,7 @@ def restore(session: Session, start: Checkpoint, *, to_train: bool = True) -> No
         session.teacher = distributed.together(lambda: token_teacher.open_again(folder, saved["token_teacher"]))
     session.average = WeightAverage(taken("average/", tensors), saved["average_count"])
     session.report["metric"]["teacher"] = saved["teacher_metric"]
-    session.report["distillation"] |= saved.get("distillation") or {}  # older checkpoints say nothing of it
+    session.report["distillation"] |= saved.get("distillation") or {}  # missing in older checkpoints
     session.report["progress"] = list(saved["progress"])
     if session.scores is not None:
         session.scores.value = tensors.get("scores")
@@ -160,7 +165,7 @@ def measured_alike(session: Session, saved: Mapping[str, Any]) -> bool:
 
 
 def restore_of_ranks(session: Session, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """What was each rank's own: given back to it, or shared out where the number of ranks is another."""
+    """Restore the state of single ranks: to each its own, or redistributed if the number of ranks has changed."""
     rank, same = distributed.rank(), saved["world_size"] == distributed.world_size()
     if session.recorder is not None and "window" in tensors:
         window = tensors["window"]
@@ -169,7 +174,7 @@ def restore_of_ranks(session: Session, saved: Mapping[str, Any], tensors: Mappin
         elif rank == 0:
             session.recorder.restore(window.sum(0))
     losses = torch.tensor([of_rank["losses"] for of_rank in saved["ranks"]])  # [ranks, steps, 3]
-    if losses.dim() == 2:  # of a checkpoint that holds the loss alone
+    if losses.dim() == 2:  # an older checkpoint, which holds the loss alone
         losses = torch.nn.functional.pad(losses[..., None], (0, 2))
     session.losses = list((losses[rank] if same else losses.mean(0)).to(session.device))
     if not same or f"random/{session.device.type}" not in tensors:

@@ -1,7 +1,7 @@
-"""What training has learnt so far, by parameter name: fp32 masters and Adam's moments, whole.
+"""The training state by parameter name: fp32 masters and Adam's moments, as whole tensors.
 
-Whole tensors do not depend on the number of ranks or the ZeRO stage, and follow a cut like the parameters do. Rank 0 alone holds
-all of them together, as far as nobody asks for more: trainables are few where the backbone is frozen, but not with --method full.
+Whole tensors do not depend on the number of ranks or the ZeRO stage, and are sliced like the parameters when the model is cut.
+Where possible only rank 0 keeps all of them: trainables are few with a frozen backbone, but not with --method full.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class TrainingState:
-    """`masters[name]` and `moments[key][name]`: float32, the parameter's full shape. `steps`: optimizer steps taken."""
+    """`masters[name]` and `moments[key][name]`: float32, in the parameter's full shape. `steps`: optimizer steps taken."""
 
     masters: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     steps: int
 
     def sliced(self, slices: Slices, names: set[str]) -> TrainingState:
-        """The same for a model that was cut: `slices` as `resize` returned them, `names` of what still trains."""
+        """The state of the model after a cut. `slices`: as `resize` returned them; `names`: of what still trains."""
 
         def cut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             kept = {}
@@ -46,7 +46,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def capture(engine: Any, *, keep: bool = True) -> TrainingState:
-    """The engine's training state on the CPU of the ranks that `keep` it; others get its steps alone. Collective."""
+    """Gather the engine's training state on the CPU of the ranks that `keep` it; others get only `steps`. Collective."""
     started = any(state for state in _torch_optimizer(engine).state.values())
     if started:
         _link_moments(engine)
@@ -56,13 +56,14 @@ def capture(engine: Any, *, keep: bool = True) -> TrainingState:
 
 
 def read_masters(engine: Any) -> dict[str, Tensor]:
-    """The fp32 masters alone, on the CPU of every rank. Collective."""
+    """Gather the fp32 masters alone on the CPU of every rank. Collective."""
     return _read_all(engine, None)
 
 
 def restore(engine: Any, state: TrainingState) -> None:
-    """Give an engine rank 0's training state: masters, moments and the weights that follow from them. Of the others' only
-    `steps` is read. Collective; one tensor after the other is whole everywhere.
+    """Load rank 0's training state into an engine: masters, the weights that follow from them, and moments. Collective.
+
+    Of the state on other ranks only `steps` is read. One tensor at a time is whole on every rank.
     """
     if state.steps:
         _make_moments(engine, state.steps)
@@ -78,7 +79,7 @@ def restore(engine: Any, state: TrainingState) -> None:
 
 
 def _from_rank_0(parameter: nn.Parameter, value: Tensor | None) -> Tensor:
-    """Rank 0's float32 value for a parameter, of its full shape, on the CPU of every rank."""
+    """Broadcast rank 0's float32 value for a parameter, in its full shape, to the CPU of every rank."""
     if world_size() == 1:
         assert value is not None
         return value
@@ -89,7 +90,7 @@ def _from_rank_0(parameter: nn.Parameter, value: Tensor | None) -> Tensor:
 
 
 def write_masters(engine: Any, masters: dict[str, Tensor]) -> None:
-    """Give an engine other masters, and the weights that follow from them; moments stay. Collective."""
+    """Replace an engine's masters, and the weights that follow from them; moments stay. Collective."""
     parameters = trainable(engine.module)
     assert parameters.keys() == masters.keys(), "these are another model's"
     with torch.no_grad():
@@ -110,7 +111,7 @@ def _is_flat(parameter: nn.Parameter) -> bool:
 
 
 def _master(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """What a torch optimizer without ZeRO steps for this parameter: itself, or under bf16 an fp32 copy."""
+    """The tensor that the optimizer steps for this parameter without ZeRO: itself, or in bf16 its fp32 copy."""
     groups = zip(
         getattr(engine.optimizer, "fp16_groups", ()), getattr(engine.optimizer, "fp32_groups", ()), strict=True
     )
@@ -124,7 +125,7 @@ def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
 
 
 def _read_all(engine: Any, key: str | None, keep: bool = True) -> dict[str, Tensor]:
-    """One tensor after the other, which a rank that does not keep them lets go at once. Collective."""
+    """Read the tensors one by one; a rank that does not keep them drops each at once. Collective."""
     whole = ((name, _read(engine, parameter, key)) for name, parameter in trainable(engine.module).items())
     return {name: tensor for name, tensor in whole if keep}
 
@@ -156,7 +157,7 @@ def _write(engine: Any, parameter: nn.Parameter, key: str | None, value: Tensor)
 
 
 def _write_shard(engine: Any, parameter: Any, key: str | None, value: Tensor) -> None:
-    """This rank's part of a ZeRO-3 parameter; the last rank's is padded, which DeepSpeed's own setter does not do."""
+    """Write this rank's part of a ZeRO-3 parameter. The last rank's is padded, which DeepSpeed's own setter does not do."""
     size = parameter.ds_tensor.numel()
     padded = torch.zeros(size * world_size())
     padded[: value.numel()] = value.flatten()
@@ -164,15 +165,14 @@ def _write_shard(engine: Any, parameter: Any, key: str | None, value: Tensor) ->
     engine.optimizer.set_local_hp_param(shard, parameter, key)
     if key is None:
         parameter.ds_tensor.data.copy_(shard)
-        if parameter.numel():  # whole at the moment, because it persists
+        if parameter.numel():  # currently whole, because it persists
             parameter.data.copy_(value)
 
 
 def _flat_masters(engine: Any) -> Iterator[Tensor]:
     """The tensors that the torch optimizer really steps on this rank."""
-    partitions = getattr(
-        engine.optimizer, "fp32_partitioned_groups_flat", None
-    )  # ZeRO-3 lends them only while stepping
+    # ZeRO-3 lends them to the optimizer's groups only during a step.
+    partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
     if partitions is not None:
         yield from partitions
         return
@@ -181,7 +181,7 @@ def _flat_masters(engine: Any) -> Iterator[Tensor]:
 
 
 def optimizer_bytes(engine: Any) -> int:
-    """Bytes of this rank's share of fp32 masters that are not the parameters themselves, and of Adam's moments."""
+    """Bytes of this rank's share of the optimizer state: Adam's moments, and masters that are not the parameters themselves."""
     parameters = {id(p) for p in engine.module.parameters()}
     held = [master for master in _flat_masters(engine) if id(master) not in parameters]
     for state in _torch_optimizer(engine).state.values():
@@ -190,7 +190,7 @@ def optimizer_bytes(engine: Any) -> int:
 
 
 def _make_moments(engine: Any, steps: int) -> None:
-    """Adam's state, which a fresh optimizer does not have before its first step."""
+    """Create Adam's state, which a fresh optimizer does not have before its first step."""
     optimizer = _torch_optimizer(engine)
     for master in _flat_masters(engine):
         counter = steps if type(optimizer).__name__ == "DeepSpeedCPUAdam" else torch.tensor(float(steps))
@@ -198,7 +198,7 @@ def _make_moments(engine: Any, steps: int) -> None:
 
 
 def _link_moments(engine: Any) -> None:
-    """Let ZeRO-1 and 2 find the moments by parameter: with several groups DeepSpeed links the first one's only."""
+    """Let ZeRO-1 and 2 find the moments by parameter: of several groups DeepSpeed links only the first."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False

@@ -1,4 +1,4 @@
-"""One optimizer step: losses and gradients of its micro-batches, their statistics, and what it took."""
+"""One optimizer step: losses and gradients of its micro-batches, their statistics, and its time or memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from prunadapt_ds.objective import TopTokens, losses_and_distillation
 from prunadapt_ds.session import Session
 from prunadapt_ds.token_teacher import TokenTeacher
 
-StepLosses = list[tuple[list[int], Tensor]]  # by micro-batch: the samples, and the loss of each
+StepLosses = list[tuple[list[int], Tensor]]  # by micro-batch: the samples, and their losses [B]
 
 
 def watched_step(session: Session, step: int, *, record: bool, distill_weight: float = 0.0) -> StepLosses:
-    """`train_step`, timed; on the first with an engine, and on those with longer samples than before, what autograd saves is
-    counted instead. Collective."""
+    """Run `train_step` and time it. Collective.
+
+    An engine's first step, and any step with longer samples than all before it, counts what autograd saves and is not timed.
+    """
     length = max(session.train_rows.lengths[i] for i in session.sampler.step_samples(step))
     if length <= session.memory.watched_length:
         with session.clocks.timed_step(session.present.cost("macs"), records=record):
@@ -39,10 +41,11 @@ def train_step(
     distill_weight: float = 0.0,
     saved: memory.SavedActivations | None = None,
 ) -> StepLosses:
-    """One optimizer step over all micro-batches; returns the samples of each and their losses. `saved` counts them one by one.
+    """Run one optimizer step over all micro-batches; returns the samples of each and their losses. Collective.
 
-    The step's means on this rank's share join `session.losses`: float [3], the loss, the distance from the teacher, and 1 if
-    there was one. They stay on the device: nobody waits for them before they are logged.
+    `saved` counts what autograd saves in each micro-batch. This rank's share of the step's means is appended to
+    `session.losses`: float [3], the loss, the distance from the teacher, and 1 if there was one. They stay on the device, so
+    that nothing waits for them until they are logged.
     """
     engine, recorder = session.engine, session.recorder if record else None
     means = torch.zeros(3, device=session.device)
@@ -64,13 +67,14 @@ def train_step(
 def forward_backward(
     session: Session, batch: Batch, recorder: Recorder | None, distill_weight: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss of each sample [B] and its distance from the teacher, and gradients of one micro-batch.
+    """Run forward and backward pass of one micro-batch; returns each sample's loss and distance from the teacher.
 
-    The recorder learns with which factor autograd sees each sample.
+    Both are float32 [B]; the distance is None without a teacher. The recorder receives the factor with which each sample's
+    loss enters the gradients.
     """
     engine = session.engine
     if recorder is not None:
-        # DeepSpeed divides by the accumulation steps on top of our weights.
+        # On top of our weights, DeepSpeed divides the loss by the number of accumulation steps.
         coefficients = batch.weights / session.sampler.accumulation_steps
         recorder.begin(coefficients, batch.inputs["attention_mask"])
     logits = engine(**batch.inputs).logits
@@ -88,6 +92,7 @@ def forward_backward(
 
 
 def teacher_answers(session: Session, batch: Batch) -> Tensor | TopTokens:
+    """The teacher's logits [B, C] on a batch, or a language model's `TopTokens`, on the device."""
     assert session.teacher is not None
     if isinstance(session.teacher, TokenTeacher):
         return session.teacher.answers(batch.index.tolist()).to(session.device)

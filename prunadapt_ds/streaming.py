@@ -1,9 +1,9 @@
-"""Weights from safetensors into ZeRO-3's partitions: every rank reads its own part of every tensor, and nothing is sent.
+"""Load safetensors straight into ZeRO-3's partitions: every rank reads its own part of every tensor, and nothing is sent.
 
 `from_pretrained` stays in charge: it finds the files, builds the model, initialises what the checkpoint lacks, ties weights.
-Under ZeRO-3 it would open the whole checkpoint on rank 0 and send every tensor to every rank, to keep a part of it; that
-step alone is replaced here. A partition is a run of the flattened tensor, so a rank maps a tensor, copies its run, and lets
-go of the mapping before the next one.
+Under ZeRO-3 it would read the whole checkpoint on rank 0 and send every tensor to every rank, which keeps only a part of it;
+this step alone is replaced here. A partition is a contiguous run of the flattened tensor, so a rank maps a tensor, copies
+its run, and unmaps the tensor before the next one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from prunadapt_ds.zero3 import own_run
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file that has not been read."""
+    """A tensor in a safetensors file that has not been read yet."""
 
     file: str
     key: str
     shape: tuple[int, ...]
 
     def flat(self) -> Tensor:
-        """The tensor as one row, mapped from the file: pages come in as they are read, and go with the last reference."""
+        """The flattened tensor, memory-mapped: pages are loaded as they are read, and unmapped with the last reference."""
         from safetensors import safe_open
 
         with safe_open(self.file, framework="pt") as opened:
@@ -41,7 +41,7 @@ class Stored:
 
 @dataclass
 class Loading:
-    """How a model was loaded. `notes`: what its user should know, a line each."""
+    """How a model was loaded. `notes`: what the user should know, one line each."""
 
     name: str
     notes: list[str] = field(default_factory=list)
@@ -49,10 +49,11 @@ class Loading:
 
 @contextmanager
 def streaming(name: str) -> Iterator[Loading]:
-    """Have `from_pretrained` stream under ZeRO-3 as long as the context lasts; nothing changes at other stages.
+    """Make `from_pretrained` stream under ZeRO-3 while the context lasts; nothing changes at other stages.
 
-    `name`: of the model, for messages. Where transformers converts weights as it loads (splits or merges them), a partition
-    is no run of a stored tensor: that model is read whole by rank 0, as `from_pretrained` does by itself, with a note.
+    `name`: of the model, for messages. If transformers converts weights as it loads (splits or merges them), a partition is
+    not a run of a stored tensor: rank 0 then reads the whole checkpoint, as `from_pretrained` does by itself, and a note says
+    so.
     """
     from transformers import modeling_utils
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -64,7 +65,7 @@ def streaming(name: str) -> Iterator[Loading]:
     read, load = modeling_utils.load_state_dict, getattr(modeling_utils, "_load_state_dict_into_zero3_model", None)
     if load is None:
         loading.notes.append(
-            f"{name}: this release of transformers loads in a way of its own; rank 0 may read all of it"
+            f"{name}: this release of transformers loads weights in another way; rank 0 may read all of them"
         )
         yield loading
         return
@@ -77,7 +78,7 @@ def streaming(name: str) -> Iterator[Loading]:
         if not converting:
             return [], _fill_model(loading.name, model, stored, load_config.weight_mapping or [])
         loading.notes.append(
-            f"{name}: its checkpoint is converted as it loads ({converting}), so rank 0 reads the whole of it"
+            f"{name}: its checkpoint is converted as it loads ({converting}), so rank 0 reads all of it"
         )
         whole: dict[str, Tensor] = {}
         for file in dict.fromkeys(tensor.file for tensor in stored.values()):
@@ -99,7 +100,7 @@ def _stored(file: str) -> dict[str, Stored]:
 
 
 def _converters(weight_mapping: list[Any], stored: Mapping[str, Stored]) -> str:
-    """The pattern of a conversion beyond renaming that applies to a stored key; "" where none does."""
+    """The pattern of a conversion, beyond renaming, that applies to a stored key; "" if there is none."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     converters = [entry for entry in weight_mapping if isinstance(entry, WeightConverter)]
@@ -109,7 +110,7 @@ def _converters(weight_mapping: list[Any], stored: Mapping[str, Stored]) -> str:
 
 
 def _fill_model(name: str, model: Any, stored: Mapping[str, Stored], weight_mapping: list[Any]) -> set[str]:
-    """Fill partitions and buffers; returns the model's keys that the checkpoint lacks or has in another shape. Collective."""
+    """Fill partitions and buffers; returns the model's keys that the checkpoint lacks or holds in another shape. Collective."""
     model._weight_conversions = weight_mapping  # transformers keeps it for saving
     targets: dict[str, Any] = model.state_dict(keep_vars=True)
     sources = _renamed(model, targets, stored, weight_mapping)
@@ -121,10 +122,10 @@ def _fill_model(name: str, model: Any, stored: Mapping[str, Stored], weight_mapp
             try:
                 if not _fill_own(targets[key], source):
                     left.append(key)
-            except Exception as error:  # the file went away or is damaged behind its header
+            except Exception as error:  # the file has vanished, or is damaged after its header
                 remedy = f"{Path(source.file).name}: {key} cannot be read ({error}); fetch it again"
                 raise UserError(Problem("model_name_or_path", name, remedy)) from error
-            targets[key]._is_hf_initialized = True  # or transformers would draw it anew
+            targets[key]._is_hf_initialized = True  # or transformers would initialise it again
         return left
 
     import deepspeed
@@ -139,7 +140,7 @@ def _fill_model(name: str, model: Any, stored: Mapping[str, Stored], weight_mapp
 def _renamed(
     model: Any, targets: Mapping[str, Any], stored: Mapping[str, Stored], weight_mapping: list[Any]
 ) -> dict[str, Stored]:
-    """Stored tensors by the model's keys: old names, and the base model's prefix, as transformers itself translates them."""
+    """Stored tensors by the model's keys; transformers itself translates old names and the base model's prefix."""
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     renamings = [entry for entry in weight_mapping if isinstance(entry, WeightRenaming)]
@@ -157,7 +158,7 @@ def _shape(target: Tensor) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _fill_own(target: Any, source: Stored) -> bool:
-    """Copy this rank's run of a stored tensor to where it lives; False where that is not plainly in this rank's memory."""
+    """Copy this rank's run of a stored tensor into its partition; False if that is not plainly in this rank's memory."""
     if not hasattr(target, "ds_id"):  # a buffer
         target.copy_(source.flat().view(source.shape))
         return True

@@ -1,7 +1,7 @@
-"""GLUE's test sets answered and written as the leaderboard takes them: one zip with a file for each set.
+"""Predicts GLUE's test sets and writes a submission for the leaderboard: one zip with a file for each set.
 
-Every file has the header "index<TAB>prediction" and a line for each row of the test set, in its order. Which sets there are, how
-their labels are spelled and what their official files look like stands in the task table (prunadapt_ds/data/tasks.py).
+Every file has the header "index<TAB>prediction" and a line for each row of the test set, in its order. The task table
+(prunadapt_ds/data/tasks.py) lists the sets, how their labels are spelled, and their official files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEADER = "index\tprediction"
 
 @dataclass(frozen=True)
 class Source:
-    """What answers the test sets of a task. `remark` is said to the user."""
+    """The folder whose model predicts the test sets of a task. `remark`: printed after its name."""
 
     task: Task
     folder: str
@@ -44,11 +44,10 @@ def run(
     max_seq_length: int | None,
     batch_size: int,
 ) -> None:
-    """Answer the sets that have a model and a file, check every file, write `output`; rank 0 says what is missing. Collective.
+    """Predict all sets for which there are a model and a file, check every answer file, and write `output`. Collective.
 
-    max_seq_length: None: every model as in the run that wrote it.
-
-    Raises UserError, before any model is loaded, for folders and files that do not fit.
+    Rank 0 reports what is missing. max_seq_length: None for each model's own, from the run that wrote it. Raises UserError,
+    before any model is loaded, for invalid folders and files.
     """
     sources = distributed.on_rank_0("looking for runs", lambda: _as_json(find_sources(run_root, task_models)))
     by_task = {name: Source(TASKS[name], folder, remark) for name, folder, remark in sources}
@@ -69,7 +68,7 @@ def run(
             if blind.submission in contents and (
                 wrong := problems(task, contents[blind.submission], present[blind.submission])
             ):
-                raise PrunadaptError(f"{blind.submission} is not what the leaderboard takes: {wrong[0]}")
+                raise PrunadaptError(f"{blind.submission} would not be accepted by the leaderboard: {wrong[0]}")
         write_zip(output, contents)
 
     distributed.on_rank_0(f"writing {output}", write)
@@ -79,7 +78,7 @@ def run(
 
 
 def blind_sets() -> list[tuple[Task, BlindSet]]:
-    """Everything that the leaderboard asks for."""
+    """All test sets that the leaderboard requires, each with its task."""
     return [(task, blind) for task in TASKS.values() for blind in task.blind_sets]
 
 
@@ -92,16 +91,18 @@ def _say(text: str) -> None:
 
 
 def find_sources(run_root: str | None, task_models: Sequence[str]) -> list[Source]:
-    """A folder for each task: what `task_models` names, else the run below `run_root` with the best development score.
+    """A folder for each task: the one in `task_models`, else the run below `run_root` with the best development score.
 
-    Raises UserError for every name that is none and where nothing is found."""
+    Raises UserError with every invalid entry, and if nothing is found."""
     known = [task.name for task in TASKS.values() if task.blind_sets]
     found: dict[str, Source] = {}
     wrong: list[Problem] = []
     for word in task_models:
         name, _, folder = word.partition("=")
         if not folder:
-            wrong.append(Problem("task_models", word, "is written TASK=DIR, e.g. rte=outputs/rte/exports/compact"))
+            wrong.append(
+                Problem("task_models", word, "must have the form TASK=DIR, e.g. rte=outputs/rte/exports/compact")
+            )
         elif name not in known:
             remedy = unknown_task(name).remedy if name not in TASKS else "has no test set on the leaderboard"
             wrong.append(Problem("task_models", word, remedy))
@@ -121,7 +122,7 @@ def find_sources(run_root: str | None, task_models: Sequence[str]) -> list[Sourc
             if not Path(source.folder, "config.json").is_file():
                 wrong.append(Problem("run_root", run_root, f"{source.folder} is missing; export the run again"))
         if not found and not wrong:
-            remedy = "holds no finished run of a GLUE task (report.json in it, or up to three folders deeper)"
+            remedy = "holds no finished run of a GLUE task (report.json in it, or up to three folders below)"
             wrong.append(Problem("run_root", run_root, remedy))
     if wrong:
         raise UserError(wrong)
@@ -129,7 +130,7 @@ def find_sources(run_root: str | None, task_models: Sequence[str]) -> list[Sourc
 
 
 def _best_runs(root: Path) -> list[Source]:
-    """Of every task the complete run with the best score on its development sets; the first by path of those that tie."""
+    """For each task, the complete run with the best score on its development sets; ties go to the shallowest, first path."""
     best: dict[str, tuple[float, Path]] = {}
     counts: dict[str, int] = {}
     for depth in range(4):
@@ -157,7 +158,7 @@ def _as_json(sources: Sequence[Source]) -> list[tuple[str, str, str]]:
 
 
 def check_files(sources: dict[str, Source], data_dir: str) -> dict[str, int]:
-    """Rows of every test file that is there and has a model, read once from end to end. Raises UserError for what is wrong."""
+    """The number of rows in every test file that exists and has a model. Reads each once; raises UserError for invalid ones."""
     if not Path(data_dir).is_dir():
         raise UserError(
             Problem("data_dir", data_dir, "there is no such folder; give the one that holds CoLA, SST-2, ...")
@@ -184,7 +185,7 @@ def check_files(sources: dict[str, Source], data_dir: str) -> dict[str, int]:
 
 
 def answer(answerer: answers.Answerer, task: Task, blind: BlindSet, data_dir: str) -> list[str]:
-    """The predictions of one set, spelled as the leaderboard wants, in the file's order. Collective."""
+    """The predictions for one set, in the file's order and in the leaderboard's spelling. Collective."""
     source = answers.chunks(stream_blind(task, blind, data_dir)) if distributed.rank() == 0 else iter(())
     found: list[str] = []
     for chunk in answers.shared(f"reading {blind.path}", source):
@@ -193,7 +194,7 @@ def answer(answerer: answers.Answerer, task: Task, blind: BlindSet, data_dir: st
 
 
 def spell(task: Task, logits: Tensor) -> list[str]:
-    """Logits [N, C], columns in the order of the task's labels, as the leaderboard's words."""
+    """N predictions in the leaderboard's spelling. logits: [N, C], columns in the order of the task's labels."""
     if not task.is_regression:
         words = task.submitted or task.label_names
         return [words[i] for i in logits.argmax(dim=1).tolist()]
@@ -208,19 +209,19 @@ def render(predictions: Sequence[str]) -> str:
 
 
 def problems(task: Task, text: str, rows: int) -> list[str]:
-    """What the leaderboard would not take in a file for a set of `rows` rows of this task; none for what it would."""
+    """The reasons why the leaderboard would reject a file for a set of `rows` rows; [] if it would not."""
     lines = text.split("\n")
     if lines[0] != HEADER:
         return [f"the header is {lines[0]!r}"]
     if lines.pop() != "":
-        return ["the last line does not end"]
+        return ["the last line has no newline"]
     found = [] if len(lines) - 1 == rows else [f"{len(lines) - 1} predictions for {rows} rows"]
     for i, line in enumerate(lines[1:]):
         index, tab, word = line.partition("\t")
         if index != str(i) or not tab:
             found.append(f"line {i + 2} is {line!r}, expected index {i}, a tab and a prediction")
         elif not _is_answer(task, word):
-            found.append(f"line {i + 2}: {word!r} is no prediction of {task.name}")
+            found.append(f"line {i + 2}: {word!r} is not a valid prediction for {task.name}")
     return found
 
 
@@ -236,11 +237,14 @@ def _is_answer(task: Task, word: str) -> bool:
 
 
 def write_zip(output: Path, contents: dict[str, str]) -> None:
-    """The files at the top of a zip, in the order of their names; the same bytes for the same answers. Complete or not at all."""
+    """Write the files to the top level of a zip, sorted by name; complete or not at all.
+
+    The same contents give the same bytes. Raises UserError if it cannot be written.
+    """
     try:
         with files.whole_file(output, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in sorted(contents):
-                entry = zipfile.ZipInfo(name)  # of no date
+                entry = zipfile.ZipInfo(name)  # with the default date, so that the bytes do not depend on the time
                 entry.external_attr = 0o644 << 16
                 archive.writestr(entry, contents[name], zipfile.ZIP_DEFLATED)
     except OSError as error:
@@ -248,19 +252,19 @@ def write_zip(output: Path, contents: dict[str, str]) -> None:
 
 
 def remarks(sources: dict[str, Any], present: dict[str, int]) -> list[str]:
-    """What is missing, and what is not the official file."""
+    """Messages about sets that are missing and about files that are not the official ones."""
     lines = []
     for task, blind in blind_sets():
         if blind.submission in present:
             if present[blind.submission] != blind.rows:
                 lines.append(
-                    f"not official: {blind.path} has {present[blind.submission]:,} rows, the official {blind.rows:,}"
+                    f"not official: {blind.path} has {present[blind.submission]:,} rows, the official file {blind.rows:,}"
                 )
         else:
             why = f"{blind.path} is not there" if task.name in sources else f"no model of {task.name}"
             lines.append(f"missing: {blind.submission} ({why})")
     if any(line.startswith("missing") for line in lines):
         lines.append(
-            f"The leaderboard asks for all {len(blind_sets())} files: take those of its sample submission for the others."
+            f"The leaderboard requires all {len(blind_sets())} files: take the missing ones from its sample submission."
         )
     return lines

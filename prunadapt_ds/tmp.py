@@ -1,7 +1,7 @@
 """The selection rule of "Task-oriented Memory-efficient Pruning-Adapter" (arXiv 2303.14704).
 
-Heads are ranked once, before training, by the absolute gradient of their mask. The least important ones go in one shot; LoRA
-on q, k, v gets a higher rank in the layers whose heads rank highest.
+Heads are ranked once, before training, by the absolute gradient of their mask. The least important ones are cut in one shot;
+LoRA on q, k, v gets a higher rank in the layers whose heads rank highest.
 
 Legend: L layers, N heads per layer.
 """
@@ -21,7 +21,7 @@ IMPORTANT_RANK, OTHER_RANK = 8, 4
 
 @dataclass(frozen=True)
 class Selection:
-    """keep: bool [L, N].  rank_per_layer: LoRA rank of each layer."""
+    """What to keep and how to adapt it. keep: bool [L, N].  rank_per_layer: LoRA rank of each layer."""
 
     keep: Tensor
     rank_per_layer: dict[int, int]
@@ -41,16 +41,16 @@ def head_ranks(scores: Tensor) -> Tensor:
 
 
 def important_layers(ranks: Tensor) -> list[int]:
-    """The round(L / 3) layers with the largest sum of head ranks, largest first."""
+    """The round(L / 3) layers with the largest sum of head ranks, int64 [L, N], largest first."""
     count = round(ranks.shape[0] * IMPORTANT_FRACTION)
     return torch.argsort(ranks.sum(1), descending=True, stable=True)[:count].tolist()
 
 
 def select_from_ranks(ranks: Tensor, floors: Sequence[int] = ()) -> Selection:
-    """Cut the round(43/144 * L * N) heads that rank lowest; rank 8 in the most important third of layers, 4 elsewhere.
+    """Cut the round(43/144 * L * N) heads with the lowest ranks; LoRA rank 8 in the most important third of layers, else 4.
 
-    `floors`: heads that must stay, by layer (decoders; the paper knows none). Its best heads then stay in a layer, and the
-    next in rank go instead.
+    ranks: int64 [L, N]. `floors`: how many heads must stay in each layer (decoders only; the paper has no such limit). Those
+    are the layer's best heads, and the next in rank are cut instead.
     """
     num_cut = round(CUT_FRACTION * ranks.numel())
     important = important_layers(ranks)
@@ -65,5 +65,5 @@ def select_from_ranks(ranks: Tensor, floors: Sequence[int] = ()) -> Selection:
 
 
 def select(scores: Tensor, floors: Sequence[int] = ()) -> Selection:
-    """Scores of all heads, float [L, N], to what is cut and the LoRA rank of each layer."""
+    """Choose the heads to keep and each layer's LoRA rank from the scores of all heads, float [L, N]."""
     return select_from_ranks(head_ranks(scores), floors)

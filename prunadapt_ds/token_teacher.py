@@ -1,11 +1,11 @@
-"""The teacher of a language model: of each target token the k most likely tokens and their log-probabilities, on disk.
+"""The teacher of a language model: for each target token the k most likely tokens and their log-probabilities, on disk.
 
-All logits of a training set are N x T x V numbers, which fit nowhere. What a teacher thinks beyond its first few words is one
-number: how much is left for all the others. Each rank writes what it computes into files of its own, a part at a time, and
-reads back from all of them the few rows that a batch needs, so that the folder must be one that all ranks see, as
-`output_dir` is. Files appear whole or not at all, the index knows them all, and a checkpoint knows the index.
+All logits of a training set would be N * T * V numbers, too many to keep. Beyond a teacher's k most likely tokens only one
+number matters: the probability that is left for all others. Each rank writes its results to files of its own, one part at a
+time, and reads the few rows that a batch needs from the files of all ranks, so all ranks must see the folder, as they see
+`output_dir`. Files appear whole or not at all; the index has the size and hash of each, and a checkpoint those of the index.
 
-Legend: B samples, T tokens, V vocabulary, M target tokens of a batch, k words.
+Legend: N rows, T tokens, V vocabulary, M target tokens of a batch, k most likely tokens.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.logits import forward_passes
 from prunadapt_ds.objective import TopTokens
 
-FOLDER = "teacher"  # in `output_dir`, as long as the run is not complete
-INDEX = "index.safetensors"  # written last: where it is, everything is
-FILES = "files"  # of the index's metadata: bytes and sha256 of every part
-BYTES_PER_WORD = 6  # a number of the vocabulary in 4 bytes, a log-probability in 2
-PART_BYTES = 2**28  # of a part at least, before it is written: what a rank holds in memory meanwhile
+FOLDER = "teacher"  # in `output_dir`, until the run is complete
+INDEX = "index.safetensors"  # written last: if it exists, all parts do
+FILES = "files"  # in the index's metadata: bytes and sha256 of every part
+BYTES_PER_WORD = 6  # a token id takes 4 bytes, a log-probability 2
+PART_BYTES = 2**28  # a part is written once it is this large; a rank holds one in memory
 
 
 def num_bytes(rows: Rows, k: int) -> int:
-    """What the teacher of these rows takes on disk."""
+    """Bytes that the teacher of these rows takes on disk."""
     return BYTES_PER_WORD * k * sum(_learnt(rows, i) for i in range(len(rows)))
 
 
 def _learnt(rows: Rows, position: int) -> int:
-    """Learnt tokens of a row: the first token is nobody's target."""
+    """The number of target tokens of a row; its first token is never one."""
     assert rows.token_labels is not None
     return sum(label >= 0 for label in rows.token_labels[position][1:])
 
 
 @dataclass(frozen=True)
 class TokenTeacher:
-    """Where each row's tokens are: file `of[i]`, `count[i]` of them from `start[i]` on; int64 [N] each.
+    """Reads the teacher's answers. Row i has `count[i]` of them in part `of[i]`, from `start[i]` on; int64 [N] each.
 
     `identity`: bytes and sha256 of the index.
     """
@@ -61,7 +61,7 @@ class TokenTeacher:
     )  # opened and mapped so far
 
     def answers(self, positions: Sequence[int]) -> TopTokens:
-        """The target tokens of these rows, row by row: [M, k] each."""
+        """The teacher's answers for the target tokens of these rows, row by row: [M, k] each."""
         parts = []
         for i in positions:
             file, first = self._opened(int(self.of[i])), int(self.start[i])
@@ -78,7 +78,10 @@ class TokenTeacher:
         return self._files[number]
 
     def open_all(self) -> None:
-        """Raises what opening raises, rather than in the middle of a step that other ranks take too."""
+        """Open all parts now, so that opening cannot fail in the middle of a step that other ranks take too.
+
+        Raises OSError or SafetensorError.
+        """
         for number in self.of.unique().tolist():
             self._opened(number)
 
@@ -88,9 +91,9 @@ def part(number: int) -> str:
 
 
 class _Parts:
-    """This rank's answers on their way to its files, which are numbered by turns with those of other ranks.
+    """Writes this rank's answers to its parts, whose numbers are interleaved with those of other ranks.
 
-    A write that fails is said at the end: until then other ranks count on this one.
+    A failed write is raised only at the end: until then the other ranks need this one for their forward passes.
     """
 
     def __init__(self, folder: Path):
@@ -98,11 +101,11 @@ class _Parts:
         self.failure: UserError | None = None
         self.words: list[Tensor] = []
         self.log_probs: list[Tensor] = []
-        self.end = 0  # tokens of the present part
+        self.end = 0  # target tokens in the current part
         self.written: dict[str, dict[str, Any]] = {}  # bytes and sha256, by file
 
     def add(self, words: Tensor, log_probs: Tensor) -> None:
-        """[M, k] each."""
+        """Add answers to the current part: token ids and log-probabilities, [M, k] each."""
         self.words.append(words.int().cpu())
         self.log_probs.append(log_probs.half().cpu())
         self.end += len(words)
@@ -112,10 +115,10 @@ class _Parts:
         return self.end * self.words[-1].shape[1] * BYTES_PER_WORD >= PART_BYTES
 
     def write(self) -> None:
-        """The present part; the next one begins."""
+        """Write the current part, unless nothing was added to it, and begin the next one."""
         with watchdog.resting():
             try:
-                if self.failure is None and self.words:  # a row may have no token to learn
+                if self.failure is None and self.words:  # not `end`: rows without targets refer to a part too
                     tensors = {"words": torch.cat(self.words), "log_probs": torch.cat(self.log_probs)}
                     self.written[part(self.number)] = _save(tensors, self.folder / part(self.number))
             except UserError as error:
@@ -124,7 +127,7 @@ class _Parts:
         self.number += distributed.world_size()
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """What was written. Raises UserError where there was no room."""
+        """Write the last part; returns bytes and sha256 by file. Raises UserError if any part could not be written."""
         self.write()
         if self.failure is not None:
             raise self.failure
@@ -132,14 +135,17 @@ class _Parts:
 
 
 def bring(source: Path, folder: Path) -> None:
-    """Copy the teacher of a run that goes on in another folder than it was begun in. Raises OSError."""
+    """Copy the teacher of a run that continues in another folder than the one it began in. Raises OSError."""
     if (source / INDEX).is_file() and not (folder / INDEX).exists():
         with files.whole_folder(folder) as new:
             shutil.copytree(source, new, dirs_exist_ok=True)
 
 
 def write(engine: Any, rows: Rows, k: int, batch_size: int, device: torch.device, folder: Path) -> TokenTeacher:
-    """Let `engine` answer every row, and keep its k most likely tokens of each target token. Collective."""
+    """Run `engine` on every row, and write its k most likely tokens for each target token to `folder`. Collective.
+
+    Raises UserError on all ranks if one cannot write its parts, or cannot read those of another.
+    """
     remove(folder)
     distributed.on_rank_0("making the teacher's folder", folder.mkdir)
     parts, place = _Parts(folder), torch.zeros(3, len(rows), dtype=torch.long)
@@ -157,7 +163,7 @@ def write(engine: Any, rows: Rows, k: int, batch_size: int, device: torch.device
     mine = distributed.together(parts.finish)
     with watchdog.resting():
         written = {name: found for of_rank in distributed.all_gather_objects(mine) for name, found in of_rank.items()}
-        of, start, count = distributed.dist_sum(place.to(device)).cpu()  # every row was answered by one rank
+        of, start, count = distributed.dist_sum(place.to(device)).cpu()  # one rank answered each row
         index = {"of": of.clone(), "start": start.clone(), "count": count.clone()}
         identity = distributed.on_rank_0(
             "writing the teacher's index", lambda: _write(index, folder / INDEX, {FILES: json.dumps(written)})
@@ -168,18 +174,18 @@ def write(engine: Any, rows: Rows, k: int, batch_size: int, device: torch.device
 
 
 def _open_all(teacher: TokenTeacher) -> None:
-    """Raises UserError where this rank cannot read what another has written, as on a host without the run's disk."""
+    """Raise UserError if this rank cannot read what another has written, for example on a host without the run's disk."""
     from safetensors import SafetensorError
 
     try:
         teacher.open_all()
     except (OSError, SafetensorError) as error:
-        remedy = f"every rank must read the teacher's words ({error}); name a folder that all hosts share"
+        remedy = f"every rank must be able to read the teacher's answers ({error}); name a folder that all hosts share"
         raise UserError(Problem("output_dir", str(teacher.folder), remedy)) from error
 
 
 def _write(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> dict[str, Any]:
-    """The file whole and on the disk; returns its bytes and sha256."""
+    """Write a file atomically, and flush it to disk; returns its bytes and sha256."""
     from safetensors.torch import save_file
 
     with files.whole_path(file) as unfinished:
@@ -188,30 +194,30 @@ def _write(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | No
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
-    """Raises UserError where there is no room, which all ranks then raise."""
+    """`_write`, with a UserError if it fails, which `distributed.together` raises on all ranks."""
     from safetensors import SafetensorError
 
     try:
         return _write(tensors, file)
     except (OSError, SafetensorError) as error:
-        remedy = f"the teacher's words cannot be written ({error}); make room, or lower --distill_top_k"
+        remedy = f"the teacher's answers cannot be written ({error}); make room, or lower --distill_top_k"
         raise UserError(Problem("output_dir", str(file.parent), remedy)) from error
 
 
 def remove(folder: Path) -> None:
-    """Once no step needs it any more. Collective."""
+    """Delete the teacher's folder, if there is one. Collective."""
     distributed.on_rank_0("removing the teacher's folder", lambda: files.discard(folder))
 
 
 def open_again(folder: Path, identity: Mapping[str, Any]) -> TokenTeacher:
-    """What an earlier process of the run has written, with the index that it knows by `identity`.
+    """Open the teacher that an earlier process of the run wrote. `identity`: bytes and sha256 of its index.
 
-    Every byte is checked, the parts by turns. Raises UserError where something is gone, or is not what was written.
+    Every byte is checked, with the parts divided among the ranks. Raises UserError if a file is missing or has changed.
     """
     from safetensors import SafetensorError, safe_open
 
     def refuse(why: str) -> UserError:
-        remedy = f"{why}: by the teacher's answers this run goes on; bring that back, or start over with --resume never"
+        remedy = f"{why}, but this run needs its teacher to go on; bring it back, or start over with --resume never"
         return UserError(Problem("output_dir", str(folder), remedy))
 
     def check(name: str, written: Mapping[str, Any]) -> None:

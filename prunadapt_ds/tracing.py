@@ -1,11 +1,11 @@
-"""Trace a compact folder's model into one graph, compare the two, time them.
+"""Traces a compact folder's model into a graph, computes the logits of both, and times both.
 
-Runs as a process of its own, which knows no ranks and has none of what DeepSpeed changes in torch. Reads a request (JSON),
-writes the graph, logits and timings. One request, one answer:
+Runs in a separate process, without ranks and without DeepSpeed's changes to torch. Reads one request (JSON) and writes the
+graph, logits and timings:
 
     python -m prunadapt_ds.tracing request.json
 
-Legend: B batch, T tokens, C classes or words.
+Legend: B batch size, T tokens, C classes or vocabulary size.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from prunadapt_ds.reload import latency
 
 ONNX_FILE, TORCH_FILE = "model.onnx", "model.pt2"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-TRACED = (3, 11)  # B and T of the example: neither is 0 or 1, which torch takes for a constant
+TRACED = (3, 11)  # B and T of the example: torch.export would specialise on a size of 0 or 1
 COMPARED = ((1, 1), (1, 2), (2, 7), (7, 16), (5, 33), (3, 60))
 LATENCY = {"batch_size": 1, "seq_length": 128, "repeats": 20}
 Inputs = dict[str, Tensor]
 
 
 class Logits(nn.Module):
-    """A transformers model that takes and returns tensors only: [B, T] each -> its logits, [B, C] or of language [B, T, C]."""
+    """A transformers model with tensors as inputs and output: [B, T] each -> logits [B, C], of a language model [B, T, C]."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -45,7 +45,7 @@ class Logits(nn.Module):
 
 
 def load(request: dict[str, Any]) -> tuple[Logits, tuple[str, ...], int]:
-    """The model in fp32, without a cache; what its tokenizer gives it; the padding token."""
+    """Load the model in fp32, without a cache. Returns it with the names of its inputs and the padding token ID."""
     import transformers
 
     auto_class = getattr(transformers, request["auto_class"])
@@ -63,7 +63,7 @@ def load(request: dict[str, Any]) -> tuple[Logits, tuple[str, ...], int]:
 
 
 def example(model: Logits, names: tuple[str, ...], pad: int, shape: tuple[int, int], seed: int = 0) -> Inputs:
-    """Random rows [B, T] of which all but the first are padded on the right, each more than the one before."""
+    """Random inputs [B, T]. All rows but the first are padded on the right, each by two tokens more than the one before."""
     batch, tokens = shape
     generator = torch.Generator().manual_seed(seed)
     lengths = (tokens - 2 * torch.arange(batch)).clamp(min=1)
@@ -78,19 +78,19 @@ def example(model: Logits, names: tuple[str, ...], pad: int, shape: tuple[int, i
 
 
 def trace(model: Logits, names: tuple[str, ...], pad: int) -> torch.export.ExportedProgram:
-    """The model's graph for any B and T."""
+    """Export the model's graph for any B and T."""
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     inputs = example(model, names, pad, TRACED)
     with torch.no_grad():
         program = torch.export.export(model, (), inputs, dynamic_shapes=dict.fromkeys(names, free), strict=False)
     for module in program.graph_module.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
-            node.meta.pop("stack_trace", None)  # which names folders of this machine, and is written
+            node.meta.pop("stack_trace", None)  # would be saved, with the paths of this machine
     return program
 
 
 class Graph:
-    """What was made of a model, called as the model is; inputs that are not given are zeros."""
+    """An exported graph with the call signature of its model. Inputs that are not given are zeros."""
 
     def __init__(self, run: Callable[[Inputs], Tensor], names: tuple[str, ...], config: Any = None):
         self.run, self.names, self.config = run, names, config
@@ -101,7 +101,7 @@ class Graph:
 
 
 def onnx_runner(file: Path) -> Callable[[Inputs], Tensor]:
-    """A file that onnxruntime runs on the CPU, on as many threads as torch."""
+    """A function that runs an ONNX file with onnxruntime on the CPU, with as many threads as torch uses."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -115,7 +115,7 @@ def onnx_runner(file: Path) -> Callable[[Inputs], Tensor]:
 
 
 def write_onnx(program: torch.export.ExportedProgram, names: tuple[str, ...], file: Path) -> None:
-    """Weights of more than 1.5 GB lie beside the file, in `model.onnx.data`."""
+    """Write an ONNX file. Weights of more than 1.5 GB go to a second file, `model.onnx.data`."""
     axes = {0: "batch", 1: "sequence"}
     made = torch.onnx.export(
         program,
@@ -130,7 +130,7 @@ def write_onnx(program: torch.export.ExportedProgram, names: tuple[str, ...], fi
 
 
 def compared(model: Callable[..., Tensor], batches: list[Inputs]) -> Tensor:
-    """Logits of all real rows and tokens, one after another: float32 [N]."""
+    """The logits of all rows, of a language model of all real tokens, flattened and concatenated: float32 [N]."""
     found = []
     with torch.inference_mode():
         for inputs in batches:
@@ -148,7 +148,7 @@ def answer(request: dict[str, Any]) -> None:
     batches = [example(model, names, pad, (rows, min(n, most)), seed) for seed, (rows, n) in enumerate(COMPARED)]
     options = {**LATENCY, "seq_length": min(LATENCY["seq_length"], most)}
     cpu = torch.device("cpu")
-    # One after the other, not in turns: onnxruntime's idle threads spin, and would take the time of torch's.
+    # Timed one after the other, not in turns: onnxruntime's idle threads spin and would slow torch down.
     (compact_ms,), _ = latency([model], **options, device=cpu)
     program = trace(model, names, pad)
     folder = Path(request["folder"])
@@ -160,7 +160,7 @@ def answer(request: dict[str, Any]) -> None:
         graph = Graph(lambda inputs: module(**inputs), names, model.config)
     (exported_ms,), options["repeats"] = latency([graph], **options, device=cpu)
     save_file({"compact": compared(model, batches), "exported": compared(graph, batches)}, request["logits"])
-    if request["kind"] != "onnx":  # computed first, and never loaded: that would unpickle its example inputs
+    if request["kind"] != "onnx":  # the module above was used, as loading the file would unpickle its example inputs
         torch.export.save(program, folder / TORCH_FILE)
     timed = {
         "compact_ms": compact_ms,

@@ -1,4 +1,4 @@
-"""One place that metrics go through: console, TensorBoard and metrics.jsonl."""
+"""Writes metrics to the console, TensorBoard and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from prunadapt_ds import board
 
 
 class Tracker:
-    """Progress of a run on rank 0; on other ranks (`enabled=False`) every call does nothing.
+    """The progress of a run on rank 0; on other ranks (`enabled=False`) every call does nothing.
 
-    A bar where standard error is a terminal; one line per interval where standard output or error is none. Metric keys
-    carry their unit where they have one ("memory/parameters(bytes)"), and a group before the slash that TensorBoard shows
-    them under.
+    Shows a progress bar if standard error is a terminal, and prints a line per interval unless standard output is one too.
+    Metric keys contain their unit, if any ("memory/parameters(bytes)"), and, before the slash, the group that TensorBoard
+    shows them under.
 
-    A run that goes on at `step` keeps the first `metrics_bytes` of metrics.jsonl, which were written up to there. Raises
-    OSError where that file cannot be opened; without TensorBoard the run goes on. Without `records` nothing is kept but what
-    the console shows.
+    A run that resumes at `step` keeps the first `metrics_bytes` of metrics.jsonl, its size at that step. Raises OSError if
+    that file cannot be opened; a run without TensorBoard continues. With `records=False` only the console shows metrics.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class Tracker:
         board_dir: Path | None = None,
     ):
         self.enabled = enabled
-        self.problem = ""  # why a line of metrics could not be written; for all ranks to hear of
+        self.problem = ""  # why a line of metrics could not be written, to be reported to all ranks
         if not enabled:
             return
         from tqdm import tqdm
@@ -53,7 +52,7 @@ class Tracker:
             self._file.truncate(min(metrics_bytes, self._file.tell()))
         shown = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not shown, file=sys.stderr)
-        # Of `train > log` the log has the lines, the terminal the bar.
+        # With `train > log`, the lines go to the log and the bar to the terminal.
         self._lines = not (shown and sys.stdout.isatty())
         self._postfix: dict[str, str] = {}
         self._began = step, time.monotonic()
@@ -61,13 +60,13 @@ class Tracker:
         self.show(board.begin)
 
     def _new_writer(self, folder: Path, step: int) -> Any:
-        """TensorBoard's, or None where its folder cannot be had: the run goes on without it."""
+        """TensorBoard's writer, or None if its folder cannot be created: the run then continues without it."""
         from torch.utils.tensorboard import SummaryWriter
 
         try:
             return SummaryWriter(str(folder), purge_step=step + 1)
-        except Exception as error:  # OSError, or what tensorboard makes of one
-            self.say(f"TensorBoard is not written: {' '.join(str(error).split())}")
+        except Exception as error:  # an OSError, or tensorboard's own error for one
+            self.say(f"TensorBoard logging is off: {' '.join(str(error).split())}")
             return None
 
     def say(self, text: str) -> None:
@@ -77,23 +76,23 @@ class Tracker:
             sys.stdout.flush()
 
     def text(self, tag: str, text: str) -> None:
-        """A text page in TensorBoard."""
+        """Write a text page to TensorBoard."""
         if self.enabled:
             self._board("add_text", tag, f"```\n{text}\n```")
 
     def show(self, draw: Callable[[Any], None]) -> None:
-        """Let `draw` write pictures and the like with TensorBoard's writer."""
+        """Call `draw` with TensorBoard's writer, to write pictures and the like."""
         if self.enabled:
             self._guarded(draw)
 
     def advance(self, step: int, phase: str) -> None:
-        """`step` optimizer steps are done; nothing is logged."""
+        """Move the progress bar to `step` optimizer steps, without logging."""
         if self.enabled:
             self._bar.update(step - self._bar.n)
             self._bar.set_description(phase)
 
     def log(self, step: int, phase: str, metrics: dict[str, float]) -> None:
-        """One interval: a line in metrics.jsonl, scalars in TensorBoard, and the console."""
+        """Log one interval's metrics: a line in metrics.jsonl, scalars in TensorBoard, and a line or the bar on the console."""
         if not self.enabled:
             return
         line: dict[str, Any] = {"step": step, "phase": phase}
@@ -107,14 +106,14 @@ class Tracker:
         except OSError as error:
             self.problem = f"metrics.jsonl cannot be written: {error}"
         short = {_SHOWN[key][0]: f"{value / _SHOWN[key][1]:.4g}" for key, value in metrics.items() if key in _SHOWN}
-        self._postfix |= short  # an evaluation has a score alone, and the loss stays in sight
+        self._postfix |= short  # an evaluation logs only a score, and the loss should stay visible
         self.advance(step, phase)
         self._bar.set_postfix_str(_joined(self._postfix))
         if self._lines and short:
             self.say(f"step {step}/{self.total_steps}  {phase}  {_joined(short)}{self._left(step)}")
 
     def _left(self, step: int) -> str:
-        """How long the remaining steps take at the pace so far, every phase and evaluation included."""
+        """The time left at the pace so far, all phases and evaluations included."""
         first, began = self._began
         if not first < step < self.total_steps:
             return ""
@@ -122,12 +121,12 @@ class Tracker:
         return f"  left {duration(seconds)}"
 
     def metrics_bytes(self) -> int:
-        """Size of metrics.jsonl, which the disk holds up to there."""
+        """Flush metrics.jsonl to disk and return its size."""
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
-        """Flush and end; safe to call twice."""
+        """Flush and close everything; safe to call twice."""
         if self.enabled:
             self._bar.close()
             self._board("close")
@@ -139,18 +138,18 @@ class Tracker:
         self._guarded(lambda writer: getattr(writer, method)(*values))
 
     def _guarded(self, write: Callable[[Any], None]) -> None:
-        """Use TensorBoard's writer. A run goes on without it when its folder has vanished or its disk is full."""
+        """Call `write` with TensorBoard's writer. If it fails (folder gone, disk full), the run continues without TensorBoard."""
         if self._writer is None:
             return
         try:
             write(self._writer)
-        except Exception as error:  # whatever its own thread stumbled over
+        except Exception as error:  # any error of its own thread
             self._writer = None
-            self.say(f"TensorBoard is not written any more: {' '.join(str(error).split())}")
+            self.say(f"TensorBoard logging stopped: {' '.join(str(error).split())}")
 
 
 def duration(seconds: float) -> str:
-    """As 3:07 (minutes), 2:03:07 (hours) or 1 d 2:03:07."""
+    """Format seconds as 3:07 (minutes), 2:03:07 (hours) or 1 d 2:03:07."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -164,7 +163,7 @@ def _joined(values: Mapping[str, str]) -> str:
 
 
 def _quiet_writer_threads() -> None:
-    """No traceback of TensorBoard's own thread: its next call raises what it stumbled over, and that is said in one line."""
+    """Suppress tracebacks of TensorBoard's writer thread: its next call raises the same error, which is printed in one line."""
     usual = threading.excepthook
 
     def hook(args: Any) -> None:
@@ -181,4 +180,4 @@ _SHOWN = {
     "memory/live(bytes)": ("MiB", 2**20),
     "eval/score": ("score", 1),
 }
-"""Metrics on the console: (name there, divided by)."""
+"""Metrics shown on the console: key -> (name shown, divisor)."""

@@ -1,6 +1,6 @@
 """The whole run, top to bottom: set up, adapt, prune while training, finish.
 
-The only module that calls all the others. Nothing imports it but the launchers.
+This module ties the others together; only launchers import it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ from prunadapt_ds.step import watched_step
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what `argv` asks for; returns the process's exit code (see errors.py)."""
+    """Parse `argv` (None: the command line) and run; returns the process's exit code (see errors.py)."""
     return guarded(lambda: run(parse(argv)))
 
 
 def run(config: Config) -> dict[str, Any]:
-    """One training run on the calling rank; returns the report, which rank 0 has written to `output_dir`."""
+    """Do one training run on the calling rank; returns the report, which rank 0 writes to `output_dir`. Collective.
+
+    With --score_only no report is written. Raises UserError for the user's mistakes, and other PrunadaptErrors if the run fails.
+    """
     distributed.init()
     with owned(config) as signals:
         try:
@@ -70,7 +73,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def begin(session: Session) -> None:
-    """A new run: nothing learnt yet."""
+    """Begin a new run: clear the output folder, make the one-shot cut of --method tmp, and build the engine."""
     if not session.config.prune.score_only:
         resume.begin(session)
     if session.config.prune.method == "tmp":
@@ -80,7 +83,7 @@ def begin(session: Session) -> None:
 
 
 def go_on(session: Session, start: resume.Start) -> None:
-    """A run that was interrupted: the same shape as then, and what it had learnt."""
+    """Resume an interrupted run: restore the shape of its model and what it had learnt."""
     assert start.checkpoint is not None
     resume.rebuild(session, start.checkpoint)
     resume.keep_options(session)
@@ -91,7 +94,7 @@ def go_on(session: Session, start: resume.Start) -> None:
 
 @contextlib.contextmanager
 def owned(config: Config) -> Iterator[StopSignals]:
-    """Nobody else may write to the output folder meanwhile, and signals do not end the process but stop the run."""
+    """Lock the output folder, start the watchdog, and let stop signals end the run in good order instead of the process."""
     folder = Path(config.output.output_dir)
     lock = distributed.together(lambda: files.OwnedFolder(folder) if distributed.rank() == 0 else None)
     signals = StopSignals(speaks=distributed.rank() == 0)
@@ -101,7 +104,7 @@ def owned(config: Config) -> Iterator[StopSignals]:
         yield signals
     finally:
         watchdog.stop()
-        if not signals.name:  # one that stops the run may come twice, from the launcher, while the process ends
+        if not signals.name:  # the launcher may send a stop signal again while the process ends
             signals.forget()
         if lock is not None:
             lock.release()
@@ -114,7 +117,7 @@ def say_finished(config: Config, report: dict[str, Any]) -> None:
 
 
 def fit(session: Session, keeper: Keeper | None = None) -> None:
-    """Train from `session.step` on; where the schedule decides, score, decide and cut."""
+    """Train from `session.step` to the last step, and prune at the steps that the schedule names."""
     config, keeper = session.config, keeper or Keeper(session, StopSignals())
     pruning = pruning_schedule(session)
     rates = learning_rate_schedule(session, pruning)
@@ -164,7 +167,7 @@ def learning_rate_schedule(session: Session, pruning: PruningSchedule | None) ->
 
 
 def decide_and_cut(session: Session, pruning: PruningSchedule, step: int) -> None:
-    """One all-reduce, one global decision, the same on every rank; the masks follow."""
+    """Make one global decision from one all-reduce, the same on every rank; set the masks, and shrink the model if it pays."""
     prune = session.config.prune
     assert session.recorder is not None and session.scores is not None
     with session.clocks.timed("importance"):

@@ -1,4 +1,4 @@
-"""A trained folder, loaded to be scored or to answer: one of ours (compact, padded, uniform, adapter) or any stock model."""
+"""Load a trained folder to score it or to predict with it: one of ours (compact, padded, uniform, adapter) or a stock model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from prunadapt_ds.models.layouts import most_tokens
 
 
 def load_folder(name: str, trust: bool, *, task: Task | None = None, is_language: bool = False) -> tuple[Any, Any]:
-    """The model and its tokenizer; a folder of ours needs no `--trust_remote_code`, its class is the package's own.
+    """Load a model and its tokenizer. A folder of ours needs no `--trust_remote_code`: its class is the package's own.
 
-    task: whose classes the model must answer with; None: whatever it does. Raises UserError for what is no model of that kind.
+    task: the task whose classes the model must have; None: any. Raises UserError if the folder is not such a model.
     """
     from transformers import AutoTokenizer
 
@@ -40,7 +40,7 @@ def load_folder(name: str, trust: bool, *, task: Task | None = None, is_language
     if (most := most_tokens(model)) is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     if task is not None and model.config.num_labels != num_labels:
-        raise _refuse(name, f"answers with {model.config.num_labels} numbers, the task {task.name} has {num_labels}")
+        raise _refuse(name, f"has {model.config.num_labels} outputs, the task {task.name} needs {num_labels}")
     doubt = "" if task is None else labels_of.doubt(backbone.class_names(model.config), task.label_names)
     if doubt and distributed.rank() == 0:
         print(f"{name}: {doubt}", file=sys.stderr)
@@ -56,14 +56,14 @@ def _refuse(name: str, remedy: str) -> UserError:
 
 
 def _load_model(name: str, folder: Path, trust: bool, *, is_language: bool) -> Any:
-    """A folder of ours by the package's own class, any other by its auto class."""
+    """Load a pruned folder of ours with the package's own class, any other with its auto class."""
     pruned = _pruned_class(folder)
     if pruned is None:
         loader, options = auto_classes.auto_class(is_language), {"trust_remote_code": trust}
     elif auto_classes.name_for(pruned.__name__) != auto_classes.name_of(is_language):
         kinds = ("a classifier", "a language model")
         raise _refuse(
-            name, f"is {kinds[not is_language]}, and {kinds[is_language]} is asked for; name a folder of that kind"
+            name, f"is {kinds[not is_language]}, but {kinds[is_language]} is needed; name a folder of that kind"
         )
     else:
         loader, options = pruned, {}
@@ -97,7 +97,10 @@ def _pruned_class(folder: Path) -> Any:
 
 
 def _load_adapter(name: str, folder: Path, num_labels: int | None, *, is_language: bool) -> tuple[Any, Path]:
-    """A base model with the adapter of `folder`, and where its tokenizer is. `num_labels`: None for as many as it has."""
+    """Load a base model with the adapter in `folder`; returns it and the folder of its tokenizer.
+
+    `num_labels`: None for as many as the adapter's head has.
+    """
     from peft import PeftModel
 
     if not (folder / "adapter_model.safetensors").is_file():
@@ -122,7 +125,7 @@ def _load_adapter(name: str, folder: Path, num_labels: int | None, *, is_languag
 
 
 def adapter_outputs(folder: Path) -> int | None:
-    """How many numbers the head that an adapter's folder holds answers with: PEFT's configuration does not say."""
+    """The number of outputs of the head in an adapter's folder, which PEFT's configuration does not state; None without a head."""
     from safetensors import SafetensorError, safe_open
 
     heads = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
@@ -135,8 +138,10 @@ def adapter_outputs(folder: Path) -> int | None:
 
 
 def scored_length(name: str) -> int:
-    """Tokens of an input where nobody says how many: as in the run whose export `name` is, of other models the default of
-    training. Rank 0 looks, and says which. Collective."""
+    """The maximum number of tokens per input if none is given: that of the run that exported `name`, or training's default.
+
+    Rank 0 looks, and prints which. Collective.
+    """
 
     def look() -> int:
         found = run_length(Path(name))
@@ -148,7 +153,7 @@ def scored_length(name: str) -> int:
 
 
 def run_length(folder: Path) -> int | None:
-    """`--max_seq_length` of the run that wrote RUN/exports/FORMAT; None where no run is around the folder."""
+    """`--max_seq_length` of the run that wrote RUN/exports/FORMAT; None if the folder is not inside a run's."""
     folder = folder.resolve()
     if folder.parent.name != "exports":
         return None

@@ -1,7 +1,7 @@
-"""Export a run that was interrupted, as it was at its newest intact checkpoint. Nothing is trained, and the run can go on.
+"""Export an interrupted run as it was at its newest intact checkpoint. Nothing is trained, and the run can still go on.
 
-Backbone, plan and the trainables of the checkpoint make the model; it is scored, exported and proven as at the end of a run.
-On any number of ranks, each of which holds its shard.
+The model is rebuilt from the backbone and the checkpoint's plan and trainables; it is scored, exported and proven as at the
+end of a run. Any number of ranks will do; each holds its shard.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prunadapt_ds.setup import setup
 
 
 def report_of(run_dir: Path) -> dict[str, Any]:
-    """The report of a run, or an empty one where none can be read."""
+    """The report of a run, or an empty one if none can be read."""
     try:
         report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
         return report if isinstance(report, dict) else {}
@@ -28,23 +28,23 @@ def report_of(run_dir: Path) -> dict[str, Any]:
 
 
 def find(run_dir: Path) -> Checkpoint | None:
-    """The newest intact checkpoint of a run that is not complete; says which newer ones are damaged. Rank 0.
+    """The newest intact checkpoint of a run that is not complete, or None. Prints which newer ones are damaged. For rank 0.
 
-    Raises UserError where one cannot be read.
+    Raises UserError if one cannot be read.
     """
     if report_of(run_dir).get("status") == "complete":
         return None
     try:
         newest, damaged = checkpoint.newest(run_dir / "checkpoints")
     except Unread as error:
-        raise UserError(Problem("run_dir", str(run_dir), f"{error}; try again where it can be")) from error
+        raise UserError(Problem("run_dir", str(run_dir), f"{error}; try again where it can be read")) from error
     for line in damaged:
         print(line)
     return newest
 
 
 def is_exported(run_dir: Path, start: Checkpoint) -> bool:
-    """Whether exports/compact is already of this checkpoint. Collective."""
+    """Whether exports/compact was already made from this checkpoint. Collective."""
 
     def look() -> bool:
         try:
@@ -58,7 +58,7 @@ def is_exported(run_dir: Path, start: Checkpoint) -> bool:
 
 
 def export(run_dir: Path, start: Checkpoint, dtype: str | None, *, trust_remote_code: bool) -> None:
-    """Write exports/compact, plan.json, predictions.jsonl and a report of status "interrupted". Collective."""
+    """Write exports/compact, plan.json, predictions.jsonl and a report with status "interrupted". Collective."""
     lock = distributed.together(lambda: files.OwnedFolder(run_dir) if distributed.rank() == 0 else None)
     try:
         saved = start.state

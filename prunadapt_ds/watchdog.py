@@ -1,8 +1,8 @@
-"""Signs of life: a process that shows none for too long writes down where it stands and ends, instead of waiting forever.
+"""A process that makes no progress for too long dumps its stacks and exits, instead of waiting forever.
 
-One rank that is stuck makes all others wait; each of them strikes, and the stacks show who waits for whom. Other modules
-call `beat` in their loops, do what takes long once within `resting`, and call `rest` before a stretch of such work that ends
-with the next beat; all of it does nothing until `start`.
+One stuck rank makes all others wait; each of them exits like this, and the stacks show who waits for whom. Other modules
+call `beat` in their loops, wrap single long operations in `resting`, and call `rest` before long work that ends with the next
+beat. None of these does anything until `start`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-LEAST_SECONDS = 60.0  # nothing is called stuck before that; PRUNADAPT_STUCK_SECONDS sets another number
-TIMES_THE_LONGEST = 20.0  # nor before that many times the longest gap between two beats so far
-REST_SECONDS = 3600.0  # loading, building, compiling, writing: may take long, but not forever
+LEAST_SECONDS = 60.0  # of silence before a process counts as stuck; PRUNADAPT_STUCK_SECONDS overrides it
+TIMES_THE_LONGEST = 20.0  # the limit is at least this many times the longest gap between two beats so far
+REST_SECONDS = 3600.0  # the limit for loading, building, compiling and writing: long, but not forever
 
 
 class _Watch:
@@ -38,17 +38,17 @@ class _Watch:
     def _run(self) -> None:
         tick = min(1.0, self.least / 4)
         while not self.done.wait(tick):
-            self.silent += tick  # not by the clock, which goes on while a process is suspended
+            self.silent += tick  # not from the clock, which keeps running while the process is suspended
             if self.silent > self.limit():
                 self._strike()
 
     def _strike(self) -> None:
         path = self.folder / f"stuck-rank-{self.rank}.txt"
-        text = f"error: rank {self.rank} has not moved for {self.limit():.0f} s and ends"
+        text = f"error: rank {self.rank} has made no progress for {self.limit():.0f} s and ends"
         try:
             with path.open("w") as file:
                 faulthandler.dump_traceback(file)
-            text += f"; where each of its threads stands: {path}"
+            text += f"; the stacks of its threads are in {path}"
         except OSError:
             faulthandler.dump_traceback()
         print(text, file=sys.stderr, flush=True)
@@ -59,7 +59,7 @@ _watch: _Watch | None = None
 
 
 def start(folder: Path, rank: int) -> None:
-    """Watch this process; if it is stuck its stacks go to `folder`."""
+    """Watch this process; if it gets stuck, its stacks are written to `folder`."""
     global _watch
     stop()
     _watch = _Watch(folder, rank)
@@ -73,7 +73,7 @@ def stop() -> None:
 
 
 def beat() -> None:
-    """The loop goes round."""
+    """Report progress, once per iteration of a loop."""
     if _watch is not None:
         now = time.monotonic()
         if not _watch.resting:
@@ -82,14 +82,14 @@ def beat() -> None:
 
 
 def rest() -> None:
-    """What comes next, up to the next beat, takes its time."""
+    """Allow long work until the next beat."""
     if _watch is not None:
         _watch.last, _watch.silent, _watch.resting = time.monotonic(), 0.0, True
 
 
 @contextlib.contextmanager
 def resting() -> Iterator[None]:
-    """What is done inside takes its time; what follows does not."""
+    """Allow long work inside the context."""
     rest()
     try:
         yield

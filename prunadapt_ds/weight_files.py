@@ -1,4 +1,4 @@
-"""Files for the weights of an export, whose pages the system can take back while they are filled."""
+"""Weight files of an export, written through memory maps so that the kernel can evict their pages while they are filled."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-MAX_FILE_BYTES = 2**30  # of weights in one exported file
+MAX_FILE_BYTES = 2**30  # bytes of weights per exported file, unless a single tensor is larger
 
 
 class WeightFiles:
-    """The weights of an export on their way to its folder, which rest in the page cache and not in this process's memory.
+    """Collects the weights of an export in the page cache instead of this process's memory.
 
-    Each lies in a file of its own, numbers only, until there are `MAX_FILE_BYTES` of them, which become one file.
-    Everything lies in `scratch` until `finish`. A write that fails is said there as well: until then other ranks count on
-    this one.
+    Each tensor is first a raw file of its own; every `MAX_FILE_BYTES` of them are then merged into one safetensors file. All
+    files stay in `scratch` until `finish`. A failed write raises only there: until then, other ranks depend on this one to
+    take part in collectives.
     """
 
     def __init__(self, scratch: Path):
@@ -31,7 +31,7 @@ class WeightFiles:
         self.failure: Exception | None = None
 
     def room_for(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        """Where to write the next tensor; None after a failure."""
+        """A memory-mapped fp32 tensor of `shape` to write the weights `name` to; None after a failure."""
         if self.waiting and sum(t.nbytes for t in self.waiting.values()) + 4 * prod(shape) > MAX_FILE_BYTES:
             self._write()
         if self.failure is None:
@@ -61,7 +61,10 @@ class WeightFiles:
             self.failure = error
 
     def finish(self, folder: Path) -> None:
-        """Move the files to `folder` under Hugging Face's names, with an index where there are several. Raises OSError."""
+        """Move the files to `folder` under Hugging Face's names, with an index if there are several.
+
+        Raises the OSError or SafetensorError of the first write that failed.
+        """
         if self.failure is None:
             self._write()
         if self.failure is not None:
@@ -82,9 +85,9 @@ class WeightFiles:
 
 
 def new_mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """A new file as an fp32 tensor. Its room is taken first: on a full disk, writing to it would end the process by a signal."""
+    """A new file, mapped as an fp32 tensor. Its space is reserved first: writing to a map on a full disk raises SIGBUS."""
     size = prod(shape)
-    reserve = getattr(os, "posix_fallocate", lambda file, start, length: os.truncate(file, length))  # not everywhere
+    reserve = getattr(os, "posix_fallocate", lambda file, start, length: os.truncate(file, length))  # macOS has none
     with path.open("wb") as file:
         reserve(file.fileno(), 0, 4 * size)
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)

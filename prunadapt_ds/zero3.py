@@ -1,5 +1,6 @@
-"""Settings and workarounds for DeepSpeed 0.19 where ZeRO-3 meets adapters, forward-only passes, and engines that are rebuilt.
-Everything that relies on its internals is here.
+"""Workarounds for ZeRO-3 in DeepSpeed 0.19: for blocks of many small modules, forward-only passes, and rebuilt engines.
+
+Like the access to single partitions (`own_run`, `fetch`), they rely on its internals.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from prunadapt_ds.distributed import device
 from prunadapt_ds.models.structure import full_numel
 
 PIECE_ELEMENTS = 2**24
-"""The largest block that is fetched as one piece: 32 MiB in bf16. Beyond it a fetch should run beside the computation."""
+"""The largest block that is fetched as one piece: 32 MiB in bf16. Larger fetches should overlap with computation."""
 
 
 def spare_the_compiler() -> None:
-    """Whatever the optimizer, DeepSpeed asks whether it is Muon, and that one's module compiles a function as it is imported:
-    torch's compiler would be loaded, which takes seconds of every start, for an optimizer that no run here has."""
+    """Import DeepSpeed's Muon module without torch's compiler.
+
+    DeepSpeed imports it to check whether any optimizer is Muon, and the import compiles a function. Loading the compiler
+    takes seconds at every start, for an optimizer that no run here uses.
+    """
     from deepspeed.runtime import compiler
 
     with patch.object(compiler, "compile", lambda *args, **kwargs: lambda function: function):
@@ -30,21 +34,21 @@ def spare_the_compiler() -> None:
 
 
 def is_piece(elements: int, zero: Mapping[str, Any]) -> bool:
-    """Whether a block of so many parameters is fetched as one piece. `zero`: the configuration's ZeRO block.
+    """Whether a block of that many elements should be fetched as one piece. `zero`: the configuration's ZeRO block.
 
-    Only where it costs no memory: where the last blocks, as long as half of `stage3_max_reuse_distance`, stay gathered
-    between forward and backward pass in any case.
+    Only if it costs no memory: the last blocks, up to half of `stage3_max_reuse_distance` elements, stay gathered between
+    forward and backward pass in any case.
     """
     return 0 < elements <= min(PIECE_ELEMENTS, zero.get("stage3_max_reuse_distance", 2 * PIECE_ELEMENTS) // 2)
 
 
 def blocks_as_leaves(blocks: Iterable[nn.Module], zero: Mapping[str, Any]) -> None:
-    """Let ZeRO-3 fetch each of these blocks as one piece, if it is small, rather than each of the modules in it.
+    """Let ZeRO-3 fetch each of these blocks as one piece if it is small, instead of module by module.
 
-    With LoRA, norms and gates a block has about 80 modules. Hooks before and after each, forward and backward, and a gather
-    for each that has parameters, take as long as the arithmetic of a small one.
+    With LoRA, norms and gates a block has about 80 modules. Hooks before and after each of them, forward and backward, and a
+    gather for each that has parameters take as long as the arithmetic of a small block.
 
-    A leaf's gradients are reduced when the gradient of its input is there, so the input is made to have one.
+    DeepSpeed reduces a leaf's gradients once the gradient of its input exists, so the input is made to require one.
     """
     from deepspeed.utils import set_z3_leaf_module
 
@@ -62,7 +66,7 @@ _INPUT_HOOK = "_prunadapt_input_hook"
 
 
 def _with_gradient(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The hidden states that enter a block, as something that has a gradient: behind a frozen embedding they have none."""
+    """Forward pre-hook: make the hidden states require a gradient, which they do not behind a frozen embedding."""
     hidden = args[0]
     if not torch.is_grad_enabled() or hidden.requires_grad:
         return None
@@ -70,17 +74,17 @@ def _with_gradient(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] |
 
 
 def keep_recomputed(zero_optimizer: Any) -> None:
-    """Let a block that is computed again not release the module whose backward pass has asked for it.
+    """Keep the recomputation of a block from releasing the module whose backward pass triggered it.
 
-    That module's forward pass runs within its own backward pass then, and would drop the weights that are about to be used. It
-    happens where something still follows it in the block that no gradient comes from, as the norm of a feed-forward that was
-    cut away.
+    That module's forward pass then runs inside its own backward pass, and would release the weights that are about to be
+    used. This happens if the module is followed, in its block, by something that passes back no gradient, such as the norm of a
+    feed-forward that was cut away.
     """
     coordinator = zero_optimizer.parameter_offload.get_param_coordinator()
     release = coordinator.release_sub_module
 
     def release_unless_wanted(submodule: nn.Module, forward: bool = False) -> None:
-        is_recomputed = forward and torch._C._current_graph_task_id() != -1  # a forward pass within a backward one
+        is_recomputed = forward and torch._C._current_graph_task_id() != -1  # a forward pass inside a backward pass
         wanted = coordinator._PartitionedParameterCoordinator__active_backward_submodules
         if not (is_recomputed and submodule.ds_id in wanted):
             release(submodule, forward=forward)
@@ -89,14 +93,14 @@ def keep_recomputed(zero_optimizer: Any) -> None:
 
 
 def forget_trace(engine: Any) -> None:
-    """Between training and passes without a backward, and back: let ZeRO-3 begin a new trace of what is fetched when.
+    """Make ZeRO-3 start a new trace of its fetches. Call it when switching between training and forward-only passes.
 
-    By the trace of a training step it would keep every parameter of a forward pass for the backward one, the whole model. On
-    the trace of an evaluation DeepSpeed 0.19 stops in the next training step ("tracing error").
+    With the trace of a training step, a forward-only pass would keep every parameter for a backward pass: the whole model.
+    With the trace of an evaluation, DeepSpeed 0.19 stops in the next training step ("tracing error").
     """
     if not hasattr(engine, "zero_optimization_stage") or engine.zero_optimization_stage() != 3:
         return
-    # The engine's own function of this name collects the garbage of the whole process as well: half a second each time.
+    # The engine's method of this name also runs a full garbage collection: half a second each time.
     engine.optimizer.empty_partition_cache()
     coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():
@@ -106,12 +110,12 @@ def forget_trace(engine: Any) -> None:
 
 
 def forget_engine(model: nn.Module) -> None:
-    """Take off a model what a destroyed engine has left on it.
+    """Remove what a destroyed engine has left on a model.
 
-    Hooks on the model go on calling the engine, and keep it with all its buffers in memory. And every module keeps the
-    functions that fetch and release its parameters in the backward pass: the next engine would leave them in place, so
-    that the old one's records, of what is used when, decide for it. So does the list of a module's parameters that another one
-    asked for, as a LoRA layer does for its A's dtype: the next engine would go on fetching those of before the cut.
+    Its hooks would keep calling the engine, and keep it and all its buffers in memory. Every module also keeps the functions
+    that fetch and release its parameters in the backward pass; the next engine would not replace them, and would follow the
+    old engine's trace. A module's list of external parameters, which a LoRA layer gets by reading the dtype of its A, would
+    make the next engine fetch parameters from before the cut.
     """
 
     def is_engine_s(function: Any) -> bool:
@@ -129,9 +133,9 @@ def forget_engine(model: nn.Module) -> None:
 
 
 def _forget_releases() -> None:
-    """Empty the cache of which parameters to release after which module.
+    """Empty DeepSpeed's cache of which parameters to release after which module.
 
-    Its answers are those of the trace at the time they were first asked for. And being one cache for the whole class, it keeps
+    Its entries hold for the trace at the time of their first lookup only. And as one cache for the whole class, it would keep
     every engine's parameters in memory for good, those of the dense model too.
     """
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -141,10 +145,10 @@ def _forget_releases() -> None:
 
 
 def own_run(parameter: Any) -> tuple[int, Tensor] | None:
-    """This rank's part of a parameter: where it begins among the flattened elements, and it, [n], without padding behind it.
+    """Return this rank's run of a parameter's flattened elements: where it starts, and the elements [n] without padding.
 
-    None where no part lies plainly in this rank's memory: the parameter is whole, on a disk, quantised, or kept twice. The
-    same on every rank.
+    None, on all ranks alike, if no partition lies plainly in this rank's memory: the parameter is whole, on disk, quantised,
+    or has a secondary partition.
     """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
@@ -155,11 +159,11 @@ def own_run(parameter: Any) -> tuple[int, Tensor] | None:
     if not is_apart or parameter.ds_secondary_tensor is not None or hasattr(shard, "ds_quant_scale"):
         return None
     start = parameter.ds_zero_partition_rank * shard.ds_numel
-    return start, shard[: max(0, parameter.ds_numel - start)]  # the last ranks' are shorter, or empty
+    return start, shard[: max(0, parameter.ds_numel - start)]  # shorter, or empty, on the last ranks
 
 
 def fetch(parameter: Any, first: int, last: int) -> Tensor:
-    """Some of the flattened elements of a parameter of which every rank has its own run, on every rank. Collective."""
+    """Fetch the flattened elements [first, last) of a partitioned parameter (see `own_run`) to every rank. Collective."""
     fetched = torch.empty(last - first, dtype=parameter.ds_tensor.dtype, device=device())
     length, group = parameter.ds_tensor.ds_numel, parameter.ds_process_group
     for owner in range(first // length, (last - 1) // length + 1):

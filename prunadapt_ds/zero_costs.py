@@ -1,6 +1,6 @@
-"""What DeepSpeed makes of an inventory at each ZeRO stage: bytes of a rank, bytes it sends, seconds of a step.
+"""What an inventory costs at each ZeRO stage: bytes that a rank holds, bytes that it sends, seconds of a step.
 
-Legend: W ranks, N elements that train, e bytes of an element as it is stored (2 for bf16).
+Legend: n trainable elements, e bytes per stored element (2 for bf16).
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from prunadapt_ds.config import Config
 from prunadapt_ds.ds_config import DsConfig
 from prunadapt_ds.inventory import Inventory, Size
 
-MASTERS, MOMENTS = 4, 8  # bytes of an element: an fp32 master; Adam's two moments
-DEEPSPEED_REUSE_ELEMENTS = 1_000_000_000  # stage3_max_reuse_distance where a file does not say
-DEEPSPEED_BUCKET_ELEMENTS = 500_000_000  # reduce_bucket_size, likewise
+MASTERS, MOMENTS = 4, 8  # bytes per element: an fp32 master; Adam's two moments
+DEEPSPEED_REUSE_ELEMENTS = 1_000_000_000  # DeepSpeed's default for stage3_max_reuse_distance
+DEEPSPEED_BUCKET_ELEMENTS = 500_000_000  # and for reduce_bucket_size
 BYTES = ("frozen", "trainable", "gradients", "optimizer", "activations", "buffers")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the seconds rest on. Sustained rates, not those of a data sheet."""
+    """The hardware that a plan assumes. Rates are sustained ones, not those of a data sheet."""
 
     world_size: int = 1
     gpus_per_node: int = 8
     gpu_memory: float = 80 * 2**30  # bytes
-    flops: float = 400e12  # floating-point operations/s of one GPU in these matrix products
-    bandwidth: float = 400e9  # bytes/s of one GPU to the others of its node
+    flops: float = 400e12  # floating-point operations/s of one GPU in a model's matrix products
+    bandwidth: float = 400e9  # bytes/s of one GPU to the others in its node
     network_bandwidth: float = 25e9  # bytes/s of one GPU to other nodes
     host_bandwidth: float = 25e9  # bytes/s of one GPU to its host's memory
-    reserve: float = 0.1  # share of the GPU's memory for the driver, libraries and fragments
+    reserve: float = 0.1  # share of the GPU's memory lost to the driver, libraries and fragmentation
 
     @property
     def link(self) -> float:
-        """Bytes/s of a collective over all ranks: its slowest part."""
+        """Bytes/s of a collective over all ranks: those of its slowest link."""
         return self.bandwidth if self.world_size <= self.gpus_per_node else self.network_bandwidth
 
 
 def rank_bytes(stock: Inventory, ds: DsConfig, machine: Machine, *, recomputes: bool) -> dict[str, dict[str, int]]:
-    """Bytes of one rank, {"device": {...}, "host": {...}}, by what they hold: `BYTES`. At the peak of a step."""
+    """Bytes that one rank holds at the peak of a step: {"device": {...}, "host": {...}}, each by the kinds in `BYTES`."""
     world, stage, e = machine.world_size, ds.stage, _element_bytes(ds)
     zero = ds.values["zero_optimization"]
     n, share = stock.trainable, 1 / world if stage else 1.0
@@ -80,30 +80,30 @@ def _element_bytes(ds: DsConfig) -> int:
 
 
 def _held_elements(stock: Inventory, zero: dict[str, Any], recomputes: bool) -> int:
-    """Elements that ZeRO-3 does not let go between forward and backward pass, because they are used again soon.
+    """Elements that ZeRO-3 keeps gathered between forward and backward pass because they are used again soon.
 
-    A module whose parameters come again within `stage3_max_reuse_distance` elements stays gathered: those of the last blocks,
-    which lie d elements before the turn and 2 d before their next use (3 d with recomputation).
+    A module stays gathered if its parameters are used again within `stage3_max_reuse_distance` elements. That holds for the
+    last blocks: d elements before the end of the forward pass, the next use is 2 d elements away (3 d with recomputation).
     """
     reuse = zero.get("stage3_max_reuse_distance", DEEPSPEED_REUSE_ELEMENTS)
     return min(stock.frozen + stock.trainable, round(reuse / (3 if recomputes else 2)))
 
 
 def accounted_bytes(stock: Inventory, ds: DsConfig, machine: Machine) -> int:
-    """What a report's `live_tensor_bytes` would say: parameters, optimizer, and the activations that are counted."""
+    """What a report's `live_tensor_bytes` would say: parameters, optimizer state, and the activations counted there."""
     parts = rank_bytes(stock, ds, machine, recomputes=False)
     total = sum(parts[place][name] for place in parts for name in ("frozen", "trainable", "optimizer"))
     return total + stock.accounted
 
 
 def traffic(stock: Inventory, ds: DsConfig, machine: Machine, config: Config) -> dict[str, int]:
-    """Bytes that a rank sends in an optimizer step: {"gather", "reduce", "host"}."""
+    """Bytes that a rank sends in an optimizer step: {"gather", "reduce"} to other ranks, {"host"} to and from host memory."""
     world, stage, e = machine.world_size, ds.stage, _element_bytes(ds)
     zero, train = ds.values["zero_optimization"], config.train
     others = (world - 1) / world
     steps = ds.values["gradient_accumulation_steps"]
     n = stock.trainable
-    # Stages 2 and 3 reduce after every micro-batch; all but 3 all-reduce, which sends everything twice.
+    # Stages 2 and 3 reduce after every micro-batch. By default, all but stage 3 all-reduce, which sends everything twice.
     is_once = zero.get("reduce_scatter", True) if stage == 3 else not zero.get("use_multi_rank_bucket_allreduce", True)
     reduce = n * e * others * (1 if stage and is_once else 2) * (steps if stage >= 2 else 1)
     gather = host = 0.0
@@ -123,7 +123,7 @@ def traffic(stock: Inventory, ds: DsConfig, machine: Machine, config: Config) ->
 
 
 def sent_bytes(tensors: dict[str, Size], ds: DsConfig, world_size: int, config: Config) -> int:
-    """Bytes that a rank sends to others in an optimizer step, of a model with these tensors."""
+    """Bytes that a rank sends to other ranks in an optimizer step of a model with these tensors."""
     stock = Inventory(tensors, largest_module=0, activations=0, accounted=0, macs=0, exported=0)
     parts = traffic(stock, ds, Machine(world_size=world_size), config)
     return parts["gather"] + parts["reduce"]
@@ -132,7 +132,7 @@ def sent_bytes(tensors: dict[str, Size], ds: DsConfig, world_size: int, config: 
 def step_seconds(
     stock: Inventory, sent: dict[str, int], ds: DsConfig, machine: Machine, config: Config
 ) -> dict[str, float]:
-    """Seconds of an optimizer step: {"compute", "communication", "total"}; parameters travel while others compute."""
+    """Seconds of an optimizer step: {"compute", "communication", "total"}. Stage 3 overlaps its fetches with computation."""
     steps = ds.values["gradient_accumulation_steps"]
     compute = 2 * macs_per_step(stock, config, steps) / machine.flops
     travel = max(sent["gather"] / machine.link, sent["host"] / machine.host_bandwidth)
@@ -142,6 +142,9 @@ def step_seconds(
 
 
 def macs_per_step(stock: Inventory, config: Config, accumulation_steps: int = 1) -> int:
-    """Multiply-accumulates of a rank's step: forward, the gradients of activations, those of weights that train, recomputation."""
+    """Multiply-accumulates of a rank's step: forward pass, gradients of activations, recomputation.
+
+    With --method full also the gradients of weights; those of adapters alone are neglected.
+    """
     passes = 3 if config.prune.method == "full" else 2
     return stock.macs * (passes + config.train.gradient_checkpointing) * accumulation_steps

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Shared by the templates of this folder, which source it. Everything a site has to change is in `site_setup`.
+# Sourced by the other templates. Everything that a site has to change is in `site_setup`.
 #
-# Values of the user's are only ever expanded inside double quotes or matched against a pattern: nothing here is evaluated twice.
+# The user's values are only expanded inside double quotes or matched against a pattern: nothing here is evaluated twice.
 
-# Whatever the user's umask: nobody else may write to what a job leaves.
+# Whatever the user's umask, nobody else may write to a job's output.
 umask go-w
 
 site_setup() {
@@ -24,14 +24,14 @@ fail() {
     exit 2
 }
 
-# The words of $1 (spaces, tabs, newlines between them) into the array `words`.
+# Split $1 at spaces, tabs and newlines into the array `words`.
 split_words() {
     words=()
     local IFS=$' \t\n'
     read -r -d '' -a words <<<"$1" || true
 }
 
-# Numbers of nodes and ranks, and where the ranks meet.
+# Set the number of ranks per node, the threads, and where the ranks meet; check that this is a SLURM job.
 job_setup() {
     [[ -n "${SLURM_JOB_ID:-}" ]] || fail "this is a SLURM job: submit it with sbatch"
     site_setup
@@ -44,19 +44,19 @@ job_setup() {
     cpus_per_rank=$((${SLURM_CPUS_ON_NODE:-1} / ranks_per_node))
     ((cpus_per_rank > 0)) || cpus_per_rank=1
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cpus_per_rank}"
-    # Hosts of a large job do not all start within the 25 seconds that a run at a desk is given.
+    # The hosts of a large job do not all start within the default of 25 seconds.
     export PRUNADAPT_RENDEZVOUS_SECONDS="${PRUNADAPT_RENDEZVOUS_SECONDS:-180}"
     export PYTHONUNBUFFERED=1
-    # Without these the program takes the step's first host and a port made of the job's id.
+    # If they are unset, the program uses the step's first host and a port derived from the ids of job and step.
     if [[ -n "${MASTER_ADDR:-}" ]]; then export MASTER_ADDR; else unset MASTER_ADDR; fi
     if [[ -n "${MASTER_PORT:-}" ]]; then export MASTER_PORT; else unset MASTER_PORT; fi
     split_words "${SRUN_OPTIONS:-}"
     srun_options=("${words[@]}")
-    # TERM and USR1 are for the ranks; the script lets them end and then decides what becomes of the job.
+    # TERM and USR1 are meant for the ranks; the script lets the ranks end, then decides whether to requeue the job.
     trap : TERM USR1
 }
 
-# The options that environment variables stand for, into the array `options`. Arguments of the template are added behind them.
+# Put the options that environment variables stand for into the array `options`. The template's arguments come after them.
 common_options() {
     options=(--ds_config "${DS_CONFIG:-ds_configs/zero3.json}" --resume auto)
     [[ -z "${CHECKPOINT_STEPS:-}" ]] || options+=(--checkpoint_steps "$CHECKPOINT_STEPS")
@@ -65,14 +65,14 @@ common_options() {
     [[ -z "${DATA_DIR:-}" ]] || options+=(--data_dir "$DATA_DIR")
 }
 
-# Whether another live run owns the folder $1: its lock ends with it, however it ends.
+# Whether another live run owns the folder $1. Its lock ends with the process, however that ends.
 is_taken() {
     [[ -e "$1/.lock" ]] && command -v flock >/dev/null || return
     flock --shared --nonblock "$1/.lock" true
-    (($? == 1)) # any other failure says that this file system cannot tell
+    (($? == 1)) # any other failure means that this file system has no locks
 }
 
-# train OUTPUT_DIR [OPTION...]: one run on all nodes of the job. Sets `code` and `output`; leaves log.txt and exit_code in OUTPUT_DIR.
+# train OUTPUT_DIR [OPTION...]: one run on all nodes of the job. Sets `code` and `output`, writes OUTPUT_DIR/log.txt and exit_code.
 train() {
     output="$1"
     shift
@@ -82,42 +82,42 @@ train() {
     for word in "$@"; do
         [[ "$word" != --output_dir && "$word" != --output_dir=* ]] || fail "$word: a job names it itself, to find it again; set OUTPUT_DIR (of glue_all.sh OUTPUT_ROOT)"
     done
-    # A job that was requeued goes on with what it has done, however it was told to begin.
+    # A requeued job resumes, even if its arguments say --resume never.
     ((${SLURM_RESTART_COUNT:-0} == 0)) || set -- "$@" --resume auto
     mkdir -p -- "$output" || fail "$output cannot be made: set OUTPUT_DIR (of glue_all.sh OUTPUT_ROOT) to a folder that can"
     if is_taken "$output"; then
-        code=2 # what the program says to it; the log and the exit code there are the other run's
+        code=2 # as the program would return; log.txt and exit_code in the folder belong to the other run
         echo "error: $output: another run is writing there; wait for it, or end it" >&2
         return
     fi
     printf 'running\n' >"$output/exit_code"
-    # --wait: a rank that ended alone is waited for by the others, on GPUs without an end.
-    # In the foreground: a signal that the script itself gets waits until the step has ended, and the last line is in the log,
-    # which the table reads, before the script goes on.
+    # --wait: if one rank ends alone, the others wait for it, on GPUs forever.
+    # In the foreground: bash handles a signal only after the step has ended, and the last line is in the log, which the table
+    # reads, before the script continues.
     srun --nodes="$SLURM_NNODES" --ntasks-per-node="$ranks_per_node" --ntasks="$((SLURM_NNODES * ranks_per_node))" \
         --cpus-per-task="$cpus_per_rank" --kill-on-bad-exit=0 --wait=120 "${srun_options[@]}" \
         python -m prunadapt_ds train "$@" --output_dir "$folder" </dev/null 2>&1 |
         (trap '' TERM USR1 && exec tee -a -- "$output/log.txt")
     code=${PIPESTATUS[0]}
-    # Ranks that have not yet got to where they listen are ended by the signal that asks them to stop.
+    # Ranks that have not installed their signal handlers yet are killed by the signal that asks them to stop.
     ((code != 128 + $(kill -l USR1) && code != 128 + $(kill -l TERM))) || code=75
     printf '%s\n' "$code" >"$output/exit_code"
     echo "$output: exit code $code"
 }
 
-# Exit code 75 means: stopped when asked to, start me again; a checkpoint is written if there were steps to save.
+# Exit code 75: the run stopped on request and wants to be restarted; there is a checkpoint if there were steps to save.
 requeue_and_exit() {
     local job="$SLURM_JOB_ID" restarts="${SLURM_RESTART_COUNT:-0}" again
     again="submit it again with OUTPUT_DIR=$(printf %q "$output")"
     [[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" again="submit it again"
-    # Cancelling sends TERM too, and SLURM would requeue a job that it is just ending.
+    # Cancelling sends TERM too, and SLURM would requeue a job that is being cancelled.
     if [[ "$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null)" =~ JobState=(CANCELLED|COMPLETING) ]]; then
         echo "job $job was cancelled; $again to go on from its checkpoint" >&2
     elif ((restarts >= ${MAX_REQUEUES:-100})); then
         echo "job $job was requeued $restarts times, which is MAX_REQUEUES; it stays stopped" >&2
     elif scontrol requeue "$job"; then
         echo "job $job: requeued to go on from its checkpoint"
-        # SLURM ends this script now. Leaving before it does could be taken for the end of the job that was just requeued.
+        # SLURM ends this script now. If it exited first, SLURM could take that for the end of the requeued job.
         sleep 60 &
         wait $!
     else

@@ -12,10 +12,10 @@ source slurm/common.sh
 
 site_setup
 runner=()
-if [[ -n "${SLURM_JOB_ID:-}" ]]; then # where the runs were: in a container, if the site has its jobs in one
+if [[ -n "${SLURM_JOB_ID:-}" ]]; then # run where the runs did: in a container, if the site's jobs use one
     split_words "${SRUN_OPTIONS:-}"
     runner=(srun --nodes=1 --ntasks=1 "${words[@]}")
-    # What the array had asked for is in the environment of the job that it submitted, where srun would ask for it again.
+    # This job inherits the array's resource requests in its environment, and srun would request them again.
     unset "${!SLURM_GPUS@}" "${!SLURM_TRES@}" "${!SLURM_MEM@}" SLURM_GRES SLURM_CPUS_PER_TASK
 fi
 split_words "${TASKS:-cola sst2 mrpc stsb qqp mnli qnli rte wnli}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All of GLUE, and one table at the end:  DATA_DIR=/data/glue SEEDS="0 1 2" sbatch slurm/glue_all.sh
-# An array job: elements 0 to N share all cells (task, seed) among them, any others run the cells of their numbers; the first
-# submits the job that gathers, which starts when all have ended. Everything is explained in slurm/README.md.
+# An array job: elements 0 to N share all cells (task, seed) among them; in any other array, each runs the cell of its number.
+# The first element submits gather.sh, which starts when all have ended. slurm/README.md explains the rest.
 #SBATCH --job-name=glue
 #SBATCH --array=0-8
 #SBATCH --nodes=1
@@ -35,7 +35,7 @@ job_setup
 root="${OUTPUT_ROOT:-outputs/glue}"
 mkdir -p -- "$root" || fail "OUTPUT_ROOT=$root cannot be made"
 cells=$((${#tasks[@]} * ${#seeds[@]}))
-# As many elements as numbers from 0 on: none is left out. With gaps, or from another number on, somebody has chosen cells.
+# Indices from 0 without gaps share all cells. With gaps, or another first index, the user has chosen single cells.
 if ((SLURM_ARRAY_TASK_MIN == 0 && SLURM_ARRAY_TASK_MAX == SLURM_ARRAY_TASK_COUNT - 1)); then
     stride=$SLURM_ARRAY_TASK_COUNT
 else
@@ -45,12 +45,12 @@ fi
 
 marker="$root/.gather-$SLURM_ARRAY_JOB_ID"
 if [[ "$SLURM_ARRAY_TASK_ID" == "$SLURM_ARRAY_TASK_MIN" && ! -e "$marker" ]]; then
-    # Words that were checked above, and a folder: the only values that the second job needs.
+    # The second job needs only these values: words that were checked above, and a folder.
     if gather="$(TASKS="${tasks[*]}" SEEDS="${seeds[*]}" OUTPUT_ROOT="$root" \
         sbatch --parsable --dependency="afterany:$SLURM_ARRAY_JOB_ID" --partition="${GATHER_PARTITION:-$SLURM_JOB_PARTITION}" \
         ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} \
         --output="$root/gather-%j.out" slurm/gather.sh)"; then
-        printf '%s\n' "$gather" >"$marker" # after a requeue it is there already; where it could not be submitted, once more
+        printf '%s\n' "$gather" >"$marker" # so that a requeued element does not submit it again; if sbatch failed, it does
     else
         printf 'no job to gather; afterwards run: TASKS=%q SEEDS=%q OUTPUT_ROOT=%q bash slurm/gather.sh\n' \
             "${tasks[*]}" "${seeds[*]}" "$root" >&2

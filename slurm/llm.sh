@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One run of a larger backbone on several nodes:
 #   MODEL=/models/large DS_CONFIG=ds_configs/zero3.json sbatch --nodes=4 --gpus-per-node=8 slurm/llm.sh --task_name mnli
-# Everything is explained in slurm/README.md.
+# slurm/README.md explains the rest.
 #SBATCH --job-name=prunadapt-llm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -20,7 +20,7 @@ source slurm/common.sh
 [[ -n "${MODEL:-}" ]] || fail "MODEL is not set: name a hub id or a folder that all nodes see"
 job_setup
 common_options
-# Activations are what a large backbone runs out of memory with first.
+# With a large backbone, activations are the first to exceed the memory.
 train "${OUTPUT_DIR:-outputs/$SLURM_JOB_ID}" "${options[@]}" --gradient_checkpointing "$@"
 ((code != 75)) || requeue_and_exit
 exit "$code"

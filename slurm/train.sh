@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One run:  sbatch slurm/train.sh --task_name mrpc --target_sparsity 0.6
-# Everything is explained in slurm/README.md.
+# slurm/README.md explains the rest.
 #SBATCH --job-name=prunadapt
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

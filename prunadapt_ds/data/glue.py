@@ -1,4 +1,4 @@
-"""GLUE from where it lives: the hub, or the official TSV files in a folder."""
+"""Loads GLUE from the hub or from a folder with the official TSV files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from prunadapt_ds.data.tasks import HUB_DATASET, BlindSet, Task
 from prunadapt_ds.errors import Problem, UserError
 
 MAX_CORRUPT_FRACTION = 0.01
-"""A few rows of the official QQP files are cut short and are left out, as on the hub; more is a mistake."""
+"""A few rows of the official QQP files are truncated; they are skipped, as on the hub. A larger share is an error."""
 
 
 def load_tsv(task: Task, data_dir: str) -> tuple[Columns, dict[str, Columns]]:
-    """(train, {validation key: columns}) from `data_dir/<task.folder>`. Raises UserError for all files."""
+    """Load (train, {validation key: columns}) from `data_dir/<task.folder>`. Raises UserError with the problems of all files."""
     assert task.folder is not None, f"{task.name} has no official files"
     problems: list[Problem] = []
     loaded: dict[str, Columns] = {}
@@ -59,7 +59,7 @@ def _tsv_columns(task: Task, path: Path) -> Columns:
 
 
 def _tsv_label(task: Task, text: str, path: Path, line: int) -> int | float:
-    """Official files spell a label as its name or as its number."""
+    """The label in a cell: official files give either its name or its number. Raises UserError for anything else."""
     try:
         if task.is_regression:
             score = float(text)
@@ -76,10 +76,11 @@ def _tsv_label(task: Task, text: str, path: Path, line: int) -> int | float:
 
 
 def stream_blind(task: Task, blind: BlindSet, data_dir: str) -> Iterator[dict[str, str]]:
-    """Every row of a test set as sentence1[, sentence2], in order; the file's index must count 0, 1, 2, ...
+    """Yield every row of a test set as sentence1[, sentence2], in order.
 
-    A row that is cut short is answered as well, for the part that is there. Raises UserError, at whatever row, where the file
-    is not the official one.
+    A truncated row is yielded too, with an empty string for each missing text: the leaderboard wants an answer for every row.
+    Raises UserError, when it reaches the offending row, if the file's index does not count 0, 1, 2, ... or the file is
+    otherwise not the official one.
     """
     path = Path(data_dir) / blind.path
     rows = stream_official_tsv("data_dir", path)
@@ -94,7 +95,7 @@ def stream_blind(task: Task, blind: BlindSet, data_dir: str) -> Iterator[dict[st
     for line, row in rows:
         if index >= len(row) or row[index] != str(count):
             found = row[index] if index < len(row) else None
-            raise _file_problem(path, f"line {line}: index {found!r} where {count} was expected; is the file whole?")
+            raise _file_problem(path, f"line {line}: index {found!r} where {count} was expected; is the file complete?")
         count += 1
         if len(row) <= max(texts):
             short += 1
@@ -110,10 +111,10 @@ def _file_problem(path: Path, remedy: str) -> UserError:
 
 
 def load_hub(task: Task) -> tuple[Any, dict[str, Any]]:
-    """(train, {validation key: Dataset}) from the hub, or from its local cache where the hub is out of reach.
+    """Load (train, {validation key: Dataset}) from the hub, or from the local cache if the hub cannot be reached.
 
-    Raises UserError within 5 seconds when there is neither. The datasets library locks its cache, so any
-    number of processes may do this at once."""
+    Raises UserError within 5 seconds if neither is available. The datasets library locks its cache, so any number of
+    processes may call this at once."""
     import datasets
 
     reason = None
@@ -123,7 +124,7 @@ def load_hub(task: Task) -> tuple[Any, dict[str, Any]]:
         with _offline() if reason else contextlib.nullcontext():
             names = ["train", *(split.hub for split in task.validation_splits)]
             train, *validation = datasets.load_dataset(HUB_DATASET, task.name, split=names)
-    # Three libraries and the network raise a dozen unrelated types here, with one remedy for all.
+    # Three libraries and the network raise a dozen unrelated types here; the remedy is the same for all.
     except Exception as error:
         reason = reason or f"{type(error).__name__}: {hub.first_line(error)}"
         remedy = (
@@ -136,7 +137,7 @@ def load_hub(task: Task) -> tuple[Any, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Let `datasets` look into its cache without asking the hub first: it has no argument for that."""
+    """Make `datasets` use its cache without asking the hub first; it has no argument for that."""
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE

@@ -1,4 +1,4 @@
-"""Text for language modelling: plain text; or prompts with responses, or conversations, where only the answers are learnt."""
+"""Text for language modelling: plain text, or prompts with responses or conversations, where only the answers are learnt."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # label of a token that is not learnt
+IGNORED = -100  # label of a token that the loss ignores
 NAME = "causal_lm"
 SAME_AS_RESPONSE = ("completion", "output")
 FORMS = (("prompt", "response"), ("messages",), ("text",))  # columns of a file; the first form whose last one is there
 
 
 def load_language(config: Any) -> TaskData:
-    """Datasets with the columns of one of `FORMS`, and index. `config`: the data options.
+    """Load datasets with the columns of one of `FORMS`, and index. `config`: the data options.
 
-    A .txt file is one text; csv, tsv, jsonl, json and parquet have prompt and response (or completion, or output), messages
-    (lists of {"role", "content"} that end with the assistant's), or text. Raises UserError with the problems of both files.
+    A .txt file is a single text; csv, tsv, jsonl, json and parquet files have the columns prompt and response (or completion,
+    or output), messages (lists of {"role", "content"} that end with the assistant's), or text. Raises UserError with the
+    problems of both files.
     """
     from datasets import Dataset
 
@@ -38,13 +39,15 @@ def load_language(config: Any) -> TaskData:
         except UserError as error:
             problems += error.problems
     if not problems and splits["train_file"].keys() != splits["validation_file"].keys():
-        remedy = f"has columns {', '.join(splits['validation_file'])}, train_file {', '.join(splits['train_file'])}"
+        remedy = (
+            f"has columns {', '.join(splits['validation_file'])}, but train_file has {', '.join(splits['train_file'])}"
+        )
         problems.append(Problem("validation_file", config.validation_file, remedy))
     for name in ("max_train_samples", "max_eval_samples"):
         of = "train_file" if name == "max_train_samples" else "validation_file"
         if getattr(config, name) is not None and Path(getattr(config, of)).suffix.lower() == ".txt":
             problems.append(
-                Problem(name, getattr(config, name), f"{of} is one text; leave it out, or shorten the file")
+                Problem(name, getattr(config, name), f"{of} is a single text; drop this option, or shorten the file")
             )
     if problems:
         raise UserError(problems)
@@ -64,7 +67,7 @@ def _columns(field: str, path: str) -> Columns:
         check_exists(field, Path(path))
         text = read_text(field, Path(path))
         if not text.strip():
-            raise UserError(Problem(field, path, "holds no text; give a file with some"))
+            raise UserError(Problem(field, path, "contains no text; give a file with text"))
         return {"text": [text]}
     columns = read_columns(field, path)
     if "prompt" in columns and "response" not in columns:
@@ -81,7 +84,7 @@ def _columns(field: str, path: str) -> Columns:
     for name in names:
         for row, text in enumerate(columns[name], start=1):
             if not isinstance(text, str) or (name != "prompt" and not text.strip()):
-                raise UserError(Problem(field, path, f"row {row}: {name} is {text!r}; write a text"))
+                raise UserError(Problem(field, path, f"row {row}: {name} is {text!r}; write some text"))
             if has_surrogate(text):
                 remedy = f"row {row}: {name} holds half a surrogate pair; remove the character"
                 raise UserError(Problem(field, path, remedy))
@@ -89,17 +92,17 @@ def _columns(field: str, path: str) -> Columns:
 
 
 def tokenize_language(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
-    """Columns input_ids, attention_mask, labels (a list for each row; `IGNORED` where nothing is learnt).
+    """Tokenize into the columns input_ids, attention_mask, labels (one per token; `IGNORED` on prompts). Rows are not padded.
 
-    Texts are joined and cut into blocks of `max_seq_length`. The tokenizer's chat template spells a conversation out; its
-    last answer is the response. A response ends with the end-of-sequence token; a row that is too long loses the beginning of
-    its prompt first, then the end of its response. Raises UserError where nothing is left to learn, for more tokens than the
-    model takes, and for conversations where the tokenizer has no chat template.
+    Texts are joined and cut into blocks of `max_seq_length` tokens. A conversation is written out by the tokenizer's chat
+    template, and its last answer is the response. A response ends with the end-of-sequence token; a row that is too long first
+    loses the beginning of its prompt, then the end of its response. Raises UserError if nothing is left to learn, if
+    `max_seq_length` is more than the model accepts, or if there are conversations and the tokenizer has no chat template.
     """
     from datasets import Dataset
 
     if max_seq_length > tokenizer.model_max_length:
-        remedy = f"must be at most {tokenizer.model_max_length}, which is what the model takes"
+        remedy = f"must be at most {tokenizer.model_max_length}, the longest input the model accepts"
         raise UserError(Problem("max_seq_length", max_seq_length, remedy))
     pairs: Iterable[tuple[str, str]] | None = None
     if "messages" in dataset.column_names:
@@ -164,9 +167,9 @@ def _instruction(prompt: str, response: str, tokenizer: Any, longest: int) -> tu
     first = tokenizer(prompt, verbose=False)["input_ids"]
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if start is not None and first[:2] == [start, start]:
-        first = first[1:]  # a chat template has written it too
+        first = first[1:]  # the prompt already had one, from a chat template
     if first and first[-1] == end != start:
-        first = first[:-1]  # it goes on
+        first = first[:-1]  # the response follows
     second = _continuation(response, tokenizer)
     if end is not None and second[-1:] != [end]:
         second = [*second, end]
@@ -176,7 +179,7 @@ def _instruction(prompt: str, response: str, tokenizer: Any, longest: int) -> tu
 
 
 def _continuation(text: str, tokenizer: Any) -> list[int]:
-    """A text's tokens behind another one: SentencePiece puts a space before whatever it is given first."""
+    """The tokens of a text that follows another: SentencePiece would prepend a space to a text that comes first."""
 
     def ids(words: str) -> list[int]:
         return list(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
@@ -188,4 +191,4 @@ def _continuation(text: str, tokenizer: Any) -> list[int]:
 def _blocks(texts: list[str], tokenizer: Any, longest: int) -> list[list[int]]:
     ids = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
     blocks = [ids[start : start + longest] for start in range(0, len(ids), longest)]
-    return [block for block in blocks if len(block) > 1]  # one token alone predicts nothing
+    return [block for block in blocks if len(block) > 1]  # a single token has nothing to predict

@@ -1,6 +1,6 @@
-"""From options to datasets: `load_task` finds the source, `tokenize` makes what the model reads.
+"""From options to datasets: `load_task` loads a task from its source, `tokenize` turns it into model inputs.
 
-Nothing here knows about ranks: every process that calls with the same arguments gets the same data."""
+Nothing here depends on the rank: every process that passes the same arguments gets the same data."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def load_task(config: Any, seed: int) -> TaskData:
-    """Load what `config` (the data options: task_name, data_dir, train_file, validation_file, max_train_samples,
-    max_eval_samples) asks for; the built-in sample when it asks for nothing. What contradicts what is config.py's matter.
+    """Load the task that `config` names, by default the built-in sample.
 
-    `seed` picks the subset of `max_train_samples`; development sets keep their first `max_eval_samples`.
-    Raises UserError with every problem found."""
+    `config`: the data options task_name, data_dir, train_file, validation_file, max_train_samples and max_eval_samples;
+    config.py has checked that they do not contradict each other. `seed` picks the `max_train_samples` rows for training;
+    development sets keep their first `max_eval_samples`. Raises UserError with every problem found."""
     if config.train_file:
         task, columns = load_files(config.train_file, config.validation_file, config.problem_type)
         train = _from_columns(columns["train"], task)
@@ -68,7 +68,7 @@ def _from_columns(columns: Columns, task: Task) -> Dataset:
 
 
 def _from_hub(data: Dataset, task: Task) -> Dataset:
-    """The hub's columns under our names. Its own `idx` is left out: it is not always 0..N-1."""
+    """The hub's columns under our names. Its own `idx` is dropped: it is not always 0..N-1."""
     sources = {"sentence1": task.sentence1, "sentence2": task.sentence2, "label": "label"}
     data = data.select_columns([source for source in sources.values() if source])
     data = data.rename_columns({source: name for name, source in sources.items() if source and source != name})
@@ -82,21 +82,22 @@ def _first(data: Dataset, count: int) -> Dataset:
 
 
 def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_seq_length: int) -> Dataset:
-    """Columns input_ids, attention_mask[, token_type_ids], labels, index. Texts are cut to `max_seq_length`
-    tokens (the longer of a pair first) and not padded. Kept in memory: processes share no cache file.
+    """Tokenize into the columns input_ids, attention_mask[, token_type_ids], labels, index.
 
-    Raises UserError when `max_seq_length` leaves no room for text or is more than the model takes."""
+    Texts are truncated to `max_seq_length` tokens (the longer of a pair first) and not padded. The result stays in memory, so
+    processes share no cache file. Raises UserError if `max_seq_length` leaves no room for text or is more than the model
+    accepts."""
     fields = ("sentence1", "sentence2") if task.sentence2 else ("sentence1",)
     special = tokenizer.num_special_tokens_to_add(pair=len(fields) == 2)
     shortest, longest = special + len(fields), tokenizer.model_max_length
     if not shortest <= max_seq_length <= longest:
-        most = f"; at most {longest}, which is what the model takes" if max_seq_length > shortest else ""
-        remedy = f"must be at least {shortest} (special tokens and one token a text){most}"
+        most = f"; at most {longest}, the longest input the model accepts" if max_seq_length > shortest else ""
+        remedy = f"must be at least {shortest} (special tokens and one token per text){most}"
         raise UserError(Problem("max_seq_length", max_seq_length, remedy))
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(*(batch[field] for field in fields), truncation=True, max_length=max_seq_length)
-        # An empty text of a tokenizer that adds no special tokens: one token, to read the answer from.
+        # If the tokenizer adds no special tokens, an empty text has no token for the head to read: give it a padding token.
         one_token = {"input_ids": tokenizer.pad_token_id, "attention_mask": 1, "token_type_ids": 0}
         for i in (i for i, ids in enumerate(encoded["input_ids"]) if not ids):
             for column in encoded:
@@ -109,6 +110,6 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, m
         remove_columns=[*fields, "label"],
         keep_in_memory=True,
         load_from_cache_file=False,
-        new_fingerprint="tokens",  # nothing is cached by it, and to find one takes longer than many a data set's tokens
+        new_fingerprint="tokens",  # caches nothing; computing one can take longer than tokenizing
         desc="tokenizing",
     )

@@ -1,7 +1,7 @@
 """From logits to a task's measures.
 
-Measures are computed once over all examples, by whoever holds them all: they are not averages over batches or
-ranks, and F1 or a correlation of parts says nothing about the whole."""
+A measure is computed once, over all examples. It is never averaged over batches or ranks: the F1 score or the correlation of
+a whole set cannot be derived from those of its parts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def _macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Over the classes that occur among labels or predictions."""
+    """F1 averaged over the classes that occur among labels or predictions."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
@@ -45,12 +45,12 @@ def _matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
     from sklearn.metrics import matthews_corrcoef
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one class everywhere: 0, which it returns
+        warnings.simplefilter("ignore")  # if there is only one class, it warns and correctly returns 0
         return float(matthews_corrcoef(labels, predictions))
 
 
 def _correlation(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Pearson's or Spearman's; 0 where it is undefined: constant predictions know nothing of the labels."""
+    """Pearson's or Spearman's correlation, or 0 where it is undefined, as for constant predictions."""
     from scipy import stats
 
     if len(labels) < 2:
@@ -69,15 +69,15 @@ MEASURES: dict[str, Measure] = {
     "pearson": functools.partial(_correlation, "pearsonr"),
     "spearmanr": functools.partial(_correlation, "spearmanr"),
 }
-"""Every measure by GLUE's name for it: (labels [N], predictions [N]) -> a number in [-1, 1]."""
+"""Every measure by its name in GLUE: (labels [N], predictions [N]) -> a number in [-1, 1]."""
 
 
 @functools.cache
 def load_metric(config_name: str) -> Any:
-    """The `evaluate` metric of a task, loaded once a process, without the hub.
+    """Load the `evaluate` metric of a task, once per process and without the hub.
 
-    Predictions stay in memory and the experiment has a name of its own: by default `evaluate` writes them to
-    a shared cache file, where processes on the same machine would meet."""
+    Predictions stay in memory and the experiment ID is unique: by default, `evaluate` writes predictions to a cache file on
+    which processes of one machine would collide."""
     import evaluate
 
     experiment = f"{os.getpid()}-{uuid.uuid4().hex}"
@@ -85,10 +85,10 @@ def load_metric(config_name: str) -> Any:
 
 
 def compute_metrics(data: TaskData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The task's measures and "score", their mean.
+    """Compute the task's measures and "score", their mean.
 
-    `logits` [N, C] fp32 (C=1 for regression) and `labels` [N] hold every example of one development set once;
-    for MNLI's two sets call twice. Raises UserError when the model's outputs are not finite."""
+    `logits` [N, C] fp32 (C=1 for regression) and `labels` [N] hold every example of one development set exactly once; MNLI's
+    two sets need one call each. Raises UserError if the set is empty or any logit is not finite."""
     logits, labels = np.asarray(logits), np.asarray(labels)
     assert logits.shape == (len(labels), data.num_labels), f"{logits.shape} logits for {labels.shape} labels"
     broken = int((~np.isfinite(logits)).any(axis=1).sum())
@@ -102,9 +102,10 @@ def compute_metrics(data: TaskData, logits: np.ndarray, labels: np.ndarray) -> d
 
 
 def measures_of(data: TaskData, logits: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """All measures of all development sets, prefixed by the set's name where there are several, and their mean "score".
+    """Compute all measures of all development sets and "score", their mean. Names get the set's as prefix if there are several.
 
-    By set: `logits` as of `compute_metrics`, of language as of `compute_perplexity`, which needs no `labels`."""
+    `logits` and `labels` by set, as in `compute_metrics`; for a language model, `logits` holds the sums that
+    `compute_perplexity` takes, and `labels` is not used."""
     merged: dict[str, float] = {}
     for name, values in logits.items():
         found = compute_perplexity(values) if data.is_language else compute_metrics(data, values, labels[name])
@@ -113,8 +114,10 @@ def measures_of(data: TaskData, logits: Mapping[str, np.ndarray], labels: Mappin
 
 
 def compute_perplexity(sums: np.ndarray) -> dict[str, float]:
-    """Perplexity of a set, and "score", the same; less is better. `sums` [N, 2]: each row's negative log-likelihood and
-    how many tokens it is of. Raises UserError when it is not finite."""
+    """Compute the perplexity of a set, also as "score"; lower is better.
+
+    `sums` [N, 2]: each row's summed negative log-likelihood and its number of predicted tokens. Raises UserError if the
+    loss is not finite."""
     per_token = float(sums[:, 0].sum() / max(1.0, sums[:, 1].sum()))
     if not np.isfinite(per_token):
         raise UserError(Problem("logits", "not finite", "the run diverged; try a lower --learning_rate"))

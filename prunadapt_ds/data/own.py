@@ -1,4 +1,4 @@
-"""The user's own files: columns sentence1[, sentence2], label; what the labels are is read off the labels."""
+"""Loads the user's own files: columns sentence1[, sentence2], label. The kind of task is inferred from the labels."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class _File:
 
 
 def load_files(train: str, validation: str, problem_type: str | None = None) -> tuple[Task, dict[str, Columns]]:
-    """Read the files and find out the task: classification (label names sorted; integers by value) or, where
-    train labels are floats, regression. `problem_type` ("regression" or "single_label_classification") decides it instead.
+    """Read both files and infer the task, unless `problem_type` ("regression" or "single_label_classification") states it:
+    regression if the training labels are floats, otherwise classification.
 
-    Returns the task and the columns of "train" and "validation", labels encoded as int or float. Raises UserError with the
-    problems of both files."""
+    Class names are sorted, integers by value. Returns the task and the columns of "train" and "validation", with labels
+    encoded as int or float. Raises UserError with the problems of both files."""
     paths = {"train_file": train, "validation_file": validation}
     files: list[_File] = []
     problems: list[Problem] = []
@@ -51,7 +51,7 @@ def load_files(train: str, validation: str, problem_type: str | None = None) -> 
         if has_pair != paired[0]:
             have, lack = (file, files[0]) if has_pair else (files[0], file)
             problems.append(
-                lack.problem(f"has no column 'sentence2' but {have.field} has one; use it in both or in none")
+                lack.problem(f"has no column 'sentence2', but {have.field} does; use it in both files or in neither")
             )
     if problem_type == "single_label_classification":
         for file in files:
@@ -88,7 +88,7 @@ def _whole_numbers(labels: list[Any]) -> list[Any]:
 
 
 def _column_problems(file: _File) -> list[Problem]:
-    """Columns that are missing, texts that are not text, labels that are not there."""
+    """Report missing columns, texts that are not strings or cannot be encoded, and labels that are missing or of other types."""
     missing = [name for name in ("sentence1", "label") if name not in file.columns]
     if missing:
         found = ", ".join(map(repr, file.columns))
@@ -123,7 +123,7 @@ def _text(label: Any) -> str:
 
 
 def _kind(labels: list[Any]) -> str:
-    """integer, float (numbers, at least one written as a float) or name."""
+    """The kind of the labels: "integer", "float" (all are numbers, at least one not an integer) or "name"."""
     texts = dict.fromkeys(map(_text, labels))
     if all(INTEGER.fullmatch(text) for text in texts):
         return "integer"
@@ -131,7 +131,7 @@ def _kind(labels: list[Any]) -> str:
 
 
 def _scores(files: list[_File], kinds: list[str], problems: list[Problem]) -> tuple[tuple[str, ...], list[list[Any]]]:
-    """Labels as floats; problems are appended."""
+    """Encode labels as floats. Appends to `problems`."""
     encoded = []
     for file, kind in zip(files, kinds, strict=True):
         if kind == "name":
@@ -151,7 +151,7 @@ def _scores(files: list[_File], kinds: list[str], problems: list[Problem]) -> tu
 
 
 def _classes(files: list[_File], kinds: list[str], problems: list[Problem]) -> tuple[tuple[str, ...], list[list[Any]]]:
-    """Labels as 0..C-1 in the order of the sorted names of train_file; problems are appended."""
+    """Encode labels as 0..C-1, in the sorted order of train_file's names. Appends to `problems`."""
     numeric = kinds[0] == "integer"
 
     def name_of(label: Any) -> str:

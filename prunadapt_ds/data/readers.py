@@ -1,8 +1,8 @@
-"""Files into columns, with messages that name the file, the row and what to do about it.
+"""Reads files into columns. Error messages name the file, the row and the remedy.
 
-Delimited text is read here and not through pandas, which would turn the words "NA" and "null" into missing
-values, 007 into 7, and swallow rows after a stray quotation mark. Everything is read into memory: processes
-that read the same file share no cache and need no lock.
+Delimited text is parsed here rather than with pandas, which would turn the words "NA" and "null" into missing values, 007
+into 7, and swallow rows after a stray quotation mark. Everything is read into memory, so processes that read the same file
+share no cache and need no lock.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ DELIMITERS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 
 
 def read_columns(field: str, path: str | Path) -> Columns:
-    """Read a csv, tsv, jsonl, json or parquet file, chosen by extension.
+    """Read a csv, tsv, jsonl, json or parquet file, depending on its extension.
 
-    `field` is the option the path came from and is only used in messages.
-    Raises UserError: file missing, empty, header only, not UTF-8, ragged, of unknown extension, and so on."""
+    `field` is the option that the path came from; only messages use it. Raises UserError if the file is missing, empty, ragged,
+    not UTF-8, has only a header or an unknown extension, and so on."""
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -44,11 +44,11 @@ def read_columns(field: str, path: str | Path) -> Columns:
 
 
 def check_exists(field: str, path: Path) -> None:
-    """Raises UserError unless `path` is a file with something in it."""
+    """Raise UserError unless `path` is a non-empty file."""
     problem = None
     if os.path.isdir(path):
         problem = "is a folder; give a file"
-    elif not os.path.isfile(path):  # which, unlike Path's, takes any name
+    elif not os.path.isfile(path):  # Path.is_file raises for some names, such as one that is too long
         siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
         close = difflib.get_close_matches(path.name, siblings, n=1)
         problem = "no such file" + (f"; did you mean {str(path.parent / close[0])!r}?" if close else "; check the path")
@@ -59,7 +59,7 @@ def check_exists(field: str, path: Path) -> None:
 
 
 def read_text(field: str, path: Path) -> str:
-    """The file as text, without a byte order mark. Raises UserError for bytes that are not UTF-8 text."""
+    """The file's text, without a byte order mark. Raises UserError if it cannot be read or is not UTF-8 text."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -80,13 +80,13 @@ def _delimited(field: str, path: Path, delimiter: str) -> Columns:
     text = read_text(field, path)
     rows = _quoted_rows(text, delimiter)
     if isinstance(rows, str):
-        # Tab-separated files are often written without quoting (GLUE's are): a quotation mark is just text.
+        # Tab-separated files are often written without quoting, as GLUE's are: a quotation mark is then just text.
         if delimiter != "\t":
             remedy = f'{rows}; quote texts that hold a {DELIMITERS[delimiter]} or a ", and double the " inside'
             raise UserError(Problem(field, str(path), remedy))
         rows = _plain_rows(text)
     elif delimiter == "\t" and '"' in text:
-        # Two stray quotation marks, rows apart, would make one row of all between them.
+        # Two stray quotation marks in different rows would merge all rows between them into one.
         plain = _plain_rows(text)
         if len(plain) > len(rows) and len({len(row) for _, row in plain}) == 1:
             rows = plain
@@ -108,8 +108,8 @@ def _delimited(field: str, path: Path, delimiter: str) -> Columns:
 
 
 def _quoted_rows(text: str, delimiter: str) -> list[tuple[int, list[str]]] | str:
-    """(last line number, cells) of each row by the usual rules of quoting, or what breaks them."""
-    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a whole document may stand in one cell
+    """(last line number, cells) of each row under the usual quoting rules, or a message about what breaks them."""
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # one cell may hold a whole document
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         return [(reader.line_num, row) for row in reader if row]
@@ -118,19 +118,19 @@ def _quoted_rows(text: str, delimiter: str) -> list[tuple[int, list[str]]] | str
 
 
 def _plain_rows(text: str) -> list[tuple[int, list[str]]]:
-    """(line number, cells) of each row of tab-separated text in which quotation marks mean nothing."""
+    """(line number, cells) of each row of tab-separated text without quoting."""
     lines = text.replace("\r\n", "\n").split("\n")
     return [(number, line.split("\t")) for number, line in enumerate(lines, start=1) if line]
 
 
 def read_official_tsv(field: str, path: Path) -> list[tuple[int, list[str]]]:
-    """(line number, cells) of each row of one of GLUE's own files, header included where it has one."""
+    """Read (line number, cells) of each row of an official GLUE file, including its header, if any. Raises UserError."""
     check_exists(field, path)
     return _plain_rows(read_text(field, path))
 
 
 def stream_official_tsv(field: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The same, row by row: test sets are large."""
+    """Like `read_official_tsv`, but one row at a time: test sets are large."""
     check_exists(field, path)
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
@@ -188,7 +188,7 @@ def _parquet(field: str, path: Path) -> Columns:
         raise UserError(Problem(field, str(path), f"is not a readable parquet file: {first_line}")) from None
     check_duplicates(field, path, table.column_names)
     columns: Columns = {name: table[name].to_pylist() for name in table.column_names}
-    # A file written by `datasets` holds class numbers and their names apart; -1 stands for "no label".
+    # Files written by `datasets` store class numbers, and the names in the schema; -1 means "no label".
     for name, feature in datasets.Features.from_arrow_schema(table.schema).items():
         if isinstance(feature, datasets.ClassLabel):
             names = feature.names
@@ -197,12 +197,12 @@ def _parquet(field: str, path: Path) -> Columns:
 
 
 def has_surrogate(text: str) -> bool:
-    """Whether a text holds half a character of UTF-16, as JSON can spell and no file can be written with."""
+    """Whether a text contains an unpaired UTF-16 surrogate, which JSON can express but UTF-8 cannot encode."""
     return SURROGATE.search(text) is not None
 
 
 def check_duplicates(field: str, path: Path, names: list[str]) -> None:
-    """Raises UserError when a column name occurs twice."""
+    """Raise UserError if a column name occurs more than once."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(Problem(field, str(path), f"duplicate columns {twice}; give each column a name of its own"))

@@ -1,18 +1,18 @@
-"""The built-in task: generated sentence pairs that need meaning, not words, and nothing to download.
+"""The built-in task: generated sentence pairs that cannot be classified by counting words. Needs no download.
 
-sentence1 reports what somebody found of one or two people or things; sentence2 asks about one of them; the
-label says whether the verdict on that one is favourable. Three kinds of sentence1:
+sentence1 gives a verdict on one or two people or things; sentence2 asks about one of them; the label says whether the verdict
+on that one is favourable. There are three kinds of sentence1:
 
     plain    (half)     Once more the soup was anything but stale.
     turn     (quarter)  The guide seemed rude at first, but was caring in the end.
-    contrast (quarter)  Although the soup was bland, the waiter was hardly careless.   (asked: one of the two)
+    contrast (quarter)  Although the soup was bland, the waiter was hardly careless.   (sentence2 asks about either)
 
-Why a count of words does not help: verdict words come with and without a negation, each turn and contrast
-holds a favourable and an unfavourable verdict, labels are balanced within each kind, and the verdict words of
-the validation split never occur in the training split: what they mean has to come from the backbone.
+Counting words does not help, because verdict words occur both with and without a negation, every turn and every contrast
+contains one favourable and one unfavourable verdict, and labels are balanced within each kind. The verdict words of the
+validation split never occur in the training split, so their meaning has to come from the backbone.
 
-Only `Random.random()` is used: of the generator's methods, it alone is promised to stay the same in every
-version of Python. No order comes from a set or from `hash()`.
+Of the generator's methods, only `Random.random()` is used: it alone is guaranteed to give the same numbers in every version
+of Python. No order depends on a set or on `hash()`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import NamedTuple
 SIZES = {"train": 2400, "validation": 512}
 SEEDS = {"train": 1, "validation": 2}
 NEGATED = 0.15
-"""Share of verdicts that are said by denying their opposite."""
+"""Share of verdicts that are expressed by negating the opposite."""
 
 
 class Group(NamedTuple):
-    """Who or what is judged, and the words for it."""
+    """What a sentence judges, and the verdict words that apply to it."""
 
     subjects: tuple[str, ...]
     favourable: tuple[str, ...]
@@ -121,9 +121,9 @@ KINDS = ("plain", "turn", "plain", "contrast")
 
 
 def generate(split: str) -> dict[str, list[str] | list[int]]:
-    """Columns sentence1, sentence2, label (0 negative, 1 positive) of split "train" or "validation".
+    """Generate the columns sentence1, sentence2, label (0 negative, 1 positive) of the split "train" or "validation".
 
-    Always the same rows. Both labels are equally frequent, within each kind too; no pair occurs twice."""
+    The rows are always the same. Labels are balanced, also within each kind, and no pair occurs twice."""
     writer = _Writer(split)
     rows: list[tuple[str, str, int]] = []
     seen: set[tuple[str, str]] = set()
@@ -141,7 +141,7 @@ def generate(split: str) -> dict[str, list[str] | list[int]]:
 
 
 def verdict_words(group: Group, favourable: bool, split: str) -> tuple[str, ...]:
-    """The verdict words a split may use: every third belongs to validation, the others to training."""
+    """The verdict words that a split may use: every third word belongs to validation, the others to training."""
     words = group.favourable if favourable else group.unfavourable
     return tuple(word for i, word in enumerate(words) if (i % 3 == 2) == (split == "validation"))
 
@@ -155,7 +155,7 @@ class _Writer:
         return options[int(self.random() * len(options))]
 
     def pair(self, kind: str, favourable: bool) -> tuple[str, str]:
-        """One (sentence1, sentence2); `favourable` is the verdict on the one that sentence2 asks about."""
+        """One (sentence1, sentence2); `favourable`: the verdict on what sentence2 asks about."""
         group, other = self.group(), self.group()
         asked, who = self.pick(group.subjects), self.pick(ASKERS)
         x = self.verdict(group, favourable)

@@ -1,4 +1,4 @@
-"""The tasks as one table. A new task is one row of `TASKS`; nothing else needs to know its name."""
+"""The table of tasks. To add a task, add a row to `_ROWS`; nothing else needs to know its name."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Split:
 
 @dataclass(frozen=True)
 class BlindSet:
-    """One set without labels, whose answers the leaderboard knows."""
+    """One test set without labels, which the leaderboard scores."""
 
     submission: str
-    """Its file in a submission."""
+    """Name of the file with its answers in a submission."""
     path: str
     """Its official file under `--data_dir`."""
     columns: tuple[str, ...]
-    """In that file: index, sentence1[, sentence2]. These files always have a header, and not the columns of train and dev."""
+    """Columns of that file: index, sentence1[, sentence2]. It always has a header, and other columns than train and dev."""
     rows: int
-    """Of the official file."""
+    """Number of rows in the official file."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +43,24 @@ class Task:
 
     name: str
     folder: str | None
-    """Folder of the official TSV files under `--data_dir`; None where there are none."""
+    """Folder of the official TSV files under `--data_dir`; None if there are none."""
     sentence1: str
     """Column on the hub."""
     sentence2: str | None
     """Column on the hub; None for single sentences."""
     label_names: tuple[str, ...]
-    """In the order of the hub's integers; () means regression."""
+    """Names in the order of the hub's integer labels; () for regression."""
     metrics: tuple[str, ...]
     """Keys of `prunadapt_ds.data.metrics.MEASURES`; the score is their mean."""
     tsv_columns: tuple[str, ...] = ()
-    """In the official files: sentence1[, sentence2], label. Digits are places in a file without header."""
+    """Columns of the official files: sentence1[, sentence2], label. Digits are positions in a file without a header."""
     validation_splits: tuple[Split, ...] = (Split("validation", "validation", "dev.tsv"),)
     blind_sets: tuple[BlindSet, ...] = ()
-    """What a model of this task answers in a submission to the leaderboard."""
+    """Test sets that a model of this task answers in a submission to the leaderboard."""
     submitted: tuple[str, ...] = ()
-    """How the leaderboard spells the labels, in the order of `label_names`; () where it spells them so too."""
+    """How the leaderboard spells the labels, in the order of `label_names`; () if it uses the same names."""
     submitted_range: tuple[float, float] | None = None
-    """Of regression: numbers beyond are cut to it."""
+    """For regression: the range to which submitted numbers are clipped."""
 
     @property
     def is_regression(self) -> bool:
@@ -125,13 +125,15 @@ TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 assert len(TASKS) == len(_ROWS), "two rows of the task table have the same name"
 
 OWN_METRICS = {"own_classification": ("accuracy", "macro_f1"), "own_regression": _CORRELATIONS}
-"""Measures for the user's own files, by the name such a task goes by."""
+"""Measures for the user's own files, by task name."""
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """A loaded task. Raw columns: sentence1[, sentence2] (text), label (int64, float64 for regression) and
-    index (int64), the row's place 0..N-1 in its whole split, whatever subset was taken."""
+    """A loaded task.
+
+    Raw columns: sentence1[, sentence2] (text), label (int64; float64 for regression) and index (int64), the row's position
+    0..N-1 in its whole split, even if only a subset was loaded."""
 
     task: Task
     train: Dataset
@@ -149,11 +151,11 @@ def unknown_task(name: str) -> Problem:
     """The problem to report for a `--task_name` that is not in the table."""
     close = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), TASKS, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return Problem("task_name", name, f"unknown task; {hint}known are {', '.join(TASKS)}")
+    return Problem("task_name", name, f"unknown task; {hint}known tasks are {', '.join(TASKS)}")
 
 
 def get_task(name: str) -> Task:
-    """The table's row. Raises UserError with a "did you mean" for an unknown name."""
+    """The task of that name. Raises UserError, with a "did you mean" if one is close, if there is none."""
     if name not in TASKS:
         raise UserError(unknown_task(name))
     return TASKS[name]

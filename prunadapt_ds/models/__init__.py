@@ -1,1 +1,1 @@
-"""Architecture records, layouts and the exported folder's own modelling file."""
+"""Architecture records, layouts, and the modelling file that every pruned export carries."""

@@ -1,4 +1,4 @@
-"""Which of transformers' auto classes loads a model."""
+"""Which transformers auto class loads a model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ CLASSIFIER, LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelFor
 
 
 def name_of(is_language: bool) -> str:
-    """By what the model is trained to do."""
+    """The auto class for a language model or, if not `is_language`, for a classifier."""
     return LANGUAGE_MODEL if is_language else CLASSIFIER
 
 
 def name_for(stock: str) -> str:
-    """By the name of a stock class."""
+    """The auto class that loads the stock class named `stock`."""
     return name_of(stock.endswith(("ForCausalLM", "LMHeadModel")))
 
 
 def auto_class(is_language: bool) -> Any:
-    """The class itself."""
+    """Like `name_of`, but returns the class."""
     import transformers
 
     return getattr(transformers, name_of(is_language))

@@ -1,15 +1,17 @@
 """Architecture families: where heads and neurons live and how their weights are laid out. One record per family.
 
-This is the only place that knows a module path. To add a family, add a record to `FAMILIES`: the tests that run over
-the table (slicing, cost model, parity, training) pick it up.
+Module paths appear nowhere else. To add a family, add a record to `_RECORDS`; the tests that run over all families
+(slicing, cost model, parity, training) pick it up.
 
-Widths are written by name; layouts.py resolves them with a model's configuration:
+Widths are given by name; layouts.py resolves them against a model's configuration:
 
-    q        the query rows of a unit: head_dim for plain attention, group * head_dim where `group` query heads share a key
-    k, v     the key or value rows of a unit: head_dim
-    qkv      one head's query, key and value rows interleaved: 3 * head_dim
-    neuron   1
-    heads    query heads per unit;  kv_heads  key/value heads per unit;  sharing  query heads per key that a unit adds
+    q         query rows per unit: head_dim, or group * head_dim where `group` query heads share a key/value head
+    k, v      key or value rows per unit: head_dim
+    qkv       query, key and value rows of one head, interleaved: 3 * head_dim
+    neuron    rows per neuron: 1
+    heads     query heads per unit
+    kv_heads  key/value heads per unit
+    sharing   query heads per key/value head that one unit contributes (multi-query attention only)
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map below a layer; `parts` names the blocks in which its units lie one after another.
+    """A linear map in a layer. `parts` names, in order, the widths of the consecutive blocks that hold its units.
 
-    `exists`: whether a configuration has it.  `per_token`: whether it runs on tokens, not on something a batch shares.
+    `exists`: whether a model with this configuration has the projection.  `per_token`: whether it runs once per token,
+    rather than once per batch on something all sequences share.
     """
 
     path: str
@@ -35,10 +38,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class SubLayer:
-    """`inputs` produce the units, `output` consumes them; `attributes` are (module, attribute, width name).
+    """One kind of prunable sub-layer: `inputs` produce its units, `output` consumes them.
 
-    `config_fields`: (field, width name) of the stock configuration by which every layer can have fewer units. Empty where
-    it cannot say so.
+    `core`: the module that cannot run without units.  `attributes`: (module, attribute, width name) of the sizes that modules
+    store.  `config_fields`: (field, width name) of the stock configuration's fields that shrink every layer alike; empty if it
+    has none.
     """
 
     inputs: tuple[Projection, ...]
@@ -52,11 +56,11 @@ class SubLayer:
 class Family:
     """One architecture.
 
-    `layers`: path of the blocks below the base model.  `task_head`: modules below the classification model that are always
-    trained, beside whatever loading reports as newly initialised.  `is_decoder`: causal; pooled at the last token, padded
-    on the right, generates from a cache.  `shares_layers`: one block runs `num_hidden_layers` times; it keeps a head.
-    `drops_layers`: all layers are alike and independent of their number, so that the stock configuration can say fewer.
-    `relative_positions`: how many positions each query and key is compared with beside the tokens.
+    `layers`: path of the blocks, relative to the base model.  `task_head`: modules of the classification model that are
+    always trained, in addition to those that loading reports as newly initialised.  `is_decoder`: causal; pooled at the last
+    token, padded on the right, generates with a cache.  `shares_layers`: the same weights run `num_hidden_layers` times; at
+    least one head stays.  `drops_layers`: all layers are alike and none depends on its index, so the stock configuration can
+    describe a model with fewer.  `relative_positions`: how many positions are attended to in addition to the tokens.
     """
 
     model_type: str
@@ -76,7 +80,7 @@ def _feed_forward(inputs: Projection | tuple[Projection, ...], output: Projectio
 
 
 def _separate(path: str, names: dict[str, str]) -> tuple[Projection, ...]:
-    """Query, key and value each a map of its own: `path` with the name of the part."""
+    """Separate query, key and value projections, named by `path` with each part's name filled in."""
     return tuple(Projection(path.format(name), (part,)) for part, name in names.items())
 
 
@@ -136,7 +140,7 @@ def _llama_like(model_type: str, fused: bool = False) -> Family:
 
 
 def _deberta_positions(kind: str) -> Callable[[Any], bool]:
-    """Whether positions have a projection of their own in DeBERTa-v2: "c2p" for keys, "p2c" for queries."""
+    """Whether DeBERTa-v2 projects positions with weights of their own: "c2p" for keys, "p2c" for queries."""
     return lambda config: (
         bool(getattr(config, "relative_attention", False))
         and not getattr(config, "share_att_key", False)
@@ -145,7 +149,7 @@ def _deberta_positions(kind: str) -> Callable[[Any], bool]:
 
 
 def _deberta_relative_positions(config: Any) -> int:
-    """2 * span positions for each of "content to position" and "position to content"."""
+    """2 * span positions for each enabled term: "c2p" (content to position) and "p2c" (position to content)."""
     if not getattr(config, "relative_attention", False):
         return 0
     longest = config.max_relative_positions if config.max_relative_positions > 0 else config.max_position_embeddings
@@ -253,7 +257,7 @@ _RECORDS = (
             inputs=_separate("self_attn.{}_proj", {"q": "q", "k": "k", "v": "v"}),
             output=Projection("self_attn.out_proj", ("q",)),
             core="self_attn",
-            attributes=(("self_attn", "num_heads", "heads"),),  # its views let the tokens absorb a wrong number
+            attributes=(("self_attn", "num_heads", "heads"),),  # a wrong number is silent: view(B, -1, heads, dim)
         ),
         neurons=_feed_forward(Projection("fc1", ("neuron",)), Projection("fc2", ("neuron",)), "ffn_dim"),
         task_head=("score",),

@@ -1,8 +1,8 @@
-"""A family's record resolved with one configuration: sizes, counts, floors, and the layout that the rest goes by.
+"""Resolves a family's record against one configuration: sizes, counts, floors, and the `Layout` all other modules use.
 
-Widths of a unit by name, as families.py writes them, in rows of a projection (or whatever an attribute counts). Under
-multi-query attention (one key/value head for all) a unit is one query head: k, v and kv_heads do not follow the units,
-they stay as they are, and `sharing` does.
+The width names of families.py become numbers: rows of a projection per unit, or whatever an attribute counts. Under
+multi-query attention (one key/value head for all query heads) a unit is one query head: k, v and kv_heads then stay as
+they are, and `sharing` scales with the number of units.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 def family_of(config: Any) -> Family:
-    """The record of a configuration's family. Raises UserError where there is none."""
+    """The family record for a configuration. Raises UserError if the architecture is not supported."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(
@@ -29,20 +29,20 @@ def family_of(config: Any) -> Family:
                 "model_name_or_path",
                 getattr(config, "name_or_path", "") or config.model_type,
                 f"the architecture {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}. "
-                "To add one, write its record in prunadapt_ds/models/families.py",
+                "To add one, write a record for it in prunadapt_ds/models/families.py",
             )
         )
     if family.shares_layers and config.num_hidden_groups != 1:
-        remedy = "its layers share weights in several groups, of which no cut is written; take one with one group"
+        remedy = "its layers share weights in several groups, which cannot be pruned; use a model with one group"
         raise UserError(Problem("model_name_or_path", f"num_hidden_groups={config.num_hidden_groups}", remedy))
     return family
 
 
 def most_tokens(model: Any) -> int | None:
-    """The longest input that a model has positions for; None where positions are no table."""
+    """The longest input, in tokens, that a model has positions for; None if it has no table of positions."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
-            # RoBERTa counts from behind the padding token, OPT from 2.
+            # RoBERTa's positions start after the padding token's, OPT's at 2.
             unused = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
             return full_shape(nn.Module.get_parameter(module, "weight"))[0] - unused
     return None
@@ -53,7 +53,7 @@ def head_dim_of(config: Any) -> int:
 
 
 def widths_of(config: Any) -> dict[str, int | None]:
-    """Rows (or whatever is counted) per unit by width name; None for what does not follow the units."""
+    """Rows (or whatever is counted) per unit, by width name; None for what does not scale with the number of units."""
     heads, head_dim = config.num_attention_heads, head_dim_of(config)
     group = heads // _kv_heads(config)
     widths = {"q": group * head_dim, "k": head_dim, "v": head_dim, "qkv": 3 * head_dim, "neuron": 1}
@@ -67,22 +67,22 @@ def _kv_heads(config: Any) -> int:
 
 
 def is_multi_query(config: Any) -> bool:
-    """One key/value head for several query heads: it stays, query heads go one by one."""
+    """Whether several query heads share a single key/value head: that head stays, and query heads are cut one by one."""
     return _kv_heads(config) == 1 < config.num_attention_heads
 
 
 def num_units(family: Family, config: Any) -> tuple[int, int]:
-    """Heads (or key/value groups) and neurons of a layer."""
+    """The numbers of heads (or key/value groups) and of neurons in a dense layer."""
     heads = config.num_attention_heads if is_multi_query(config) else _kv_heads(config)
     neurons = getattr(config, family.neurons.config_fields[0][0]) or 4 * config.hidden_size
     return heads, neurons
 
 
 def head_floors(family: Family, config: Any, num_layers: int) -> tuple[int, ...]:
-    """Heads that must stay, by layer.
+    """The number of heads that must stay, by layer.
 
-    A decoder's cache tells its length from the first layer of each kind of attention, so that layer keeps some. Shared
-    layers and the one key/value head of multi-query attention keep some everywhere.
+    A decoder's cache reads its length from the first layer of each attention type, so that layer keeps a head. With shared
+    layers or multi-query attention, every layer keeps one.
     """
     if family.shares_layers or is_multi_query(config):
         return (1,) * num_layers
@@ -93,15 +93,16 @@ def head_floors(family: Family, config: Any, num_layers: int) -> tuple[int, ...]
 
 
 def stock_fields(record: SubLayer, config: Any, count: int) -> dict[str, int]:
-    """The fields of a stock configuration that say `count` units of a kind in every layer."""
+    """The fields of a stock configuration that give every layer `count` units of a kind, with their values."""
     widths = widths_of(config)
     return {field: count * w for field, name in record.config_fields if (w := widths[name]) is not None}
 
 
 def sayable_heads(family: Family, config: Any) -> tuple[int, ...]:
-    """The numbers of heads (or key/value groups) per layer that a stock configuration takes, ascending.
+    """The numbers of heads (or key/value groups) per layer that a stock configuration accepts, ascending.
 
-    All or none, but that Llama's wants one that divides the model's width, whatever the width of a head.
+    Usually every number, or only the dense one; Llama requires the number of query heads to divide hidden_size, whatever
+    head_dim is.
     """
     dense, _ = num_units(family, config)
 
@@ -109,7 +110,7 @@ def sayable_heads(family: Family, config: Any) -> tuple[int, ...]:
         fields = {"head_dim": head_dim_of(config), **stock_fields(family.heads, config, count)}
         try:
             type(config).from_dict({**config.to_dict(), **fields})
-        except Exception:  # of a type of its own, whatever was raised
+        except Exception:  # validation raises an error type of its own
             return False
         return True
 
@@ -120,10 +121,12 @@ def sayable_heads(family: Family, config: Any) -> tuple[int, ...]:
 def uniform_floors(
     family: Family, structure: Structure, config: Any, neuron_multiple: int, head_multiple: int = 1
 ) -> Structure:
-    """The same structure where each layer keeps what a stock configuration needs: at least one unit of each kind, and numbers
-    of heads that it can state and `head_multiple` divides; where it can state fewer layers, whole ones may go.
+    """The same structure, limited to what a stock configuration can represent.
 
-    Raises UserError if `head_multiple` does not divide the number that the model has."""
+    Each layer keeps at least one unit of each kind (neurons: `neuron_multiple`), and a number of heads that the configuration
+    accepts and `head_multiple` divides; if the family can have fewer layers, whole ones may go. Raises UserError if
+    `head_multiple` does not divide the model's number of heads.
+    """
     dense, _ = num_units(family, config)
     if dense % head_multiple:
         remedy = f"must divide the {dense} heads (or groups that share a key) of this model's layers"
@@ -136,7 +139,7 @@ def uniform_floors(
 
 
 def with_floors(family: Family, structure: Structure, config: Any, prune: Any) -> Structure:
-    """The same structure with what the options of pruning (uniform, keep_in_outer_layers, *_multiple) have stay in it.
+    """The same structure with the floors that `uniform`, `keep_in_outer_layers` and the two multiples of `prune` imply.
 
     config: the dense model's.
     """
@@ -146,7 +149,7 @@ def with_floors(family: Family, structure: Structure, config: Any, prune: Any) -
 
 
 def layout_of(family: Family, config: Any, base_model_prefix: str) -> Layout:
-    """Resolve a family's record with the sizes of one configuration."""
+    """Resolve a family's record against one configuration."""
     widths, head_dim = widths_of(config), head_dim_of(config)
     num_layers = config.inner_group_num if family.shares_layers else config.num_hidden_layers
 

@@ -1,17 +1,26 @@
-"""Per-layer widths for stock `transformers` models.
+"""Loads pruned models: stock `transformers` classes with fewer attention heads, feed-forward neurons or layers.
 
-This file lives twice: in the trainer, which cuts trained models with it, and beside the weights of every exported
-folder, where `auto_map` points at it. It therefore needs torch and transformers only.
+prunadapt_ds prunes its models with this file and copies it into the folder of every pruned export, where `auto_map` in
+config.json refers to it. It therefore depends only on torch and transformers.
 
-Legend: U units of a sub-layer (attention heads, key/value groups or feed-forward neurons), W width of a unit.
+`from_pretrained(folder, trust_remote_code=True)` builds the stock model, narrows each layer to the sizes in
+`config.pruned_structure`, and then loads the weights. That structure has two entries:
 
-A projection stores unit u in one or several consecutive blocks ("parts"). With part widths (w0, w1, ...) and U units,
-part p occupies U * wp rows and unit u the rows  U * (w0 + ... + w[p-1]) + u * wp + [0, wp):
+    layout   where the units are: heads, key/value groups and neurons (see `Layout`)
+    kept     how many of them are left, as kept[layer][sub-layer]
 
-    separate query          parts = (head_dim,)                 fused [q | k | v]     parts = (head_dim,) * 3
-    interleaved q,k,v       parts = (3 * head_dim,)             grouped [q | k | v]   parts = (group * head_dim, head_dim, head_dim)
+Legend: U units of one sub-layer, K of them kept; B batch size, T tokens, D hidden size.
 
-Behind them may lie `tail` rows that belong to no unit and always stay (the shared key and value of multi-query attention).
+A projection stores its units in one or more consecutive blocks of rows, its parts. With part widths (w0, w1, ...), part p has
+U * wp rows, and the wp rows of unit u start at U * (w0 + ... + w[p-1]) + u * wp:
+
+    separate query          parts = (head_dim,)
+    fused [q | k | v]       parts = (head_dim, head_dim, head_dim)
+    grouped [q | k | v]     parts = (group * head_dim, head_dim, head_dim)
+    interleaved q, k, v     parts = (3 * head_dim,)
+
+The parts may be followed by `tail` rows that belong to no unit and always stay: in multi-query attention, the shared key and
+value.
 """
 
 from __future__ import annotations
@@ -30,20 +39,20 @@ LAYERS_RETURN_TUPLES = int(transformers.__version__.partition(".")[0]) < 5
 
 @dataclass(frozen=True)
 class ProjectionLayout:
-    """Where the units of one linear map lie. `path` is the module below the layer, `parts` the widths per unit."""
+    """Where the units of one linear map are. `path` is relative to the layer; `parts` are the rows per unit of each part."""
 
     path: str
     parts: tuple[int, ...]
     transposed: bool = False  # weight is [in, out] (GPT-2's Conv1D) instead of [out, in]
-    tail: int = 0  # rows behind the units' that always stay
-    per_token: bool = True  # runs on tokens; not, where it runs on positions that a batch shares
+    tail: int = 0  # rows after the last part, which always stay
+    per_token: bool = True  # False for projections of relative positions, which run once per batch
 
     def unit_axis(self, side: str) -> int:
-        """The axis of the weight along which units lie: `side` is "out" (they are outputs) or "in"."""
+        """The axis of the weight along which units lie: `side` is "out" if they are outputs, "in" if they are inputs."""
         return int((side == "in") != self.transposed)
 
     def indices(self, kept: Tensor, num_units: int) -> Tensor:
-        """Rows (or columns) of the units `kept` [K] out of `num_units`: int64 [K * sum(parts) + tail], part after part."""
+        """Rows (or columns) that stay when `kept` [K] of `num_units` units do: int64 [K * sum(parts) + tail], part by part."""
         blocks, offset = [], 0
         for width in self.parts:
             blocks.append((offset + kept[:, None] * width + torch.arange(width)).flatten())
@@ -53,9 +62,9 @@ class ProjectionLayout:
 
 @dataclass(frozen=True)
 class AttributeLayout:
-    """A number that a module keeps about its units and that must follow them: `per_unit` times the units kept.
+    """A size that a module stores as an attribute, equal to `per_unit` times its number of units.
 
-    `name` may be "config.<field>": the module then gets a configuration of its own.
+    `name` may be "config.<field>": the module then gets its own copy of the configuration.
     """
 
     path: str
@@ -65,16 +74,16 @@ class AttributeLayout:
 
 @dataclass(frozen=True)
 class SubLayerLayout:
-    """One prunable sub-layer: its units are outputs of `inputs` and inputs of `output`."""
+    """One prunable sub-layer: its units are outputs of the projections `inputs` and inputs of the projection `output`."""
 
     kind: str  # "heads" or "neurons"
     num_units: int
     inputs: tuple[ProjectionLayout, ...]
     output: ProjectionLayout
-    core: str | None = None  # module that cannot run without units and is replaced when none is left
+    core: str | None = None  # module that cannot run without units; it is replaced when none are left
     attributes: tuple[AttributeLayout, ...] = ()
-    floors: tuple[int, ...] = ()  # units that must stay, by layer; none where empty
-    relative_positions: int = 0  # positions with which heads are compared beside the tokens
+    floors: tuple[int, ...] = ()  # units that must stay, by layer; empty: none
+    relative_positions: int = 0  # positions that heads attend to in addition to the tokens
 
     @property
     def width(self) -> int:
@@ -83,23 +92,23 @@ class SubLayerLayout:
 
     @property
     def sides(self) -> tuple[tuple[ProjectionLayout, str], ...]:
-        """Every projection, and whether the units are what goes "out" of it or comes "in"."""
+        """Every projection with the side on which it has the units: "out" (its outputs) or "in" (its inputs)."""
         return (*((p, "out") for p in self.inputs), (self.output, "in"))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the prunable units of a model are: `layers` is the path of its list of blocks."""
+    """Where the prunable units of a model are. `layers` is the path of its list of transformer blocks."""
 
     layers: str
     num_layers: int
     sublayers: tuple[SubLayerLayout, ...]
-    passes: int = 1  # how often each block runs, where layers share their weights
-    skips: bool = False  # a layer without any unit is skipped, its norms and biases too; else those stay
+    passes: int = 1  # times that each block runs: more than once where layers share their weights
+    skips: bool = False  # a layer without units is skipped entirely; if False, its norms and output biases still apply
 
     @property
     def places(self) -> list[tuple[int, SubLayerLayout]]:
-        """Every sub-layer of the model with its layer's number, in the flat order of units."""
+        """Every (layer index, sub-layer) of the model: layer by layer, in the order of `sublayers`."""
         return [(layer, sublayer) for layer in range(self.num_layers) for sublayer in self.sublayers]
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,14 +136,14 @@ class Layout:
 
 
 class RemovedProjection(nn.Module):
-    """Stands where an input projection was whose units are all gone: [..., D] -> [..., 0]."""
+    """Replaces an input projection that has no units left: [..., D] -> [..., 0]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[..., :0]
 
 
 class BiasOnly(nn.Module):
-    """Stands where an output projection was whose units are all gone: its bias remains. [..., 0] -> [..., D]."""
+    """Replaces an output projection that has no units left with its bias: [..., 0] -> [..., D]."""
 
     bias: nn.Parameter | None
 
@@ -150,16 +159,17 @@ class BiasOnly(nn.Module):
 
 
 class RemovedAttention(nn.Module):
-    """Stands where attention was whose heads are all gone. Returns (output, no weights), as attention modules do.
+    """Replaces an attention module that has no heads left. Like one, it returns (output [..., D], attention weights: None).
 
-    `rest`: modules that no unit owns (norms of queries and keys). They are few and keep their names and values.
+    If the output projection is inside the attention module, pass its replacement as `output`; otherwise the output is empty,
+    [..., 0]. `rest`: modules that belong to no head (norms of queries and keys), kept so that the checkpoint's names match.
     """
 
     def __init__(self, rest: dict[str, nn.Module], output_name: str | None = None, output: nn.Module | None = None):
         super().__init__()
         self.output_name = output_name
         for name, module in rest.items():
-            self.add_module(name, module.requires_grad_(False))  # nothing reads it any more
+            self.add_module(name, module.requires_grad_(False))  # it never runs again
         if output_name is not None:
             self.add_module(output_name, output)
 
@@ -174,20 +184,23 @@ class RemovedAttention(nn.Module):
 
 
 class SkippedLayer(nn.Module):
-    """Stands where a layer was that is skipped: its output is its input."""
+    """Replaces a layer that has no units left: returns hidden_states [B, T, D] unchanged."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         return (hidden_states,) if LAYERS_RETURN_TUPLES else hidden_states
 
 
 def select(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
-    """A parameter that holds the slices `index` of `parameter` along `axis`, in memory of its own."""
+    """A new parameter with a copy of the slices `index` (int64 [n]) of `parameter` along `axis`."""
     data = parameter.detach().index_select(axis, index.to(parameter.device))
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
 def slice_linear(module: Any, index: Tensor, side: str, axis: int) -> None:
-    """Keep the features `index` of an `nn.Linear` or `Conv1D`, in place. A bias follows its outputs only."""
+    """Keep only the features `index` (int64 [n]) of an `nn.Linear` or `Conv1D`, in place.
+
+    `axis` is the weight's axis on that `side`. The bias is sliced only if `side` is "out".
+    """
     module.weight = select(module.weight, index, axis)
     if side == "out" and module.bias is not None:
         module.bias = select(module.bias, index, 0)
@@ -203,7 +216,7 @@ def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def remove_sublayer(layer: nn.Module, sublayer: SubLayerLayout) -> None:
-    """Replace a sub-layer that has no units left by what remains of it: the bias of its output projection."""
+    """Replace a sub-layer that has no units left, in place. What remains is the bias of its output projection."""
     output: Any = layer.get_submodule(sublayer.output.path)
     output = getattr(output, "base_layer", output)
     axis = 1 - sublayer.output.unit_axis("in")
@@ -225,7 +238,7 @@ def remove_sublayer(layer: nn.Module, sublayer: SubLayerLayout) -> None:
 
 
 def update_attributes(layer: nn.Module, sublayer: SubLayerLayout, num_kept: int) -> None:
-    """Let the numbers that modules keep about their units follow the units."""
+    """Set the sizes that modules store as attributes to those of `num_kept` units, in place."""
     for attribute in sublayer.attributes:
         module, value = layer.get_submodule(attribute.path), attribute.per_unit * num_kept
         if attribute.name.startswith("config."):
@@ -236,7 +249,7 @@ def update_attributes(layer: nn.Module, sublayer: SubLayerLayout, num_kept: int)
 
 
 def narrow(model: nn.Module, layout: Layout, kept: list[list[int]]) -> None:
-    """Give a freshly built stock model the widths `kept[layer][sublayer]`, in place. Values are loaded afterwards."""
+    """Narrow a newly built stock model to `kept[layer][sublayer]` units, in place. Its weights are loaded afterwards."""
     layers: Any = model.get_submodule(layout.layers)
     for number, (layer, counts) in enumerate(zip(layers, kept, strict=True)):
         if layout.skips and not any(counts):
@@ -256,7 +269,7 @@ def narrow(model: nn.Module, layout: Layout, kept: list[list[int]]) -> None:
 
 
 class _Pruned:
-    """Mixed into a stock model class: builds the stock model, then narrows it to `config.pruned_structure`."""
+    """Mixin for a stock model class: builds the stock model, then narrows it to `config.pruned_structure`."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -265,7 +278,7 @@ class _Pruned:
 
 
 def __getattr__(name: str) -> type:
-    """`PrunedX` is the stock class `X` with per-layer widths, for any `X` of transformers (PEP 562)."""
+    """Create the class `PrunedX` on first use, for any model class `X` of transformers (PEP 562)."""
     stock = getattr(transformers, name.removeprefix("Pruned"), None) if name.startswith("Pruned") else None
     if stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

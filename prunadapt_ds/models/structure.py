@@ -1,6 +1,6 @@
-"""What every prunable unit of a model costs: parameters and multiply-accumulates in closed form, time as it was measured.
+"""What every prunable unit of a model costs: parameters and multiply-accumulates in closed form, time as measured.
 
-Legend: U units of the whole model in one flat order: layer by layer, heads before neurons.  T sequence length.
+Legend: U number of units in the model, in one flat order: layer by layer, heads before neurons.  T sequence length.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
 
 @dataclass(frozen=True)
 class SubLayer:
-    """A run of equal units in the flat order."""
+    """A run of units of equal cost in the flat order: the heads or the neurons of one layer."""
 
     layer: int
     kind: str  # "heads" or "neurons"
@@ -27,22 +27,22 @@ class SubLayer:
     params_per_unit: int
     macs_per_unit: int  # multiply-accumulates for one sequence of `Structure.seq_length` tokens
     floor: int = 0  # units that must stay
-    counts: tuple[int, ...] = ()  # numbers of units that a uniform cut may leave, ascending; empty: any from `floor` on
-    latency: tuple[int, ...] = ()  # ns by the number of units kept, [num_units + 1], never falling; empty: not measured
+    counts: tuple[int, ...] = ()  # numbers of units that a uniform cut may leave, ascending; empty: any from `floor` up
+    latency: tuple[int, ...] = ()  # ns by number of units kept, [num_units + 1], non-decreasing; empty: not measured
 
     @property
     def span(self) -> slice:
         return slice(self.start, self.start + self.num_units)
 
     def costs(self, budget: str) -> Tensor:
-        """What the sub-layer costs by the number of units kept: int64 [num_units + 1]."""
+        """The sub-layer's cost by number of units kept: int64 [num_units + 1]."""
         if budget == "latency":
             assert len(self.latency) == self.num_units + 1, "the time of this sub-layer was not measured"
             return torch.tensor(self.latency)
         return torch.arange(self.num_units + 1) * self.per_unit(budget)
 
     def cost(self, budget: str, count: int) -> int:
-        """What it costs with so many units kept."""
+        """The sub-layer's cost with `count` units kept."""
         return self.latency[count] if budget == "latency" else count * self.per_unit(budget)
 
     def per_unit(self, budget: str) -> int:
@@ -51,11 +51,11 @@ class SubLayer:
 
 @dataclass(frozen=True)
 class Structure:
-    """All prunable units of a model, and what the blocks cost beside them.
+    """All prunable units of a model, and the cost of its blocks beyond those units.
 
-    `fixed_params`: parameters of the blocks that no cut removes (norms, output biases, the key and value of multi-query
-    attention); `fixed_macs` and `fixed_latency` (ns) alike.  `other_params`: embeddings and head, not part of sparsity.
-    `skips`: a layer without units is skipped and costs nothing; its layers then have equal fixed costs.
+    `fixed_params`: parameters of the blocks that belong to no unit (norms, output biases, the key and value of multi-query
+    attention); `fixed_macs` and `fixed_latency` (ns) likewise.  `other_params`: embeddings and head, which sparsity does not
+    count.  `skips`: a layer without units is skipped and costs nothing; this assumes that all layers have equal fixed costs.
     """
 
     sublayers: tuple[SubLayer, ...]
@@ -74,8 +74,8 @@ class Structure:
         return {"params": self.fixed_params, "macs": self.fixed_macs, "latency": self.fixed_latency}[budget]
 
     def cost(self, budget: str, counts: Iterable[int]) -> int:
-        """Parameters ("params"), multiply-accumulates ("macs") or nanoseconds ("latency") of the blocks with so many units
-        in each sub-layer."""
+        """Parameters ("params"), multiply-accumulates ("macs") or nanoseconds ("latency") of the blocks, where `counts` gives the
+        number of units in each sub-layer."""
         pairs = list(zip(self.sublayers, counts, strict=True))
         layers = {s.layer for s in self.sublayers}
         left = {s.layer for s, count in pairs if count} if self.skips else layers
@@ -87,7 +87,7 @@ class Structure:
 
 
 def without_layers(structure: Structure, gone: Collection[int]) -> tuple[Structure, Tensor]:
-    """The structure of the layers that are left, which all stay, and which units are theirs: bool [U]."""
+    """The structure without the layers `gone`, in which no other layer is skipped, and a mask of its units: bool [U]."""
     sublayers: list[SubLayer] = []
     mine = torch.zeros(structure.num_units, dtype=torch.bool)
     for s in structure.sublayers:
@@ -111,10 +111,9 @@ def without_layers(structure: Structure, gone: Collection[int]) -> tuple[Structu
 
 
 def with_outer_floor(structure: Structure, share: float, neuron_multiple: int) -> Structure:
-    """The same structure of which the first and the last layer keep at least `share` of their units, of neurons in whole
-    groups.
+    """The same structure, where the first and last layers keep at least `share` of their units (neurons in whole groups).
 
-    What enters and leaves a model is hard to do without: LLM-Pruner (Ma et al., arXiv 2305.11627) leaves outer layers alone.
+    The outermost layers are the hardest to prune: LLM-Pruner (Ma et al., arXiv 2305.11627) leaves them alone.
     """
     outer = {structure.sublayers[0].layer, structure.sublayers[-1].layer}
 
@@ -129,7 +128,7 @@ def with_outer_floor(structure: Structure, share: float, neuron_multiple: int) -
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of the whole tensor, also where ZeRO-3 shows a shard of shape (0,)."""
+    """Shape of the whole tensor, even where ZeRO-3 shows a partitioned parameter with shape (0,)."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -138,7 +137,7 @@ def full_numel(parameter: nn.Parameter) -> int:
 
 
 def projection_params(module: Any, projection: ProjectionLayout, side: str) -> int:
-    """Parameters of one unit in a projection: its rows and their bias, or its columns."""
+    """Parameters of one unit in a projection: its rows and their biases if `side` is "out", its columns if "in"."""
     other_features = full_shape(module.weight)[1 - projection.unit_axis(side)]
     bias = 1 if side == "out" and module.bias is not None else 0
     return sum(projection.parts) * (other_features + bias)
@@ -147,9 +146,9 @@ def projection_params(module: Any, projection: ProjectionLayout, side: str) -> i
 def measure(model: nn.Module, layout: Layout, seq_length: int) -> Structure:
     """Read the structure off a model without adapters, sharded or not.
 
-    Multiply-accumulates count every matrix product of a unit: T * its weights, and for a head T * T * its width for the
-    scores and again for the values (one per query head of a group), T * its width for each relative position. Left out is
-    what a batch computes once: projections of positions.
+    Multiply-accumulates count every matrix product of a unit: T * its weights, and for heads T * T * width for the scores,
+    the same again for the values, and T * width for each relative position, where width covers all query heads of a unit.
+    Projections of positions are not counted: a batch computes them once.
     """
     sublayers: list[SubLayer] = []
     start = block_params = fixed_macs = 0

@@ -1,6 +1,6 @@
-"""The table of supported families, generated from the records: `python -m prunadapt_ds.models.table README.md`.
+"""Generates the table of supported families from their records: `python -m prunadapt_ds.models.table README.md`.
 
-Rewrites what stands between the marks of a Markdown file.
+Rewrites the text between the markers in a Markdown file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def table() -> str:
 
 
 def updated(text: str) -> str:
-    """A document with the table between its marks."""
+    """The document `text` with the current table between its markers. Raises ValueError if it has none."""
     before, _, rest = text.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:

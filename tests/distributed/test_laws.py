@@ -333,7 +333,7 @@ def test_hosts_that_hold_other_files_stop():
     assert run_ranks(runs.hosts, 2, "same") == [{"backbone": "same"}] * 2
     said = run_ranks(runs.hosts, 2, "other")
     assert said[0] == said[1] and said[0].startswith(
-        "RanksDisagree: the model's files on node1 are others than on node0"
+        "RanksDisagree: the model's files on node1 differ from those on node0"
     )
     said = run_ranks(runs.hosts, 2, "none")
     assert said[0] == said[1] and "reading the model's files failed: config.json" in said[0]

@@ -424,7 +424,7 @@ def test_adapters_and_pruned_models_of_the_hub_are_scored_as_such(hub, home, end
 def test_pickled_weights_of_the_hub_are_refused_and_the_command_that_is_told_converts_them(hub, tmp_path):
     out = load_model("some/pickled", hub, tmp_path)
     assert "has no *.safetensors" in out["error"] and not list(tmp_path.rglob("*.bin"))
-    command = out["error"].partition("name that: ")[2]
+    command = out["error"].partition("name the new folder: ")[2]
     python = f'"{sys.executable}" {command.removeprefix("python ")}'
     subprocess.run(python, shell=True, env=environment(hub, tmp_path), cwd=tmp_path, check=True, timeout=120)
     assert load_model(str(tmp_path / "pickled-safetensors"), hub, tmp_path).get("layers") == 3

@@ -107,7 +107,7 @@ def test_an_encoder_generates_nothing(tmp_path):
     tiny_folder(tmp_path / "bert", "bert")
     argv[argv.index("--model_name_or_path") + 1] = str(tmp_path / "bert")
     done = launch(["python", "launcher/train.py", *argv])
-    assert done.returncode == 2 and "no decoder" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "not a decoder" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.full

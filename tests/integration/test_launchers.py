@@ -146,7 +146,7 @@ def test_doctor_under_mpirun():
     need("mpirun")
     done = launch([*MPIRUN, "-np", "2", sys.executable, DOCTOR], OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "mpirun: 2 rank(s) on 1 host(s)" in done.stdout and "nothing wrong" in done.stdout
+    assert "mpirun: 2 rank(s) on 1 host(s)" in done.stdout and "no problems found" in done.stdout
     assert done.stdout.count("all-reduce") == 2 and done.stdout.count("launcher ") == 1
 
 
@@ -186,7 +186,7 @@ def test_a_port_in_use(tmp_path):
         ranks = run([TRAIN, "--output_dir", tmp_path / "out"], *({**p, "MASTER_PORT": port} for p in places))
     first, beside, elsewhere = ranks
     one_line(first, f"MASTER_PORT={port}: is in use")
-    one_line(elsewhere, "found something else than rank 0")
+    one_line(elsewhere, "found something other than rank 0")
     assert beside.code == 2 and not beside.errors
     assert max(rank.seconds for rank in ranks) < SOON and not (tmp_path / "out").exists()
 
@@ -197,14 +197,14 @@ def test_a_master_out_of_reach(tmp_path):
     far = {"MASTER_ADDR": "10.255.255.1", "MASTER_PORT": free_port(), "LOCAL_RANK": "0"}
     (rank,) = run([TRAIN, "--output_dir", tmp_path / "out"], place(1, **far))
     one_line(rank, "MASTER_ADDR='10.255.255.1': rank 1 ")
-    assert "had no answer from rank 0" in rank.errors[0] or "found something else than rank 0" in rank.errors[0]
+    assert "had no answer from rank 0" in rank.errors[0] or "found something other than rank 0" in rank.errors[0]
     assert rank.seconds < SOON and not (tmp_path / "out").exists()
 
 
 @pytest.mark.ci
 def test_a_rank_that_never_comes_and_a_master_that_does_not_answer():
     (alone,) = run([DOCTOR], place(0, MASTER_PORT=free_port(), **LIMIT))
-    one_line(alone, "ranks 1 did not come")
+    one_line(alone, "ranks 1 did not reach")
     (lost,) = run([DOCTOR], place(1, LOCAL_RANK="0", MASTER_PORT=free_port(), **LIMIT))
     one_line(lost, "had no answer from rank 0")
 
@@ -215,9 +215,9 @@ def test_the_doctor_says_what_is_wrong():
     bad = {"MASTER_PORT": port, "OMP_NUM_THREADS": str(os.cpu_count()), "CXX": "no-such-compiler"}
     first, second = run([DOCTOR], place(0, **bad), place(1, **bad))
     assert (first.code, second.code) == (2, 2) and "wrong" not in second.text, second.text
-    wrong = [line for line in first.text.splitlines() if line.startswith("wrong: ")]
+    wrong = [line for line in first.text.splitlines() if line.startswith("problem: ")]
     assert "no C++ compiler (no-such-compiler)" in wrong[0] and "threads of 2 ranks on" in wrong[1] and len(wrong) == 2
-    assert "nothing wrong" not in first.text
+    assert "no problems found" not in first.text
 
 
 # -------------------------------------------------------------------------------------------------------- exit codes

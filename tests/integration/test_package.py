@@ -121,7 +121,7 @@ def test_the_installed_command(installed, tmp_path):
     assert call([command, "--version"], tmp_path).startswith("prunadapt ")
     where = call([installed / "bin" / "python", "-c", "import prunadapt_ds as p; print(p.__file__)"], tmp_path)
     assert str(installed) in where
-    assert "nothing wrong" in call([command, "doctor"], tmp_path)
+    assert "no problems found" in call([command, "doctor"], tmp_path)
     call([command, "init-slurm", "jobs"], tmp_path)
     assert (tmp_path / "jobs" / "slurm" / "train.sh").is_file() and (
         tmp_path / "jobs" / "ds_configs" / "zero3.json"
@@ -143,4 +143,4 @@ def test_the_installed_command(installed, tmp_path):
 )
 def test_every_launcher_runs_the_module(launcher, tmp_path):
     out = call([*launcher, "prunadapt_ds", "doctor"], ROOT, OMP_NUM_THREADS="1")
-    assert "2 rank(s)" in out and "nothing wrong" in out
+    assert "2 rank(s)" in out and "no problems found" in out

@@ -209,7 +209,7 @@ def test_a_speed_is_met_and_a_resumed_run_keeps_its_table(base, tmp_path):
         b - a for kind, step in (("heads", 1), ("neurons", 8)) for a, b in zip(curves[kind], curves[kind][step:])
     )
     assert abs(kept - dense / 1.3) <= dearest and kept < dense
-    assert report["latency"]["speedup"] > 0 and "Speed-up: 1.30 asked for" in said
+    assert report["latency"]["speedup"] > 0 and "Speed-up: 1.30 requested" in said
 
 
 def test_killed_within_a_window(base, tmp_path, uninterrupted):

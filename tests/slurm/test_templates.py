@@ -103,7 +103,7 @@ def test_array_of_tasks_and_the_table(cluster, glue):
     assert "2 ranks" in logs[0] and logs[0].count("exit code 0") == 2 and "exit code 2" in logs[1]
     assert logs[0].count("step 1/") == 2, "every line once, whatever the number of ranks"
     table = (root / "glue.md").read_text()
-    assert "average of what is there, **not of all**" in table
+    assert "average of complete runs, **not of all**" in table
     assert "mrpc, seed 0: failed. exit code 2: data_dir=" in table and "no such file" in table
     found = json.loads((root / "glue.json").read_text())
     scores = [report_of(root / task / "seed0")["metric"]["exported"]["score"] for task in ("rte", "wnli")]

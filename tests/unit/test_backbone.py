@@ -43,7 +43,7 @@ def test_tokens_without_an_embedding_are_refused(tmp_path):
     rows = [{"input_ids": [2, 5, last, 3], "attention_mask": [1] * 4, "label": 0} for last in (199, 200)]
     known, unknown = (Rows(Dataset.from_list([row]).rename_column("label", "labels"), loaded.tokenizer) for row in rows)
     refuse_unknown_tokens("x", loaded.model, known)
-    with pytest.raises(UserError, match="makes token 200 of these texts, and it has embeddings of 200"):
+    with pytest.raises(UserError, match="produces token 200, but the model has 200 embeddings"):
         refuse_unknown_tokens("x", loaded.model, unknown)
 
 

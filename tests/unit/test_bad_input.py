@@ -167,7 +167,7 @@ OPTION_CASES = {
     "sparsity out of reach": ({"target_sparsity": 0.999}, [("target_sparsity", "at most 0.9")]),
     "speed out of reach": (
         {"target_speedup": 1e6, "latency_batch_size": 1, "latency_seq_length": 8},
-        [("target_speedup", "by what its blocks take here")],
+        [("target_speedup", "by the block times measured here")],
     ),
     "timed beyond its positions": ({"latency_seq_length": 2000}, [("latency_seq_length", "at most 512 tokens")]),
     "no such projection": ({"target_modules": "qury"}, [("target_modules", "attention.self.query")]),
@@ -288,11 +288,11 @@ DS_CASES = {
     ),
     "gradients dealt out round robin": (
         {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
-        ("zero_optimization.round_robin_gradients", "do not reach; remove it"),
+        ("zero_optimization.round_robin_gradients", "do not support; remove it"),
     ),
     "zenflow": (
         {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}},
-        ("zero_optimization.zenflow", "do not reach; remove it"),
+        ("zero_optimization.zenflow", "do not support; remove it"),
     ),
     "an old name of offloading": (
         {"zero_optimization": {"stage": 2, "cpu_offload": True}},
@@ -308,11 +308,11 @@ DS_CASES = {
     ),
     "part of an optimizer offloaded": (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
-        ("zero_optimization.offload_optimizer.ratio", "do not reach; remove it"),
+        ("zero_optimization.offload_optimizer.ratio", "do not support; remove it"),
     ),
     "offloaded to another process": (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
-        ("zero_optimization.offload_optimizer.super_offload", "do not reach; remove it"),
+        ("zero_optimization.offload_optimizer.super_offload", "do not support; remove it"),
     ),
     "blocks by their granularity without CUDA": (
         {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 1000}},
@@ -467,7 +467,7 @@ def language(base, **options):
 
 LANGUAGE_CASES = {
     "empty": ({"train_file": ("a.txt", b"")}, ("train_file", "the file is empty")),
-    "blank": ({"train_file": ("a.txt", b" \n\n")}, ("train_file", "holds no text")),
+    "blank": ({"train_file": ("a.txt", b" \n\n")}, ("train_file", "contains no text")),
     "one word": ({"validation_file": ("a.txt", b"sun")}, ("text", "fewer than two tokens")),
     "columns": ({"train_file": ("a.csv", b"a,b\nc,d\n")}, ("train_file", "prompt and response, messages, or text")),
     "no response": (
@@ -486,10 +486,10 @@ LANGUAGE_CASES = {
     "NUL": ({"train_file": ("a.txt", b"a\0b")}, ("train_file", "NUL byte")),
     "other columns": (
         {"validation_file": ("a.jsonl", b'{"prompt": "a", "response": "b"}\n')},
-        ("validation_file", "has columns prompt, response, train_file text"),
+        ("validation_file", "has columns prompt, response, but train_file has text"),
     ),
     "no files": ({"train_file": None, "validation_file": None}, ("train_file", "--task_type causal_lm needs")),
-    "an encoder": ({"model_name_or_path": "bert"}, ("task_type", "bert is no decoder")),
+    "an encoder": ({"model_name_or_path": "bert"}, ("task_type", "bert is not a decoder")),
     "too long": ({"max_seq_length": 65}, ("max_seq_length", "at most 64")),
     "with tmp": ({"method": "tmp"}, ("method", "use prunadapt, lora or full")),
 }
@@ -616,7 +616,7 @@ MODEL_CASES = {
     "no tokenizer": (lambda f: remove(f, "token*"), "has no tokenizer"),
     "half a tokenizer": (lambda f: remove(f, "tokenizer.json"), "has no tokenizer"),
     "tokenizer is not JSON": (lambda f: cut(f / "tokenizer.json", "{"), "cannot be loaded"),
-    "code of its own": (lambda f: edit(f, model_type="odd", auto_map=REMOTE), "say --trust_remote_code to run it"),
+    "code of its own": (lambda f: edit(f, model_type="odd", auto_map=REMOTE), "pass --trust_remote_code to run it"),
 }
 
 
@@ -740,10 +740,10 @@ SCORED_CASES = {
     "a damaged structure": (lambda f: edit(f, pruned_structure={"layout": {}, "kept": []}), "cannot be loaded"),
     "a language model of ours": (
         lambda f: edit(f, pruned_structure={}, architectures=["PrunedLlamaForCausalLM"]),
-        "is a language model, and a classifier is asked for",
+        "is a language model, but a classifier is needed",
     ),
     "a structure of no class": (lambda f: edit(f, pruned_structure={}, architectures=["json"]), "cannot be loaded"),
-    "code of its own": (lambda f: edit(f, model_type="odd", auto_map=REMOTE), "say --trust_remote_code to run it"),
+    "code of its own": (lambda f: edit(f, model_type="odd", auto_map=REMOTE), "pass --trust_remote_code to run it"),
     "a pickled adapter": (lambda f: cut(f / "adapter_config.json", "{}"), "pickled ones are never loaded"),
     "an adapter of nothing": (lambda f: adapter(f, "{}"), "cannot be loaded: 'base_model_name_or_path'"),
     "an adapter that is not JSON": (lambda f: adapter(f, "{"), "adapter_config.json cannot be read"),
@@ -885,7 +885,7 @@ def test_tables_to_gather(place):
     (place / "file").write_text("")
     refused(place, ["nowhere"], ("root", "there is no such folder"), program=glue_table.main)
     refused(
-        place, ["file", "--tasks", "rtee"], ("tasks", "no task of GLUE"), ("root", "no such"), program=glue_table.main
+        place, ["file", "--tasks", "rtee"], ("tasks", "not a GLUE task"), ("root", "no such"), program=glue_table.main
     )
     cell = place / "rte" / "seed0"
     cell.mkdir(parents=True)

@@ -142,7 +142,7 @@ def test_what_other_programs_call_it(name, hint):
 def test_what_is_had_elsewhere_or_not_at_all():
     found = fields(["--export_formats", "onnx", "--lr_scheduler_type", "cosine", "--budget", "flops"])
     assert "prunadapt export --run_dir DIR --export_formats onnx" in found["export_formats"].remedy
-    assert found["lr_scheduler_type"].remedy.startswith("is not there; linear")
+    assert found["lr_scheduler_type"].remedy.startswith("is not available; linear")
     assert found["budget"].remedy == "known are params, macs, latency"
 
 

@@ -42,8 +42,8 @@ def test_the_page_ends_with_what_is_wrong(monkeypatch):
     monkeypatch.setenv(launchers.LAUNCHER_VARIABLE, "python")
     monkeypatch.setattr(doctor, "backend", lambda: "gloo")
     page = doctor.describe([CPU], {1024: 0.001}, ["no compiler", "full"])
-    assert page[-2:] == ["wrong: no compiler", "wrong: full"] and "nothing wrong" not in page
-    assert doctor.describe([CPU], {1024: 0.001}, [])[-1] == "nothing wrong"
+    assert page[-2:] == ["problem: no compiler", "problem: full"] and "no problems found" not in page
+    assert doctor.describe([CPU], {1024: 0.001}, [])[-1] == "no problems found"
 
 
 def test_what_a_rank_sees_by_itself(tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_options_that_contradict_the_adapter(tmp_path):
     same = LoraOptions(r=3, lora_alpha=5.0, target_modules=["query"])
     assert given_adapter.take_over(given, loaded, same, frozenset({"r", "lora_alpha", "target_modules"}))
     other = backbone.load(str(tiny_folder(tmp_path / "wide", "bert", hidden_size=64)), num_labels=2)
-    with pytest.raises(UserError, match="is of shape"):
+    with pytest.raises(UserError, match="has shape"):
         given_adapter.take_over(given, other, LoraOptions(), frozenset())
     with pytest.raises(UserError, match=r"such as model\.layers\.0\.self_attn\.q_proj"):
         llama = backbone.load(str(tiny_folder(tmp_path / "llama", "llama")), num_labels=2)
@@ -179,6 +179,8 @@ def test_classes_are_known_by_their_names():
     columns = labels.columns(("CONTRADICTION", "Neutral", "entailment"), ("entailment", "neutral", "contradiction"))
     assert columns == [2, 1, 0] and labels.columns(("a", "A"), ("a", "b")) is None
     assert labels.in_order(torch.tensor([[1.0, 2.0]]), ("NO", "YES"), ("yes", "no")).tolist() == [[2.0, 1.0]]
-    assert labels.doubt(("good", "bad"), ("accept", "reject")).startswith("calls its classes good, bad; they are taken")
+    assert labels.doubt(("good", "bad"), ("accept", "reject")).startswith(
+        "calls its classes good, bad; they are mapped"
+    )
     assert not any(labels.doubt(theirs, ("no", "yes")) for theirs in (("LABEL_0", "LABEL_1"), ("Yes", "No")))
     assert labels.doubt(("LABEL_0",), ()) == ""

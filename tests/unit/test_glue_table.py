@@ -89,7 +89,7 @@ def test_all_nine_are_glue(tmp_path):
         ),
         ({"code": "75", "log": ""}, "interrupted", "checkpoint"),
         ({"code": "75", "score": 0.5, "status": "interrupted"}, "interrupted", "checkpoint"),
-        ({"code": "running", "log": "step 1/9"}, "missing", "neither ended"),
+        ({"code": "running", "log": "step 1/9"}, "missing", "never ended"),
         ({"code": "1", "log": ""}, "failed", "look at log.txt"),
     ],
 )

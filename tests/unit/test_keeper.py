@@ -191,7 +191,7 @@ def test_a_stuck_process_says_where_and_ends(tmp_path, how, code):
     )
     assert done.returncode == code, done.stderr
     if how == "stuck":
-        assert "error: rank 3 has not moved for" in done.stderr
+        assert "error: rank 3 has made no progress for" in done.stderr
         assert "in here" in (tmp_path / "stuck-rank-3.txt").read_text()
     else:
         assert not list(tmp_path.iterdir())

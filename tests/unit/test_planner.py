@@ -199,7 +199,7 @@ def test_the_program_on_a_config_file(tmp_path, capsys, monkeypatch):
     tiny_config("llama").to_json_file(file)
     words = ("--model_name_or_path", str(file), "--world_size", "4", "--gpu_memory", "1GiB", "--task_type", "causal_lm")
     code, out, _ = run(capsys, *words)
-    assert code == 0 and all(f.name in out for f in FILES) and "taken: 1 GiB per GPU" in out
+    assert code == 0 and all(f.name in out for f in FILES) and "assumed: 1 GiB per GPU" in out
     code, out, _ = run(capsys, *words, "--json", "--ds_config", "ds_configs/zero3.json", "--max_seq_length", "64")
     found = json.loads(out)
     assert code == 0 and [c["file"] for c in found["configs"]] == ["zero3.json"]

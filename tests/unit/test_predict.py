@@ -163,11 +163,11 @@ def test_standard_input_and_output(base, tmp_path, monkeypatch, capfd):
     "text, what",
     [
         ("", "has no rows"),
-        ('{"sentence1": "a"}\nsun\n', "line 2 is no JSON object"),
+        ('{"sentence1": "a"}\nsun\n', "line 2 is not a JSON object"),
         ('{"sentence1": "a"}\n{"sentence1": "a", "sentence2": "b"}\n', "row 2: has sentence1 and sentence2"),
         ('{"sentence1": "a"}\n{"sentence1": null}\n', "row 2: sentence1 is None"),
         ('{"sentence2": "a"}\n', "row 1: has no sentence1"),
-        ('{"sentence1": "\\ud800"}\n', "row 1: sentence1 holds half a character"),
+        ('{"sentence1": "\\ud800"}\n', "row 1: sentence1 holds half a surrogate pair"),
     ],
 )
 def test_bad_standard_input(base, tmp_path, monkeypatch, text, what):

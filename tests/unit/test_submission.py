@@ -119,7 +119,7 @@ def test_all_of_glue(tmp_path, capsys, monkeypatch):
             assert {x[1] for x in lines[1:]} <= SPELLED[name]
         assert lines[1][1] == lines[7][1]  # the same words, in two chunks
     said = capsys.readouterr().err
-    assert "missing" not in said and "not official: MNLI/test_matched.tsv has 7 rows, the official 9,796" in said
+    assert "missing" not in said and "not official: MNLI/test_matched.tsv has 7 rows, the official file 9,796" in said
 
 
 def test_every_task_is_read_as_its_run_read_it(tmp_path, monkeypatch):
@@ -175,11 +175,11 @@ def test_numbers_are_cut_to_the_range():
     "task, text, what",
     [
         ("rte", "Index\tprediction\n0\tentailment\n", "header"),
-        ("rte", "index\tprediction\n0\tentailment", "does not end"),
+        ("rte", "index\tprediction\n0\tentailment", "has no newline"),
         ("rte", "index\tprediction\n", "0 predictions for 1 rows"),
         ("rte", "index\tprediction\n1\tentailment\n", "expected index 0"),
         ("rte", "index\tprediction\n0 entailment\n", "expected index 0"),
-        ("rte", "index\tprediction\n0\t1\n", "'1' is no prediction of rte"),
+        ("rte", "index\tprediction\n0\t1\n", "'1' is not a valid prediction for rte"),
         ("wnli", "index\tprediction\n0\tentailment\n", "no prediction of wnli"),
         ("mnli", "index\tprediction\n0\tnot_entailment\n", "no prediction of mnli"),
         ("stsb", "index\tprediction\n0\t5.001\n", "no prediction of stsb"),
@@ -236,6 +236,6 @@ def test_everything_wrong_is_said_before_a_model_is_loaded(tmp_path):
 
 def test_a_model_of_another_task_is_refused(tmp_path):
     data = write_set(tmp_path / "data", "MNLI-m.tsv")
-    with pytest.raises(UserError, match="answers with 2 numbers, the task mnli has 3"):
+    with pytest.raises(UserError, match="has 2 outputs, the task mnli needs 3"):
         submit(tmp_path, data, "--task_models", f"mnli={write_model(tmp_path / 'm', TASKS['rte'])}")
     assert not (tmp_path / "s.zip").exists()
