@@ -267,7 +267,7 @@ def test_splits_that_do_not_fit_together(train, dev, message, kind, tmp_path):
 def test_second_sentence_in_one_split_only(tmp_path, good):
     pair = write(tmp_path / "pair.csv", [{"sentence1": "a", "sentence2": "b", "label": "a"}])
     (problem,) = refused(good, pair)
-    assert problem.startswith("train_file=") and "validation_file has one" in problem
+    assert problem.startswith("train_file=") and "validation_file does" in problem
 
 
 def test_subsets_apply_to_every_split(tmp_path, good):

@@ -58,6 +58,7 @@ DATA_FILES = {
     "csv": RAW | TABLES.map(lambda t: table(t, ",")),
     "tsv": RAW | TABLES.map(lambda t: table(t, "\t")),
     "jsonl": RAW | RECORDS.map(lines),
+    "json": RAW | RECORDS.map(lambda records: json.dumps(records).encode()),
     "parquet": RAW | RAW.map(lambda raw: b"PAR1" + raw + b"PAR1"),
     "txt": RAW,
 }
@@ -83,7 +84,7 @@ def test_data_files(place, kind, data):
         path.write_bytes(data.draw(DATA_FILES[kind]))
     train, dev = map(str, paths)
     config = SimpleNamespace(
-        **dict.fromkeys(("task_name", "data_dir", "max_train_samples", "max_eval_samples")),
+        **dict.fromkeys(("task_name", "data_dir", "problem_type", "max_train_samples", "max_eval_samples")),
         train_file=train,
         validation_file=dev,
     )

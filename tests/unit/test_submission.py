@@ -180,11 +180,11 @@ def test_numbers_are_cut_to_the_range():
         ("rte", "index\tprediction\n1\tentailment\n", "expected index 0"),
         ("rte", "index\tprediction\n0 entailment\n", "expected index 0"),
         ("rte", "index\tprediction\n0\t1\n", "'1' is not a valid prediction for rte"),
-        ("wnli", "index\tprediction\n0\tentailment\n", "no prediction of wnli"),
-        ("mnli", "index\tprediction\n0\tnot_entailment\n", "no prediction of mnli"),
-        ("stsb", "index\tprediction\n0\t5.001\n", "no prediction of stsb"),
-        ("stsb", "index\tprediction\n0\tnan\n", "no prediction of stsb"),
-        ("stsb", "index\tprediction\n0\thigh\n", "no prediction of stsb"),
+        ("wnli", "index\tprediction\n0\tentailment\n", "is not a valid prediction for wnli"),
+        ("mnli", "index\tprediction\n0\tnot_entailment\n", "is not a valid prediction for mnli"),
+        ("stsb", "index\tprediction\n0\t5.001\n", "is not a valid prediction for stsb"),
+        ("stsb", "index\tprediction\n0\tnan\n", "is not a valid prediction for stsb"),
+        ("stsb", "index\tprediction\n0\thigh\n", "is not a valid prediction for stsb"),
     ],
 )
 def test_the_validator_refuses(task, text, what):
