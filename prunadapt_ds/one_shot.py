@@ -11,6 +11,7 @@ from prunadapt_ds import board, distributed, gates, tmp, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Sampler
 from prunadapt_ds.budget import PruningPlan
+from prunadapt_ds.faults import fault_point
 from prunadapt_ds.importance import WindowSums, save_sums
 from prunadapt_ds.session import Session, attach_gates, build_engine
 from prunadapt_ds.shrink import cut
@@ -32,6 +33,7 @@ def score_samples(session: Session, samples: list[int], stop_if_asked: Callable[
     engines.set_learning_rates(session.engine, 0.0)
     for step in range(scored.sampler.steps_per_epoch):
         train_step(scored, step, record=True)
+        fault_point(f"score-{step}")
         watchdog.beat()
         stop_if_asked()
     watchdog.rest()  # what follows is slow: writing the scores, or cutting and building an engine

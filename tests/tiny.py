@@ -184,6 +184,15 @@ def tiny_tokenizer(folder, *, of_decoder=False):
     return fast
 
 
+def exchange_two_words(folder):
+    """Another tokenizer for the same model: two words have each other's number."""
+    file = folder / "tokenizer.json"
+    values = json.loads(file.read_text())
+    words = values["model"]["vocab"]
+    words["sun"], words["rain"] = words["rain"], words["sun"]
+    file.write_text(json.dumps(values))
+
+
 def tiny_folder(folder, model_type, seed=0, **changes):
     """A local checkpoint as from the hub: the encoder's weights without a head, and a tokenizer."""
     from prunadapt_ds.models.families import FAMILIES

@@ -35,7 +35,7 @@ from tests.distributed import runs
 from tests.distributed.harness import Ranks, run_ranks
 from tests.distributed.test_laws import arguments
 from tests.integration.test_resume import argv, run
-from tests.tiny import tiny_data, tiny_folder
+from tests.tiny import exchange_two_words, tiny_data, tiny_folder
 
 pytestmark = pytest.mark.ci
 
@@ -144,15 +144,24 @@ def test_one_rank_dies(base, tmp_path, where):
     assert (newest and newest.step) == (2 if where == "step-3" else None)
 
 
-@pytest.mark.parametrize("how", ["one more", pytest.param("too little to be trained on", marks=pytest.mark.full)])
-def test_one_rank_has_other_data(base, tmp_path, how):
-    tiny_data(tmp_path / "data", n_train=38, n_dev=21)
+@pytest.mark.parametrize(
+    "how", ["data", "an option", "a tokenizer", pytest.param("too little data", marks=pytest.mark.full)]
+)
+def test_one_rank_is_given_something_else(base, tmp_path, how):
+    """Files on the disks of several hosts."""
+    tiny_data(tmp_path / "data", n_train=38 if how == "data" else 1, n_dev=21)
     mine = argv(base, tmp_path / "out")
-    one_more = ["--train_file", str(tmp_path / "data" / "train.csv")]
-    other = [*mine, *(one_more if how == "one more" else ["--max_train_samples", "1"])]
-    ended = Ranks([mine, other], 2).wait(400)
+    if how == "an option":
+        other, what = ["--logging_steps", "2"], "what the options and the DeepSpeed file ask for differs"
+    elif how == "a tokenizer":
+        folder = Path(shutil.copytree(base / "bert", tmp_path / "bert"))
+        exchange_two_words(folder)
+        other, what = ["--model_name_or_path", str(folder)], "what the tokenizer makes of the data differs"
+    else:
+        other, what = ["--train_file", str(tmp_path / "data" / "train.csv")], "the data differs"
+    ended = Ranks([mine, [*mine, *other]], 2).wait(400)
     assert [rank.code for rank in ended] == [4, 4]
-    assert "error: the data differs between ranks: ranks [1]" in ended[0].text
+    assert f"error: {what} between ranks: ranks [1]" in ended[0].text
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"ds.json"}
 
 

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from prunadapt_ds import checkpoint, unfinished
 from prunadapt_ds import report as reports
+from prunadapt_ds.config import NOT_SCORING
 from prunadapt_ds.latency import LatencyTable, curve
 from tests.distributed.harness import Ranks
 from tests.distributed.test_laws import arguments, ds_config, of_method
-from tests.tiny import tiny_data, tiny_folder
+from tests.tiny import exchange_two_words, tiny_data, tiny_folder
 
 pytestmark = pytest.mark.ci
 CLOCKS = ("samples/s", "time/train(s)", "memory/live(bytes)", "memory/parameters(bytes)")
@@ -233,6 +234,24 @@ def test_asked_to_stop_and_started_again(base, tmp_path, uninterrupted, name, ra
         assert complete(arguments)[0] == uninterrupted[1]
 
 
+def test_scoring_stops_when_asked_to(base, tmp_path):
+    arguments = [*arguments_of_scores(base, tmp_path / "out"), "--score_only"]
+    ended = run(arguments, fault="SIGTERM@score-1@1")
+    assert [r.code for r in ended] == [75, 75] and "stopped by SIGTERM" in ended[0].text
+    assert not (tmp_path / "out" / "scores").exists()
+
+
+def arguments_of_scores(base, output):
+    """Without what scoring has no use for."""
+    plain = argv(base, output)
+    return [
+        word
+        for name, value in zip(plain[::2], plain[1::2], strict=True)
+        if name[2:] not in NOT_SCORING
+        for word in (name, value)
+    ]
+
+
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_second_ctrl_c_leaves_at_once(base, tmp_path, world_size):
     """A terminal sends it to every rank. One of them answers the first; none waits for the step after the second."""
@@ -260,7 +279,7 @@ def test_a_complete_run_is_not_run_again(uninterrupted):
     assert outcome(arguments) == before
 
 
-@pytest.mark.parametrize("name", ["seed", "gradient_clipping", "backbone", "data"])
+@pytest.mark.parametrize("name", ["seed", "gradient_clipping", "backbone", "data", "tokenizer"])
 def test_what_would_be_another_run_is_refused(base, remains, tmp_path, name):
     arguments = argv(base, remains)
     if name == "seed":
@@ -272,13 +291,17 @@ def test_what_would_be_another_run_is_refused(base, remains, tmp_path, name):
     elif name == "backbone":
         tiny_folder(tmp_path / "other", "bert", seed=1)
         arguments, words = [*arguments, "--model_name_or_path", str(tmp_path / "other")], ["model_name_or_path="]
+    elif name == "tokenizer":
+        exchange_two_words(Path(shutil.copytree(base / "bert", tmp_path / "other")))
+        arguments = [*arguments, "--model_name_or_path", str(tmp_path / "other")]
+        words = ["model_name_or_path=", "its tokenizer makes other tokens of the data"]
     else:
         tiny_data(tmp_path / "data", n_train=38, n_dev=21)
         arguments, words = [*arguments, "--train_file", str(tmp_path / "data" / "train.csv")], ["train_file="]
     before = {p: p.stat().st_mtime_ns for p in remains.rglob("*") if p.is_file()}
     first, second = run(arguments)
     assert (first.code, second.code) == (2, 2) and all(word in first.text for word in words), first.text[-2000:]
-    assert "--resume never" in first.text and "error" not in second.text
+    assert ("--resume never" in first.text) == (name != "tokenizer") and "error" not in second.text
     assert {p: p.stat().st_mtime_ns for p in remains.rglob("*") if p.is_file()} == before
 
 
@@ -322,6 +345,10 @@ def continue_on(base, tmp_path, before, after, *, stage=3):
     assert "goes on after step 4 of 12" in said
     agree(*(checkpoint.read(tmp_path / name / "checkpoints" / "step-6") for name in ("out", "whole")))
     assert [line["step"] for line in found["metrics"]] == [3, 4, 6, 9, 12, 12]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["time"]["last_step_s"] and report["memory"]["live_tensor_bytes"]["after_shrink"]
+    dense = (report["time"]["dense_step_s"], report["memory"]["live_tensor_bytes"]["dense"])
+    assert dense == (None, None), "what other ranks have measured is not set beside it"
 
 
 def test_two_ranks_continue_as_one_under_another_stage(base, tmp_path):

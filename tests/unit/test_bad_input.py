@@ -233,6 +233,14 @@ DS_CASES = {
     "twice": ('{"bf16": {}, "bf16": {}}', ("ds_config", "states bf16 twice")),
     "unknown key": ({"zero_optimizaton": {"stage": 3}}, ("zero_optimizaton", "did you mean 'zero_optimization'?")),
     "unknown key far from all": ({"qqq": 1}, ("qqq", "are refused")),
+    "recomputation of DeepSpeed's": (
+        {"activation_checkpointing": {"cpu_checkpointing": True}},
+        ("activation_checkpointing", "pass --gradient_checkpointing"),
+    ),
+    "checkpoints of DeepSpeed's": (
+        {"checkpoint": {"use_node_local_storage": True}},
+        ("checkpoint", "--checkpoint_steps"),
+    ),
     "unknown key in a block": (
         {"zero_optimization": {"stage": 3, "stag": 1}},
         ("zero_optimization.stag", "not permitted"),

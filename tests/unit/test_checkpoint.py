@@ -431,6 +431,19 @@ def test_going_on_from_elsewhere_takes_no_other_runs_folder(tmp_path, ds_config)
         resume._find(parse(argv), mine)
 
 
+def test_going_on_from_elsewhere_takes_no_folder_of_other_data(tmp_path):
+    """What the options name is compared by content in a run's own folder, where it may have moved."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "run.json").write_text(json.dumps({"train_file": "b.csv", "seed": 0}))
+    found = checkpoint.Checkpoint(tmp_path / "a" / "checkpoints" / "step-2", 2, {"names": {"train_file": "a.csv"}})
+    with pytest.raises(UserError, match=r"train_file='a.csv': the run in .*b has 'b.csv'.* name another --output_dir"):
+        resume._refuse_other_inputs(tmp_path / "b", found)
+    resume._refuse_other_inputs(tmp_path / "a", found)
+    resume._refuse_other_inputs(tmp_path / "new", found)
+    (tmp_path / "b" / "run.json").write_text(json.dumps({"train_file": "a.csv"}))
+    resume._refuse_other_inputs(tmp_path / "b", found)
+
+
 def test_every_option_is_compared_or_free_for_a_reason(ds_config):
     assert set(OPTIONS) >= resume.FREE | resume.BY_CONTENT | resume.RESOLVED
     assert set(OPTIONS) - set(asked(ds_config())) == resume.FREE | resume.BY_CONTENT | {

@@ -149,6 +149,8 @@ def test_what_is_had_elsewhere_or_not_at_all():
 def test_scores_alone_are_no_training():
     found = fields(["--score_only", "--max_steps", "3", "--export_formats", "padded", "--criterion", "taylor"])
     assert set(found) == {"max_steps", "export_formats"}
+    assert set(fields(["--score_only", "--weight_decay", "0.1", "--resume", "."])) == {"weight_decay", "resume"}
+    assert parse(["--score_only", "--resume", "auto"]).prune.score_only, "as a SLURM template adds it"
     assert (
         found["max_steps"].remedy == "has no effect with --score_only, which neither trains nor exports; leave it out"
     )

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from prunadapt_ds import export, proof, weight_files
+from prunadapt_ds import export, formats, proof, weight_files
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from tests.tiny import layout_and_structure, tiny_model, tiny_tokenizer
@@ -40,6 +40,14 @@ def test_several_files_hold_what_one_would(dense, tmp_path, monkeypatch):
     assert set(index["weight_map"].values()) == {f.name for f in files} and index["metadata"]["total_size"] == sum(held)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "several")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), dense[0].parameters(), strict=True))
+
+
+def test_an_index_follows_its_files_into_another_dtype(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "MAX_FILE_BYTES", 20_000)
+    export.export(*dense, tmp_path / "out")
+    formats.cast(tmp_path / "out", torch.bfloat16)
+    held = sum(t.nbytes for f in (tmp_path / "out").glob("*.safetensors") for t in load_file(f).values())
+    assert json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == held
 
 
 def test_no_file_is_begun_that_the_disk_has_no_room_for(tmp_path):

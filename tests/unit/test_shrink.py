@@ -89,6 +89,8 @@ def test_first_and_last_steps_are_compared_within_their_kind():
     times.add(50, 0.5)
     assert times.ends() == (1.0, 0.5)
     assert StepTimes({100: [1.0]}, {50: [0.8]}).ends() == (1.0, 0.8), "or of what there is"
+    assert StepTimes({100: [1.0], 50: [0.5]}).ends(100) == (1.0, 0.5)
+    assert StepTimes({100: [1.0], 50: [0.5]}).ends(200) == (None, 0.5), "other ranks had the dense model"
 
 
 def test_predictions_do_not_hang_on_the_unit_of_size():
