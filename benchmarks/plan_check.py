@@ -122,12 +122,12 @@ def measure(argv: list[str], result: Path) -> None:
 
 
 def predict(point: Point, work: Path) -> dict:
-    from prunadapt_ds import plan_command
+    from prunadapt_ds.commands import plan
 
     model = str(work / f"{point.family}-{point.layers}x{point.hidden}")
     ds_config = str(work / "ds.json")
     words = ["--model_name_or_path", model, "--ds_config", ds_config, "--world_size", str(point.ranks), "--json"]
-    (found,) = json.loads(plan_command.run([*words, *point.options]))["configs"]
+    (found,) = json.loads(plan.run([*words, *point.options]))["configs"]
     return {row["phase"]: row for row in found["phases"]}
 
 

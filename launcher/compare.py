@@ -2,7 +2,7 @@
 
 import sys
 
-from prunadapt_ds.compare import main
+from prunadapt_ds.commands.compare import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from prunadapt_ds.glue_table import main
+from prunadapt_ds.commands.glue_table import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from prunadapt_ds.init_slurm import main
+from prunadapt_ds.commands.init_slurm import main
 
 if __name__ == "__main__":
     sys.exit(main())

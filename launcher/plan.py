@@ -4,7 +4,7 @@ from prunadapt_ds.environment import leave, prepare_environment
 
 prepare_environment()  # before torch and deepspeed are imported
 
-from prunadapt_ds.plan_command import main  # noqa: E402
+from prunadapt_ds.commands.plan import main  # noqa: E402
 
 if __name__ == "__main__":
     leave(main())

@@ -17,7 +17,7 @@ from prunadapt_ds.models.auto_classes import auto_class
 from prunadapt_ds.models.families import Family
 from prunadapt_ds.models.layouts import family_of, layout_of, most_tokens
 from prunadapt_ds.models.modeling_prunadapt import Layout
-from prunadapt_ds.models.structure import Structure, measure
+from prunadapt_ds.models.structure import Structure, is_sharded, structure_of
 from prunadapt_ds.streaming import streaming
 
 
@@ -97,7 +97,7 @@ def load(
     model.name_or_path = config.name_or_path = model_folder.locate(model_name_or_path)  # not this host's cache
     if (most := most_tokens(model)) is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
-    if not hasattr(next(model.parameters()), "ds_id"):
+    if not is_sharded(next(model.parameters())):
         model.to(device)
     layout = layout_of(family, config, model.base_model_prefix)
     refuse_no_layers(model_name_or_path, layout)
@@ -106,7 +106,7 @@ def load(
     head = frozenset(n for n, _ in model.named_parameters() if n in new or n.startswith(_prefixes(family.task_head)))
     _refuse_damaged(model_name_or_path, layout, new, () if is_language else _prefixes(family.task_head))
     freeze(model, head)
-    structure = measure(model, layout, seq_length)
+    structure = structure_of(model, layout, seq_length)
     known = () if is_language or new & head else opened.classes
     return Backbone(model, tokenizer, family, layout, structure, head, loading.notes, known, opened.dtype)
 

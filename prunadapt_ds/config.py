@@ -271,6 +271,10 @@ class Config:
         """All options by section."""
         return {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
 
+    def by_name(self) -> dict[str, Any]:
+        """All options by name, whatever their section."""
+        return {name: value for section in self.to_dict().values() for name, value in section.items()}
+
 
 OPTIONS = options_of(SECTIONS)
 # Options of --method prunadapt that still have an effect where nothing is cut.

@@ -26,14 +26,14 @@ class Command:
 # fmt: off
 COMMANDS = (
     Command("train", "train", "prune while fine-tuning, export a smaller model, report"),
-    Command("plan", "plan_command", "estimate the memory, communication and seconds of a run without its weights"),
-    Command("evaluate", "evaluate_command", "score an exported folder, or any stock model, on a task"),
-    Command("predict", "predict", "predict for a file or standard input, or write a GLUE submission"),
-    Command("export", "reexport", "export other formats from a finished run, or an interrupted run from its checkpoint"),
-    Command("compare", "compare", "compare any number of runs in one table and one page"),
-    Command("glue-table", "glue_table", "collect the runs of all GLUE tasks in one table"),
-    Command("doctor", "doctor", "check this installation and the launched ranks, and say what is wrong"),
-    Command("init-slurm", "init_slurm", "copy SLURM templates and DeepSpeed configurations into a folder"),
+    Command("plan", "commands.plan", "estimate the memory, communication and seconds of a run without its weights"),
+    Command("evaluate", "commands.evaluate", "score an exported folder, or any stock model, on a task"),
+    Command("predict", "commands.predict", "predict for a file or standard input, or write a GLUE submission"),
+    Command("export", "commands.reexport", "export other formats from a finished run, or an interrupted run from its checkpoint"),
+    Command("compare", "commands.compare", "compare any number of runs in one table and one page"),
+    Command("glue-table", "commands.glue_table", "collect the runs of all GLUE tasks in one table"),
+    Command("doctor", "commands.doctor", "check this installation and the launched ranks, and say what is wrong"),
+    Command("init-slurm", "commands.init_slurm", "copy SLURM templates and DeepSpeed configurations into a folder"),
 )
 # fmt: on
 

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from prunadapt_ds import distributed, token_teacher, watchdog
 from prunadapt_ds.logits import predict
-from prunadapt_ds.objective import explained
+from prunadapt_ds.objective import pseudo_r2
 from prunadapt_ds.schedule import PruningSchedule
-from prunadapt_ds.session import Session, eval_batch, evaluate
-from prunadapt_ds.teacher import WeightAverage, averaged
+from prunadapt_ds.session import Session, evaluate
 from prunadapt_ds.token_teacher import TokenTeacher, num_bytes
+from prunadapt_ds.weight_average import WeightAverage, averaged
 
 TEACHER_TRIAL = 256  # training examples that show whether the teacher knows enough
 
@@ -29,7 +29,7 @@ def keep_teacher(session: Session, step: int) -> None:
         metrics, _ = evaluate(session)
         if session.config.prune.distill_weight > 0:
             with session.clocks.timed("teacher"):
-                session.teacher = taught(session) if knows_enough(session, step) else None
+                session.teacher = answers_of_teacher(session) if knows_enough(session, step) else None
     session.average = WeightAverage()
     session.report["metric"]["teacher"] = metrics
     session.tracker.log(step, "teacher", {"eval/score": metrics["score"]})
@@ -43,8 +43,8 @@ def knows_enough(session: Session, step: int) -> bool:
     if session.data.is_language:
         return True
     some, least = session.train_rows.sample(TEACHER_TRIAL), session.config.prune.distill_min_r2
-    logits = predict(session.engine, some, eval_batch(session), session.device)
-    r2 = explained(logits, some.labels, session.data.is_regression)
+    logits = predict(session.engine, some, session.eval_batch_size, session.device)
+    r2 = pseudo_r2(logits, some.labels, session.data.is_regression)
     followed = bool(distributed.broadcast_object(r2 >= least))
     session.report["distillation"] = {"r2": r2, "followed": followed}
     if not followed:
@@ -53,9 +53,9 @@ def knows_enough(session: Session, step: int) -> bool:
     return followed
 
 
-def taught(session: Session) -> Tensor | TokenTeacher:
+def answers_of_teacher(session: Session) -> Tensor | TokenTeacher:
     """The engine's answers on the training set: logits [N, C], or a language model's most likely tokens, on disk. Collective."""
-    rows, batch_size, top_k = session.train_rows, eval_batch(session), session.config.prune.distill_top_k
+    rows, batch_size, top_k = session.train_rows, session.eval_batch_size, session.config.prune.distill_top_k
     if not session.data.is_language:
         return predict(session.engine, rows, batch_size, session.device)
     folder = session.output_dir / token_teacher.FOLDER

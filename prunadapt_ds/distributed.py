@@ -232,7 +232,7 @@ def all_gather_objects(value: Any) -> list[Any]:
     return box
 
 
-def everywhere(holds: bool) -> bool:
+def true_on_all_ranks(holds: bool) -> bool:
     """Whether `holds` is true on every rank. Collective."""
     return all(all_gather_objects(holds))
 

@@ -16,16 +16,12 @@ from torch import Tensor, nn
 
 from prunadapt_ds import memory, zero3
 from prunadapt_ds.gates import GATE_NAME, gates_of
-from prunadapt_ds.models.structure import full_numel, full_shape
+from prunadapt_ds.models.structure import full_numel, full_shape, is_sharded
 
 # Freed shards of one module that are large enough to be worth returning to the system at once.
 FREED_BYTES = 2**22
 
 Group = dict[str, Any]  # a torch optimizer's parameter group; "name" and "base_lr" are kept beside "lr"
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    return hasattr(parameter, "ds_id")
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class RanksDisagree(PrunadaptError):
     exit_code = 4
 
 
-def told(work: Callable[[], int | None]) -> int:
+def exit_code_of(work: Callable[[], int | None]) -> int:
     """Run the `work` of a program with a single process; returns its exit code, 0 if `work` returns None.
 
     A PrunadaptError is printed on standard error. Programs with several ranks use `entry.guarded`.

@@ -36,7 +36,7 @@ from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.faults import fault_point
 from prunadapt_ds.logits import exact_products, predict, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
-from prunadapt_ds.session import Session, eval_batch, evaluate, measures
+from prunadapt_ds.session import Session, evaluate, measures
 
 PARITY_EXAMPLES = 512  # per validation set; fp32 runs compare all of them, except for language models
 
@@ -143,7 +143,7 @@ def parity_reference(session: Session, masked: dict[str, Tensor]) -> dict[str, T
         return masked
     with session.clocks.timed("evaluation"), upcast_parameters(session.model):
         return {
-            name: predict(session.engine, rows, eval_batch(session), session.device)
+            name: predict(session.engine, rows, session.eval_batch_size, session.device)
             for name, rows in compared_rows(session).items()
         }
 
@@ -171,7 +171,7 @@ def prove(
         return proof.Reload(
             folder,
             {**compared_rows(session), **session.validation_rows},
-            eval_batch(session),
+            session.eval_batch_size,
             session.device,
             needs_remote_code=needs_remote_code,
             dtype=dtype,
@@ -221,7 +221,7 @@ def write_format(session: Session, kind: str, compact: Path) -> proof.Reload:
     base = (
         adapter_folder.base_of(session.backbone, session.config.model.model_name_or_path) if kind == "adapter" else None
     )
-    return proof.Reload(folder, compared_rows(session), eval_batch(session), session.device, adapter_of=base)
+    return proof.Reload(folder, compared_rows(session), session.eval_batch_size, session.device, adapter_of=base)
 
 
 def write_predictions(session: Session, masked: dict[str, Tensor], exported: dict[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.files import read_object, replace, usual_mode, whole_folder, whole_path
 from prunadapt_ds.models import auto_classes
 from prunadapt_ds.models.families import FAMILIES
-from prunadapt_ds.models.layouts import head_dim_of, sayable_heads, stock_fields
+from prunadapt_ds.models.layouts import head_dim_of, representable_heads, stock_fields
 from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.older_readers import write_config
 
@@ -147,8 +147,9 @@ def uniform_fields(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, An
         fields |= stock_fields(record, values, count)
         if kind == "heads":
             fields["head_dim"] = head_dim_of(values)
-            if count not in (sayable := sayable_heads(family, values)):
-                remedy = f"the stock configuration accepts {', '.join(map(str, sayable))} heads, not {count}; train with --uniform"
+            if count not in (possible := representable_heads(family, values)):
+                accepted = ", ".join(map(str, possible))
+                remedy = f"the stock configuration accepts {accepted} heads, not {count}; train with --uniform"
                 raise UserError(Problem("export_formats", "uniform", remedy))
     return fields
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prunadapt_ds.models.modeling_prunadapt import Layout
+from prunadapt_ds.models.modeling_prunadapt import Layout, select
 from prunadapt_ds.models.structure import Structure, layers_of
 
 GATE_NAME = "prune_gate"
@@ -206,19 +206,20 @@ def gate_path(path: str) -> str:
 
 def remove_gate(module: nn.Module, path: str) -> None:
     """Remove the gate in front of the projection at `path` below `module`, if there is one."""
-    gate = gate_before(module, path)
-    if gate is not None:
-        gate.release()
-        delattr(_parent(module, path), GATE_NAME)
+    _drop(_parent(module, path))
 
 
 def detach(model: nn.Module) -> None:
     """Remove every gate, undoing `attach`. Their scales and masks are lost unless they were folded into the weights before."""
     for module in list(model.modules()):
-        gate = getattr(module, GATE_NAME, None)
-        if isinstance(gate, Gate):
-            gate.release()
-            delattr(module, GATE_NAME)
+        _drop(module)
+
+
+def _drop(parent: nn.Module) -> None:
+    gate = getattr(parent, GATE_NAME, None)
+    if isinstance(gate, Gate):
+        gate.release()
+        delattr(parent, GATE_NAME)
 
 
 def gates_of(model: nn.Module) -> Iterator[Gate]:
@@ -230,3 +231,20 @@ def apply_mask(model: nn.Module, keep: Tensor) -> None:
     """Set the masks of all gates. keep: bool [units of the whole model], in flat order."""
     for gate in gates_of(model):
         gate.set_mask(keep[gate.start : gate.start + gate.num_units])
+
+
+def resize_gate(gate: Gate, units: Tensor) -> None:
+    """Keep the gate's entries `units`, int64 [K], with the masks they have."""
+    keep = gate.mask.index_select(0, units.to(gate.mask.device))
+    gate.delta = select(gate.delta, units, 0)
+    gate.register_buffer("mask", keep, persistent=False)
+    gate.num_units = len(units)
+    gate.set_mask(keep.bool().cpu())
+
+
+def renumber_gates(model: nn.Module) -> None:
+    """Renumber the remaining gates in the flat order of the remaining units."""
+    start = 0
+    for gate in gates_of(model):
+        gate.start = start
+        start += gate.num_units

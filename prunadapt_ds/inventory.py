@@ -22,7 +22,7 @@ from prunadapt_ds.models.auto_classes import auto_class
 from prunadapt_ds.models.families import Family
 from prunadapt_ds.models.layouts import family_of, layout_of, most_tokens, with_floors
 from prunadapt_ds.models.modeling_prunadapt import Layout
-from prunadapt_ds.models.structure import Structure, full_numel, layers_of, measure
+from prunadapt_ds.models.structure import Structure, full_numel, layers_of, structure_of
 from prunadapt_ds.objective import sample_losses
 from prunadapt_ds.resize import resize
 
@@ -107,7 +107,7 @@ def skeleton(model_config: Any, config: Config, dtype: torch.dtype) -> Skeleton:
     if most is not None and config.data.max_seq_length > most:
         raise UserError(Problem("max_seq_length", config.data.max_seq_length, f"the model takes at most {most} tokens"))
     prune = config.prune
-    structure = with_floors(family, measure(model, layout, config.data.max_seq_length), model_config, prune)
+    structure = with_floors(family, structure_of(model, layout, config.data.max_seq_length), model_config, prune)
     check_target(structure, prune.target_sparsity or 0.0, prune.budget, prune.target_speedup)
     inside = f"{model.base_model_prefix}."
     below = tuple(f"{module}." for module in family.task_head)

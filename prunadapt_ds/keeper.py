@@ -13,8 +13,9 @@ import torch
 from prunadapt_ds import distributed, resume, watchdog
 from prunadapt_ds.checkpoint import Checkpoint
 from prunadapt_ds.errors import Interrupted, PrunadaptError
-from prunadapt_ds.pulse import Pulse, StopSignals
+from prunadapt_ds.pulse import Pulse
 from prunadapt_ds.session import Session
+from prunadapt_ds.signals import StopSignals
 from prunadapt_ds.step import StepLosses
 
 LEAST_SECONDS_APART = 60.0

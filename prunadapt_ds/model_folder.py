@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -29,8 +30,11 @@ def locate(model_name_or_path: str) -> str:
 
     Raises UserError if that is not installed or damaged.
     """
-    if model_name_or_path != "sample":
-        return model_name_or_path
+    return _sample_folder() if model_name_or_path == "sample" else model_name_or_path
+
+
+@functools.cache
+def _sample_folder() -> str:
     spec = importlib.util.find_spec(SAMPLE_PACKAGE)
     if spec is None or spec.origin is None:
         raise UserError(
@@ -41,7 +45,8 @@ def locate(model_name_or_path: str) -> str:
             )
         )
     folder = Path(spec.origin).parent / "model"
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    with (folder / WEIGHTS).open("rb") as weights:
+        digest = hashlib.file_digest(weights, "sha256").hexdigest()
     if digest != SAMPLE_SHA256:
         raise UserError(
             Problem("model_name_or_path", "sample", "the sample encoder's weights are damaged; reinstall its package")

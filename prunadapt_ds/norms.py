@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 LEAST_SCALE = 2.0**-10
 FAINT = 64  # one feature in so many is saved as `xhat`, but at least four
-FP32_ELEMENTS = {"cpu": 2**18}  # of an fp32 copy in an RMS norm's backward pass: small enough for a CPU's cache
+FP32_COPY_ELEMENTS = {"cpu": 2**18}  # of an fp32 copy in an RMS norm's backward pass: small enough for a CPU's cache
 _ELSEWHERE = 2**26
 
 
@@ -123,11 +123,11 @@ class _RMSNorm(_KeepsOutput):
 
     def is_known(self, x: Tensor) -> bool:
         if self._offset is None:
-            self._offset = 0.0 if x.is_meta else self._explained(x)
+            self._offset = 0.0 if x.is_meta else self._detect_offset(x)
         return self._offset >= 0
 
     @torch.no_grad()
-    def _explained(self, like: Tensor) -> float:
+    def _detect_offset(self, like: Tensor) -> float:
         if self._eps is None:
             return -1.0
         width = like.shape[-1]
@@ -168,7 +168,7 @@ class _RMSNorm(_KeepsOutput):
 
 def _runs(x: Tensor) -> Iterator[slice]:
     """Slices of the first axis that are processed at a time."""
-    size = max(1, FP32_ELEMENTS.get(x.device.type, _ELSEWHERE) // max(1, x[0].numel()))
+    size = max(1, FP32_COPY_ELEMENTS.get(x.device.type, _ELSEWHERE) // max(1, x[0].numel()))
     return (slice(start, start + size) for start in range(0, len(x), size))
 
 

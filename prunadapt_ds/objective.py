@@ -42,7 +42,7 @@ def trust(teacher_logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor
     return teacher_logits.float().softmax(-1).gather(1, labels[:, None]).squeeze(1)
 
 
-def explained(logits: Tensor, labels: Tensor, is_regression: bool) -> float:
+def pseudo_r2(logits: Tensor, labels: Tensor, is_regression: bool) -> float:
     """The share of the best constant prediction's loss on labels [N] that logits [N, C] remove.
 
     That is R2 for regression and McFadden's R2 for classification: at most 1, 0 for a model that knows only the class

@@ -14,7 +14,7 @@ from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.faults import fault_point
 from prunadapt_ds.importance import WindowSums, save_sums
 from prunadapt_ds.session import Session, attach_gates, build_engine
-from prunadapt_ds.shrink import cut
+from prunadapt_ds.shrink import resize_sharded
 from prunadapt_ds.step import train_step
 
 
@@ -80,7 +80,7 @@ def prune_once(session: Session) -> None:
     with session.clocks.timed("shrink"):
         gates.detach(loaded.model)
         session.note_peak()
-        cut(loaded.model, loaded.layout, session.plan)
+        resize_sharded(loaded.model, loaded.layout, session.plan)
         session.present = session.plan
     session.recorder = None
     session.rank_per_layer = selection.rank_per_layer

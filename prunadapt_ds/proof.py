@@ -23,7 +23,7 @@ from prunadapt_ds import reload
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.formats import auto_class_of
-from prunadapt_ds.pulse import STOP_SIGNALS
+from prunadapt_ds.signals import STOP_SIGNALS
 
 TOLERANCE = 1e-4  # for max |logit difference|, relative to max(1, max |logit|)
 

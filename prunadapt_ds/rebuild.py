@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from prunadapt_ds import distributed, resume, watchdog
 from prunadapt_ds.clocks import StepTimes
 from prunadapt_ds.faults import fault_point
 from prunadapt_ds.schedule import PruningSchedule
 from prunadapt_ds.session import Session, build_engine
-from prunadapt_ds.shrink import pays_now, shrink
+from prunadapt_ds.shrink import shrink
 
 
 def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> bool:
@@ -32,6 +34,28 @@ def pays_to_shrink(session: Session, pruning: PruningSchedule, step: int) -> boo
     session.rebuilt[step] = pays
     resume.note_rebuilds(session)
     return pays
+
+
+def pays_now(
+    present: int, decisions: Sequence[tuple[int, int]], step_seconds: Callable[[int], float], rebuild_seconds: float
+) -> bool:
+    """Whether the fastest way through the rest of the run begins with a rebuild at the present decision.
+
+    present: size of the model as it physically is. decisions: for the present and all later decisions, the size after it and
+    the steps until the next one or the end. Dynamic programming compares all subsets of decisions at which to rebuild.
+    """
+    if not decisions:
+        return False
+    sizes = [present, *(size for size, _ in decisions)]  # that the model can physically have
+    best = dict.fromkeys(range(len(sizes)), 0.0)  # seconds to the end, by index of the model's size in `sizes`
+    rebuild = keep = 0.0
+    for i in reversed(range(len(decisions))):
+        size, steps = decisions[i]
+        smaller = i + 1
+        rebuild = rebuild_seconds + steps * step_seconds(size) + best[smaller]
+        keep = steps * step_seconds(sizes[0]) + best[0]
+        best = {j: min(rebuild, steps * step_seconds(sizes[j]) + best[j]) for j in range(i + 1)}
+    return rebuild < keep
 
 
 def shrink_model(session: Session) -> None:

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from prunadapt_ds.adapters import ADAPTER, is_lora
 from prunadapt_ds.budget import PruningPlan
-from prunadapt_ds.gates import Gate, gate_before, gate_path, remove_gate
+from prunadapt_ds.gates import gate_before, gate_path, remove_gate, renumber_gates, resize_gate
 from prunadapt_ds.models.modeling_prunadapt import (
     Layout,
     ProjectionLayout,
     SkippedLayer,
     remove_sublayer,
-    select,
     slice_linear,
     update_attributes,
 )
@@ -91,21 +90,3 @@ def resize_projection(module: Any, layout: ProjectionLayout, units: Tensor, num_
         setattr(module, f"{side}_features", len(index))
         slices[f"{matrix}.{ADAPTER}.weight"] = (lora_axis, index)
     return slices
-
-
-def resize_gate(gate: Gate, units: Tensor) -> None:
-    """Keep the gate's entries `units`, int64 [K], with the masks they have."""
-    keep = gate.mask.index_select(0, units.to(gate.mask.device))
-    gate.delta = select(gate.delta, units, 0)
-    gate.register_buffer("mask", keep, persistent=False)
-    gate.num_units = len(units)
-    gate.set_mask(keep.bool().cpu())
-
-
-def renumber_gates(model: nn.Module) -> None:
-    """Renumber the remaining gates in the flat order of the remaining units."""
-    start = 0
-    for module in model.modules():
-        if isinstance(module, Gate):
-            module.start = start
-            start += module.num_units

@@ -68,8 +68,7 @@ def root_of(config: Config) -> Path:
 
 def options(config: Config, ds: DsConfig) -> dict[str, Any]:
     """The requested options by name, as far as they decide what the run computes. `ds`: its resolved ds_config."""
-    given = {name: value for section in config.to_dict().values() for name, value in section.items()}
-    found = {name: value for name, value in given.items() if name not in FREE | BY_CONTENT | RESOLVED}
+    found = {name: value for name, value in config.by_name().items() if name not in FREE | BY_CONTENT | RESOLVED}
     found |= {
         "train_batch_size": ds.values["train_batch_size"],
         "bf16": ds.dtype == "bf16",
@@ -87,7 +86,7 @@ def asked_of(session: Session) -> dict[str, Any]:
 
 
 def names(config: Config) -> dict[str, Any]:
-    given = {name: value for section in config.to_dict().values() for name, value in section.items()}
+    given = config.by_name()
     return {name: given[name] for name in sorted(BY_CONTENT)}
 
 
@@ -138,10 +137,8 @@ def find(config: Config) -> Start:
 
 def _digest(config: Config, ds: DsConfig) -> str:
     """sha256 of all that ranks must be told alike: files on the disks of several hosts may differ. Paths may, too."""
-    given = {name: value for section in config.to_dict().values() for name, value in section.items()}
-    alike = {
-        name: value for name, value in given.items() if name not in BY_CONTENT | {"ds_config", "output_dir", "resume"}
-    }
+    own = BY_CONTENT | {"ds_config", "output_dir", "resume"}
+    alike = {name: value for name, value in config.by_name().items() if name not in own}
     return hashlib.sha256(json.dumps([alike, ds.values, ds.adam], sort_keys=True).encode()).hexdigest()
 
 
@@ -353,7 +350,7 @@ def rebuild(session: Session, start: Checkpoint, *, to_train: bool = True) -> No
 
     to_train: whether training goes on, which needs the teacher.
     """
-    add_trainables(session, cut_to=snapshot.plans(session, start.state))
+    add_trainables(session, cut_to=snapshot.restore_plan(session, start.state))
     snapshot.restore(session, start, to_train=to_train)
     session.rebuilt = distributed.broadcast_object(noted_rebuilds(session.config)) | session.rebuilt
     write_latency(session)

@@ -14,7 +14,7 @@ from prunadapt_ds import (
     backbone,
     distributed,
     gates,
-    given_adapter,
+    initial_adapter,
     inventory,
     memory,
     state,
@@ -30,15 +30,16 @@ from prunadapt_ds.data import TaskData, measures_of
 from prunadapt_ds.ds_config import DsConfig
 from prunadapt_ds.faults import fault_point
 from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
+from prunadapt_ds.initial_adapter import InitialAdapter
 from prunadapt_ds.logits import predict
 from prunadapt_ds.memory import MemoryMarks
 from prunadapt_ds.models.structure import layers_of
 from prunadapt_ds.report import LIVE_PARTS
 from prunadapt_ds.schedule import default_learning_rate
-from prunadapt_ds.shrink import cut
-from prunadapt_ds.teacher import WeightAverage
+from prunadapt_ds.shrink import resize_sharded
 from prunadapt_ds.token_teacher import TokenTeacher
 from prunadapt_ds.tracking import Tracker
+from prunadapt_ds.weight_average import WeightAverage
 
 
 @dataclass
@@ -72,9 +73,9 @@ class Session:
     losses: list[Tensor] = field(default_factory=list)  # [3] of each step since the last log line, see step.train_step
     rebuilt: dict[int, bool] = field(default_factory=dict)  # by decision step, whether timing favoured a rebuild
     options: dict[str, Any] = field(default_factory=dict)  # by which a run is recognised; see resume.py
-    identity: dict[str, str] = field(default_factory=dict)  # sha256: "data", "backbone", "adapter"
+    identity: dict[str, str] = field(default_factory=dict)  # sha256: "data", "tokens", "backbone", "adapter"
     timing: dict[str, int] = field(default_factory=dict)  # how latency is measured: batch_size, seq_length, repeats
-    given: given_adapter.GivenAdapter | None = None  # the adapter that the run starts from
+    initial_adapter: InitialAdapter | None = None  # that the run starts from
     latency: dict[str, Any] | None = None  # the table of --budget latency, see LatencyTable
 
     @property
@@ -91,6 +92,10 @@ class Session:
         asked = self.ds.adam.get("lr") or self.config.train.learning_rate
         is_full = self.config.prune.method == "full"
         return asked or default_learning_rate(self.model.config.hidden_size, is_full=is_full)
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.config.train.per_device_eval_batch_size
 
     @property
     def is_shrunk(self) -> bool:
@@ -131,12 +136,12 @@ def add_trainables(session: Session, cut_to: PruningPlan | None = None) -> None:
     config, loaded = session.config, session.backbone
     targets = still_there(loaded.model, session.lora_targets)
     adapters.prepare(loaded.model, loaded.layout, targets, config, session.rank_per_layer)
-    if session.given is not None:
-        given_adapter.load(session.given, loaded)
+    if session.initial_adapter is not None:
+        initial_adapter.load(session.initial_adapter, loaded)
     if config.prune.method == "prunadapt":
         attach_gates(session, config.prune.criterion)
     if cut_to is not None:
-        cut(loaded.model, loaded.layout, cut_to)
+        resize_sharded(loaded.model, loaded.layout, cut_to)
         session.present = cut_to
         if session.recorder is not None:
             session.recorder.narrow(cut_to.mask())
@@ -192,15 +197,11 @@ def inventory_of(session: Session) -> dict[str, inventory.Size]:
     return inventory.sizes(session.model, own_blocks(session.backbone), session.backbone.layout.layers)
 
 
-def eval_batch(session: Session) -> int:
-    return session.config.train.per_device_eval_batch_size
-
-
 def evaluate(session: Session) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Return the task's measures of the model as it is, and by validation set what `logits.predict` gave. Collective."""
     with session.clocks.timed("evaluation"):
         logits = {
-            name: predict(session.engine, rows, eval_batch(session), session.device)
+            name: predict(session.engine, rows, session.eval_batch_size, session.device)
             for name, rows in session.validation_rows.items()
         }
         with watchdog.resting():  # rank 0 may take long over many examples

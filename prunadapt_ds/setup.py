@@ -22,7 +22,7 @@ from prunadapt_ds import (
     backbone,
     distributed,
     ds_config,
-    given_adapter,
+    initial_adapter,
     labels,
     latency,
     memory,
@@ -58,32 +58,32 @@ def setup(
     device = distributed.device()
     ds = ds or agreed_ds_config(config)
     data = read_inputs(config)
-    identity = {"data": same_data(data)}
+    identity = {"data": agreed_data(data)}
     if not data.is_language:  # a language model's rows are not known before tokenisation
         refuse_fewer_than_ranks(len(data.train))
-    adapter = config.lora.adapter_name_or_path
-    given = distributed.together(lambda: given_adapter.read(adapter)) if adapter is not None else None
+    name = config.lora.adapter_name_or_path
+    adapter = distributed.together(lambda: initial_adapter.read(name)) if name is not None else None
     distributed.start_deepspeed()
     torch.manual_seed(config.train.seed)
     zero3 = engines.shard_while_loading(ds.values)
     load_libraries(data)
     peak = memory.PeakMemory(device)
     loaded = distributed.together(lambda: load_model(config, ds, data))
-    identity |= distributed.same_on_all_hosts("the model's files", lambda: model_identity(config, given))
+    identity |= distributed.same_on_all_hosts("the model's files", lambda: model_identity(config, adapter))
     distributed.together(lambda: refuse_changed(config, identity, saved))
     timing = timing_of(config, loaded.model)
-    table = measured(config, loaded, timing, ds, saved) if config.prune.budget == "latency" else None
-    loaded.structure = prunable(config, loaded, table)
+    table = latency_table(config, loaded, timing, ds, saved) if config.prune.budget == "latency" else None
+    loaded.structure = prunable_structure(config, loaded, table)
     loaded.layout = replace(loaded.layout, skips=loaded.structure.skips)
     only_head_inputs = config.prune.method == "tmp"
     lora_targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=only_head_inputs)
-    if given is not None:
+    if adapter is not None:
         lora_targets = distributed.together(
-            lambda: given_adapter.take_over(given, loaded, config.lora, config.given),
+            lambda: initial_adapter.take_over(adapter, loaded, config.lora, config.given),
         )
     train_rows = rows_of(data.train, config, data, loaded)
     validation_rows = {name: rows_of(split, config, data, loaded) for name, split in data.validation.items()}
-    identity |= {"tokens": same_tokens(config, [train_rows, *validation_rows.values()], saved)}
+    identity |= {"tokens": agreed_tokens(config, [train_rows, *validation_rows.values()], saved)}
     distributed.together(lambda: refuse_fewer_than_ranks(len(train_rows)))
     sampler = sampler_of(config, ds, train_rows)
     steps = config.train.max_steps
@@ -110,7 +110,7 @@ def setup(
         identity=identity,
         timing=timing,
         latency=table,
-        given=given,
+        initial_adapter=adapter,
     )
     announce(session)
     return session
@@ -121,7 +121,7 @@ def agreed_ds_config(config: Config) -> DsConfig:
 
     Collective. Raises UserError on all ranks.
     """
-    fast = distributed.everywhere(ds_config.fast_bf16())
+    fast = distributed.true_on_all_ranks(ds_config.fast_bf16())
     return distributed.together(lambda: resolve_ds_config(config, distributed.world_size(), lambda: fast))
 
 
@@ -178,7 +178,7 @@ def load_model(config: Config, ds: DsConfig, data: TaskData) -> backbone.Backbon
     return loaded
 
 
-def prunable(config: Config, loaded: backbone.Backbone, table: dict[str, Any] | None) -> Structure:
+def prunable_structure(config: Config, loaded: backbone.Backbone, table: dict[str, Any] | None) -> Structure:
     """The model's structure with this run's floors and, with --budget latency, its measured times.
 
     Raises UserError if the target is beyond what the floors leave to cut.
@@ -240,7 +240,7 @@ def timing_of(config: Config, model: nn.Module) -> dict[str, int]:
     return timing
 
 
-def measured(
+def latency_table(
     config: Config, loaded: backbone.Backbone, timing: dict[str, int], ds: DsConfig, saved: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The table of --budget latency: rank 0 measures it for all; a resumed run keeps the one it began with."""
@@ -263,7 +263,7 @@ def measured(
     )
 
 
-def same_data(data: TaskData) -> str:
+def agreed_data(data: TaskData) -> str:
     """Check that every rank holds the same examples, and return their sha256. Raises RanksDisagree.
 
     A rank that fell back to an old cache would train on something else.
@@ -275,7 +275,7 @@ def same_data(data: TaskData) -> str:
     return digest.hexdigest()
 
 
-def same_tokens(config: Config, rows: Sequence[Rows], saved: Mapping[str, Any] | None) -> str:
+def agreed_tokens(config: Config, rows: Sequence[Rows], saved: Mapping[str, Any] | None) -> str:
     """Every rank, and every part of an interrupted run, must read the same tokens: tokenizers are files of their own.
 
     Returns their sha256. Raises UserError where the checkpoint `saved` was made with others.
@@ -291,10 +291,10 @@ def same_tokens(config: Config, rows: Sequence[Rows], saved: Mapping[str, Any] |
     return digest
 
 
-def model_identity(config: Config, given: given_adapter.GivenAdapter | None) -> dict[str, str]:
+def model_identity(config: Config, adapter: initial_adapter.InitialAdapter | None) -> dict[str, str]:
     """sha256 of the backbone and, if there is one, of the adapter that the run starts from."""
     found = {"backbone": model_folder.identity(config.model.model_name_or_path)}
-    return found | ({"adapter": given.identity()} if given is not None else {})
+    return found | ({"adapter": adapter.identity()} if adapter is not None else {})
 
 
 def refuse_changed(config: Config, identity: dict[str, str], saved: Mapping[str, Any] | None) -> None:

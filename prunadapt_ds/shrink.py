@@ -7,7 +7,7 @@ by module, build an engine around the smaller model, and restore the state, slic
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from prunadapt_ds import distributed, memory, state
@@ -31,37 +31,15 @@ def shrink(
     del engine
     gc.collect()
     memory.return_freed()
-    slices = cut(model, layout, plan, present)
+    slices = resize_sharded(model, layout, plan, present)
     smaller = build()
     state.restore(smaller, learnt.sliced(slices, set(state.trainable(model))))
     return smaller
 
 
-def cut(model: Any, layout: Layout, plan: PruningPlan, present: PruningPlan | None = None) -> Slices:
+def resize_sharded(model: Any, layout: Layout, plan: PruningPlan, present: PruningPlan | None = None) -> Slices:
     """Resize a model that no engine holds, sharded or not, and free the shards of whatever it lost. Collective."""
     before = list(model.parameters())
     slices = resize(model, layout, plan, present, engines.rewriting)
     engines.release(before, model)  # those of whole sub-layers too
     return slices
-
-
-def pays_now(
-    present: int, decisions: Sequence[tuple[int, int]], step_seconds: Callable[[int], float], rebuild_seconds: float
-) -> bool:
-    """Whether the fastest way through the rest of the run begins with a rebuild at the present decision.
-
-    present: size of the model as it physically is. decisions: for the present and all later decisions, the size after it and
-    the steps until the next one or the end. Dynamic programming compares all subsets of decisions at which to rebuild.
-    """
-    if not decisions:
-        return False
-    sizes = [present, *(size for size, _ in decisions)]  # that the model can physically have
-    best = dict.fromkeys(range(len(sizes)), 0.0)  # seconds to the end, by index of the model's size in `sizes`
-    rebuild = keep = 0.0
-    for i in reversed(range(len(decisions))):
-        size, steps = decisions[i]
-        smaller = i + 1
-        rebuild = rebuild_seconds + steps * step_seconds(size) + best[smaller]
-        keep = steps * step_seconds(sizes[0]) + best[0]
-        best = {j: min(rebuild, steps * step_seconds(sizes[j]) + best[j]) for j in range(i + 1)}
-    return rebuild < keep

@@ -20,8 +20,8 @@ from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.checkpoint import Checkpoint
 from prunadapt_ds.errors import PrunadaptError
 from prunadapt_ds.session import Session
-from prunadapt_ds.teacher import WeightAverage
 from prunadapt_ds.token_teacher import TokenTeacher
+from prunadapt_ds.weight_average import WeightAverage
 
 
 def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -30,7 +30,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises PrunadaptError on all ranks if the weights are not finite.
     """
     learnt = state.capture(session.engine, keep=distributed.rank() == 0)
-    if not distributed.everywhere(all(bool(torch.isfinite(t).all()) for t in learnt.masters.values())):
+    if not distributed.true_on_all_ranks(all(bool(torch.isfinite(t).all()) for t in learnt.masters.values())):
         raise PrunadaptError(f"the weights are not finite after step {session.step}; no checkpoint is written")
     tensors = {f"master/{name}": tensor for name, tensor in learnt.masters.items()}
     for key, moments in learnt.moments.items():
@@ -100,7 +100,7 @@ def place(session: Session) -> dict[str, Any]:
     }
 
 
-def plans(session: Session, saved: Mapping[str, Any]) -> PruningPlan | None:
+def restore_plan(session: Session, saved: Mapping[str, Any]) -> PruningPlan | None:
     """Take over the saved decisions; returns the plan that the dense model must be cut to, or None."""
     structure = session.backbone.structure
 

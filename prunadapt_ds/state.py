@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunadapt_ds.distributed import device, rank, world_size
-from prunadapt_ds.models.structure import full_shape
+from prunadapt_ds.models.structure import full_shape, is_sharded
 from prunadapt_ds.resize import Slices
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -107,7 +107,7 @@ def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 def _is_flat(parameter: nn.Parameter) -> bool:
     """Whether the optimizer works on flat fp32 partitions that DeepSpeed maps to the parameter (ZeRO)."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+    return is_sharded(parameter) or hasattr(parameter, "_hp_mapping")
 
 
 def _master(engine: Any, parameter: nn.Parameter) -> Tensor:
@@ -142,7 +142,7 @@ def _read(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
 def _write(engine: Any, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    if hasattr(parameter, "ds_id"):
+    if is_sharded(parameter):
         _write_shard(engine, parameter, key, value)
     elif hasattr(parameter, "_hp_mapping"):
         if key is None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prunadapt_ds.distributed import rank, together
 from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.models.structure import full_shape, is_sharded
 from prunadapt_ds.zero3 import own_run
 
 
@@ -114,7 +115,7 @@ def _fill_model(name: str, model: Any, stored: Mapping[str, Stored], weight_mapp
     model._weight_conversions = weight_mapping  # transformers keeps it for saving
     targets: dict[str, Any] = model.state_dict(keep_vars=True)
     sources = _renamed(model, targets, stored, weight_mapping)
-    fitting = {key: source for key, source in sources.items() if source.shape == _shape(targets[key])}
+    fitting = {key: source for key, source in sources.items() if source.shape == full_shape(targets[key])}
 
     def fill_own() -> list[str]:
         left = []
@@ -152,14 +153,10 @@ def _renamed(
     return found
 
 
-def _shape(target: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(target, "ds_shape", target.shape))
-
-
 @torch.no_grad()
 def _fill_own(target: Any, source: Stored) -> bool:
     """Copy this rank's run of a stored tensor into its partition; False if that is not plainly in this rank's memory."""
-    if not hasattr(target, "ds_id"):  # a buffer
+    if not is_sharded(target):  # a buffer
         target.copy_(source.flat().view(source.shape))
         return True
     own = own_run(target)

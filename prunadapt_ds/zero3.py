@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunadapt_ds.distributed import device
-from prunadapt_ds.models.structure import full_numel
+from prunadapt_ds.models.structure import full_numel, is_sharded
 
 PIECE_ELEMENTS = 2**24
 """The largest block that is fetched as one piece: 32 MiB in bf16. Larger fetches should overlap with computation."""
@@ -152,7 +152,7 @@ def own_run(parameter: Any) -> tuple[int, Tensor] | None:
     """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    if not hasattr(parameter, "ds_id"):
+    if not is_sharded(parameter):
         return None
     shard = parameter.ds_tensor
     is_apart = parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE and shard.final_location is None

@@ -151,10 +151,10 @@ def tiny_model(model_type, num_labels=2, seed=0, **changes):
 def layout_and_structure(model, seq_length):
     """The layout of a model's family, and its measured structure."""
     from prunadapt_ds.models.layouts import family_of, layout_of
-    from prunadapt_ds.models.structure import measure
+    from prunadapt_ds.models.structure import structure_of
 
     layout = layout_of(family_of(model.config), model.config, model.base_model_prefix)
-    return layout, measure(model, layout, seq_length)
+    return layout, structure_of(model, layout, seq_length)
 
 
 def tiny_tokenizer(folder, *, of_decoder=False):

@@ -37,7 +37,7 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class SubLayer:
+class SubLayerRecord:
     """One kind of prunable sub-layer: `inputs` produce its units, `output` consumes them.
 
     `core`: the module that cannot run without units.  `attributes`: (module, attribute, width name) of the sizes that modules
@@ -65,8 +65,8 @@ class Family:
 
     model_type: str
     layers: str
-    heads: SubLayer
-    neurons: SubLayer
+    heads: SubLayerRecord
+    neurons: SubLayerRecord
     task_head: tuple[str, ...]
     is_decoder: bool = False
     shares_layers: bool = False
@@ -74,9 +74,9 @@ class Family:
     relative_positions: Callable[[Any], int] = lambda config: 0
 
 
-def _feed_forward(inputs: Projection | tuple[Projection, ...], output: Projection, field: str) -> SubLayer:
+def _feed_forward(inputs: Projection | tuple[Projection, ...], output: Projection, field: str) -> SubLayerRecord:
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    return SubLayer(inputs, output, config_fields=((field, "neuron"),))
+    return SubLayerRecord(inputs, output, config_fields=((field, "neuron"),))
 
 
 def _separate(path: str, names: dict[str, str]) -> tuple[Projection, ...]:
@@ -91,7 +91,7 @@ def _bert_like(model_type: str, task_head: tuple[str, ...]) -> Family:
     return Family(
         model_type=model_type,
         layers="encoder.layer",
-        heads=SubLayer(
+        heads=SubLayerRecord(
             inputs=_separate("attention.self.{}", _BERT_NAMES),
             output=Projection("attention.output.dense", ("q",)),
             core="attention.self",
@@ -126,7 +126,7 @@ def _llama_like(model_type: str, fused: bool = False) -> Family:
     return Family(
         model_type=model_type,
         layers="layers",
-        heads=SubLayer(
+        heads=SubLayerRecord(
             inputs=qkv,
             output=Projection("self_attn.o_proj", ("q",)),
             core="self_attn",
@@ -166,7 +166,7 @@ _RECORDS = (
     Family(
         model_type="distilbert",
         layers="transformer.layer",
-        heads=SubLayer(
+        heads=SubLayerRecord(
             inputs=_separate("attention.{}_lin", {"q": "q", "k": "k", "v": "v"}),
             output=Projection("attention.out_lin", ("q",)),
             core="attention",
@@ -179,7 +179,7 @@ _RECORDS = (
     Family(
         model_type="deberta-v2",
         layers="encoder.layer",
-        heads=SubLayer(
+        heads=SubLayerRecord(
             inputs=(
                 *_separate("attention.self.{}_proj", _BERT_NAMES),
                 Projection("attention.self.pos_key_proj", ("k",), exists=_deberta_positions("c2p"), per_token=False),
@@ -201,7 +201,7 @@ _RECORDS = (
     Family(
         model_type="modernbert",
         layers="layers",
-        heads=SubLayer(
+        heads=SubLayerRecord(
             inputs=(Projection("attn.Wqkv", ("q", "k", "v")),),
             output=Projection("attn.Wo", ("q",)),
             core="attn",
@@ -215,7 +215,7 @@ _RECORDS = (
     Family(
         model_type="albert",
         layers="encoder.albert_layer_groups.0.albert_layers",
-        heads=SubLayer(
+        heads=SubLayerRecord(
             inputs=_separate("attention.{}", _BERT_NAMES),
             output=Projection("attention.dense", ("q",)),
             attributes=(("attention", "num_attention_heads", "heads"), ("attention", "all_head_size", "q")),
@@ -237,7 +237,7 @@ _RECORDS = (
     Family(
         model_type="gpt_neox",
         layers="layers",
-        heads=SubLayer(
+        heads=SubLayerRecord(
             inputs=(Projection("attention.query_key_value", ("qkv",)),),
             output=Projection("attention.dense", ("q",)),
             core="attention",
@@ -253,7 +253,7 @@ _RECORDS = (
     Family(
         model_type="opt",
         layers="decoder.layers",
-        heads=SubLayer(
+        heads=SubLayerRecord(
             inputs=_separate("self_attn.{}_proj", {"q": "q", "k": "k", "v": "v"}),
             output=Projection("self_attn.out_proj", ("q",)),
             core="self_attn",
@@ -266,7 +266,7 @@ _RECORDS = (
     Family(
         model_type="gpt2",
         layers="h",
-        heads=SubLayer(
+        heads=SubLayerRecord(
             inputs=(Projection("attn.c_attn", ("q", "k", "v"), transposed=True),),
             output=Projection("attn.c_proj", ("q",), transposed=True),
             core="attn",

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from prunadapt_ds.errors import Problem, UserError
-from prunadapt_ds.models.families import FAMILIES, Family, Projection, SubLayer
+from prunadapt_ds.models.families import FAMILIES, Family, Projection, SubLayerRecord
 from prunadapt_ds.models.modeling_prunadapt import AttributeLayout, Layout, ProjectionLayout, SubLayerLayout
 from prunadapt_ds.models.structure import Structure, full_shape, with_outer_floor
 
@@ -92,13 +92,13 @@ def head_floors(family: Family, config: Any, num_layers: int) -> tuple[int, ...]
     return tuple(int(kinds.index(kind) == i) for i, kind in enumerate(kinds))
 
 
-def stock_fields(record: SubLayer, config: Any, count: int) -> dict[str, int]:
+def stock_fields(record: SubLayerRecord, config: Any, count: int) -> dict[str, int]:
     """The fields of a stock configuration that give every layer `count` units of a kind, with their values."""
     widths = widths_of(config)
     return {field: count * w for field, name in record.config_fields if (w := widths[name]) is not None}
 
 
-def sayable_heads(family: Family, config: Any) -> tuple[int, ...]:
+def representable_heads(family: Family, config: Any) -> tuple[int, ...]:
     """The numbers of heads (or key/value groups) per layer that a stock configuration accepts, ascending.
 
     Usually every number, or only the dense one; Llama requires the number of query heads to divide hidden_size, whatever
@@ -131,7 +131,7 @@ def uniform_floors(
     if dense % head_multiple:
         remedy = f"must divide the {dense} heads (or groups that share a key) of this model's layers"
         raise UserError(Problem("head_multiple", head_multiple, remedy))
-    fewest, *others = heads = tuple(n for n in sayable_heads(family, config) if n % head_multiple == 0)
+    fewest, *others = heads = tuple(n for n in representable_heads(family, config) if n % head_multiple == 0)
     floors = {"heads": fewest, "neurons": neuron_multiple if family.neurons.config_fields else structure.num_units}
     counts = {"heads": heads if len(others) < heads[-1] - fewest else (), "neurons": ()}
     sublayers = (replace(s, floor=min(floors[s.kind], s.num_units), counts=counts[s.kind]) for s in structure.sublayers)
@@ -158,7 +158,9 @@ def layout_of(family: Family, config: Any, base_model_prefix: str) -> Layout:
         tail = head_dim * (len(p.parts) - len(follow))
         return ProjectionLayout(p.path, follow, p.transposed, tail, p.per_token)
 
-    def sublayer(kind: str, units: int, record: SubLayer, floors: tuple[int, ...], positions: int) -> SubLayerLayout:
+    def sublayer(
+        kind: str, units: int, record: SubLayerRecord, floors: tuple[int, ...], positions: int
+    ) -> SubLayerLayout:
         return SubLayerLayout(
             kind=kind,
             num_units=units,

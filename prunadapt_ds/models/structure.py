@@ -127,12 +127,17 @@ def with_outer_floor(structure: Structure, share: float, neuron_multiple: int) -
     )
 
 
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 manages a parameter: it is whole only while it is gathered."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
     """Shape of the whole tensor, even where ZeRO-3 shows a partitioned parameter with shape (0,)."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def full_numel(parameter: nn.Parameter) -> int:
+def full_numel(parameter: Tensor) -> int:
     return prod(full_shape(parameter))
 
 
@@ -143,7 +148,7 @@ def projection_params(module: Any, projection: ProjectionLayout, side: str) -> i
     return sum(projection.parts) * (other_features + bias)
 
 
-def measure(model: nn.Module, layout: Layout, seq_length: int) -> Structure:
+def structure_of(model: nn.Module, layout: Layout, seq_length: int) -> Structure:
     """Read the structure off a model without adapters, sharded or not.
 
     Multiply-accumulates count every matrix product of a unit: T * its weights, and for heads T * T * width for the scores,

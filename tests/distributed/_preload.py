@@ -20,10 +20,10 @@ import transformers  # noqa: F401
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
 
+import prunadapt_ds.commands.reexport
 import prunadapt_ds.latency
 import prunadapt_ds.pages
 import prunadapt_ds.proof
-import prunadapt_ds.reexport
 import prunadapt_ds.train
 from tests.distributed import stranger
 

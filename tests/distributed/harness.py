@@ -185,7 +185,8 @@ def _program(
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    from prunadapt_ds import latency, reexport, train
+    from prunadapt_ds import latency, train
+    from prunadapt_ds.commands import reexport
 
     latency.SETTING.update(batch_size=2, seq_length=16, repeats=1)  # timing is not what these runs are for
     sys.exit((reexport if "--run_dir" in argv else train).main(argv))

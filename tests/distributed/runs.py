@@ -228,10 +228,10 @@ def first_logits(argv):
 
 def scored(argv):
     """The real scoring of a folder: its measures."""
-    from prunadapt_ds import evaluate_command
+    from prunadapt_ds.commands import evaluate
     from prunadapt_ds.config import parse
 
-    return evaluate_command.run(parse(argv))
+    return evaluate.run(parse(argv))
 
 
 def predicted(argv, said=None):
@@ -240,7 +240,7 @@ def predicted(argv, said=None):
     import sys
 
     from prunadapt_ds import answers, distributed
-    from prunadapt_ds.predict import main
+    from prunadapt_ds.commands.predict import main
 
     answers.CHUNK = 50
     if said is not None:
@@ -526,7 +526,7 @@ def lend_averages(argv):
     """Average the weights of three steps and lend them to the engine: its state before, during and after, and their mean."""
     from prunadapt_ds import state, train
     from prunadapt_ds.step import train_step
-    from prunadapt_ds.teacher import WeightAverage, averaged
+    from prunadapt_ds.weight_average import WeightAverage, averaged
 
     session = _session(argv)
     train.add_trainables(session)

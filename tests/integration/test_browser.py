@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prunadapt_ds import compare
+from prunadapt_ds.commands import compare
 from tests.distributed import runs
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_laws import arguments

@@ -241,7 +241,7 @@ def test_what_holds_everywhere():
 
 
 def _holds(of_rank):
-    return distributed.everywhere(of_rank[distributed.rank()])
+    return distributed.true_on_all_ranks(of_rank[distributed.rank()])
 
 
 def _rank_0_fails():

@@ -9,8 +9,9 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer
 
-from prunadapt_ds import card, export, gates, graphs, reexport, tracing
+from prunadapt_ds import card, export, gates, graphs, tracing
 from prunadapt_ds import report as reports
+from prunadapt_ds.commands import reexport
 from prunadapt_ds.errors import ParityError
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.tracing import Graph, onnx_runner

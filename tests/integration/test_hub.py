@@ -394,7 +394,7 @@ def test_a_host_that_alone_lacks_a_file_ends_all_ranks(tmp_path, missing, said):
 
 LOAD_OTHERS = """
 import json
-from prunadapt_ds import given_adapter, trained_folder
+from prunadapt_ds import initial_adapter, trained_folder
 from prunadapt_ds.model_folder import check
 from prunadapt_ds.errors import UserError
 kinds = [type(trained_folder.load_folder(name, trust=False)[0]).__name__ for name in ("some/adapter", "some/compact")]
@@ -404,7 +404,7 @@ for name in ("some/adapter", "some/compact"):
         check(name)
     except UserError as error:
         refused.append(str(error))
-print(json.dumps({"r": given_adapter.read("some/adapter").r, "kinds": kinds, "refused": refused}))
+print(json.dumps({"r": initial_adapter.read("some/adapter").r, "kinds": kinds, "refused": refused}))
 """
 
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prunadapt_ds import checkpoint, unfinished
+from prunadapt_ds import checkpoint
 from prunadapt_ds import report as reports
+from prunadapt_ds.commands import unfinished
 from prunadapt_ds.config import NOT_SCORING
 from prunadapt_ds.latency import LatencyTable, curve
 from tests.distributed.harness import Ranks
@@ -311,11 +312,11 @@ def test_what_would_be_another_run_is_refused(base, remains, tmp_path, name):
 def agree(mine, other):
     """The plans of two checkpoints: on 99.5 % of the cost; whoever they differ on is at the threshold."""
     from prunadapt_ds.models.layouts import family_of, layout_of
-    from prunadapt_ds.models.structure import measure
+    from prunadapt_ds.models.structure import structure_of
     from tests.tiny import tiny_model
 
     model = tiny_model("bert")
-    structure = measure(model, layout_of(family_of(model.config), model.config, model.base_model_prefix), 32)
+    structure = structure_of(model, layout_of(family_of(model.config), model.config, model.base_model_prefix), 32)
     costs = torch.cat([s.costs("params").diff() for s in structure.sublayers])
     masks = []
     for found in (mine, other):

@@ -13,7 +13,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-from prunadapt_ds import compare, console, distributed, glue_table, init_slurm, plan_command
+from prunadapt_ds import console, distributed
+from prunadapt_ds.commands import compare, glue_table, init_slurm, plan
 from tests.conftest import ROOT
 
 PAGES = {
@@ -242,7 +243,7 @@ def stopped_after_parsing():
     def stop(*_, **__):
         raise Parsed
 
-    first = [(distributed, "init"), (plan_command, "read_config"), (glue_table, "gather"), (compare, "find")]
+    first = [(distributed, "init"), (plan, "read_config"), (glue_table, "gather"), (compare, "find")]
     first += [(init_slurm, "copy"), (console, "prepare_environment")]
     kept = [(module, name, getattr(module, name)) for module, name in first]
     argv, path = sys.argv, os.environ["PATH"]

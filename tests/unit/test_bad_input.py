@@ -14,8 +14,9 @@ import warnings
 
 import pytest
 
-from prunadapt_ds import compare, evaluate_command, export, gates, glue_table, reexport
+from prunadapt_ds import export, gates
 from prunadapt_ds import report as reports
+from prunadapt_ds.commands import compare, evaluate, glue_table, reexport
 from prunadapt_ds.config import OPTIONS
 from prunadapt_ds.files import OwnedFolder
 from prunadapt_ds.options import MOST
@@ -780,7 +781,7 @@ def test_folders_to_score(base, place, classifier, case):
     spoil, words = SCORED_CASES[case]
     shutil.copytree(classifier, place / "model")
     spoil(place / "model")
-    refused(place, scored(base, "./model"), ("model_name_or_path", words), program=evaluate_command.main)
+    refused(place, scored(base, "./model"), ("model_name_or_path", words), program=evaluate.main)
 
 
 def test_what_is_not_for_scoring(base, place, classifier):
@@ -788,17 +789,17 @@ def test_what_is_not_for_scoring(base, place, classifier):
         place,
         scored(base, classifier, r=4),
         ("r", "has no meaning when a folder is scored"),
-        program=evaluate_command.main,
+        program=evaluate.main,
     )
-    refused(place, scored(base, "./nowhere"), ("model_name_or_path", "no such folder"), program=evaluate_command.main)
+    refused(place, scored(base, "./nowhere"), ("model_name_or_path", "no such folder"), program=evaluate.main)
     argv = scored(base, classifier, validation_file="nowhere.csv")
-    refused(place, argv, ("validation_file", "no such file"), program=evaluate_command.main)
+    refused(place, argv, ("validation_file", "no such file"), program=evaluate.main)
     argv = scored(base, classifier, task_name="mnli", data_dir=base / "glue", train_file=None, validation_file=None)
-    refused(place, argv, ("data_dir", "MNLI"), program=evaluate_command.main)
+    refused(place, argv, ("data_dir", "MNLI"), program=evaluate.main)
     (place / "file").write_text("")
     argv = scored(base, classifier, output_dir="file/out")
-    refused(place, argv, ("output_dir", "cannot be written there (Not a directory)"), program=evaluate_command.main)
-    assert said_by(evaluate_command.main, scored(base, classifier))[0] == 0, "the folder itself is right"
+    refused(place, argv, ("output_dir", "cannot be written there (Not a directory)"), program=evaluate.main)
+    assert said_by(evaluate.main, scored(base, classifier))[0] == 0, "the folder itself is right"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from prunadapt_ds.batches import Rows, Sampler
-from prunadapt_ds.objective import explained, losses_and_distillation, sample_losses, trust
+from prunadapt_ds.objective import losses_and_distillation, pseudo_r2, sample_losses, trust
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.fast
@@ -129,12 +129,12 @@ def test_what_a_teacher_explains_is_mcfadden_s_r2_and_of_regression_r2():
     logits = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)) + 2 * torch.eye(3)[labels]
     frequencies = torch.bincount(labels) / 8
     expected = 1 - log_loss(labels, logits.softmax(-1)) / log_loss(labels, frequencies.expand(8, 3))
-    assert explained(logits, labels, False) == pytest.approx(expected, abs=1e-6) and 0 < expected < 1
-    assert explained(frequencies.log().expand(8, 3), labels, False) == pytest.approx(0, abs=1e-6)
-    assert explained(9 * torch.eye(3)[(labels + 1) % 3], labels, False) < -1, "sure of what is wrong"
+    assert pseudo_r2(logits, labels, False) == pytest.approx(expected, abs=1e-6) and 0 < expected < 1
+    assert pseudo_r2(frequencies.log().expand(8, 3), labels, False) == pytest.approx(0, abs=1e-6)
+    assert pseudo_r2(9 * torch.eye(3)[(labels + 1) % 3], labels, False) < -1, "sure of what is wrong"
     grades, guesses = torch.tensor([0.0, 1.0, 4.0, 5.0]), torch.tensor([[0.5], [1.0], [3.0], [5.5]])
-    assert explained(guesses, grades, True) == pytest.approx(r2_score(grades, guesses.squeeze(-1)), abs=1e-6)
-    assert explained(guesses, torch.ones(4), True) == 0 == explained(logits, torch.ones(8, dtype=torch.long), False)
+    assert pseudo_r2(guesses, grades, True) == pytest.approx(r2_score(grades, guesses.squeeze(-1)), abs=1e-6)
+    assert pseudo_r2(guesses, torch.ones(4), True) == 0 == pseudo_r2(logits, torch.ones(8, dtype=torch.long), False)
 
 
 @pytest.mark.parametrize("label", [lambda i: i // 50, lambda i: i % 2], ids=["sorted", "alternating"])

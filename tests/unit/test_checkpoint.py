@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunadapt_ds import checkpoint, clocks, files, formats, resume, setup, snapshot, unfinished
+from prunadapt_ds import checkpoint, clocks, files, formats, resume, setup, snapshot
 from prunadapt_ds.clocks import StepTimes
+from prunadapt_ds.commands import unfinished
 from prunadapt_ds.config import OPTIONS, parse
 from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.files import LOCK_NAME, OwnedFolder, replace
@@ -457,7 +458,7 @@ def test_every_option_is_compared_or_free_for_a_reason(ds_config):
 def test_bf16_is_taken_by_itself_where_every_rank_is_fast_at_it(ds_config, monkeypatch, others, dtype):
     """Another rank that is not: this one takes fp32 too, and so says what the run is known by."""
     monkeypatch.setattr("prunadapt_ds.ds_config.fast_bf16", lambda: True)
-    monkeypatch.setattr("prunadapt_ds.distributed.everywhere", lambda holds: holds and others)
+    monkeypatch.setattr("prunadapt_ds.distributed.true_on_all_ranks", lambda holds: holds and others)
     config = parse(["--ds_config", ds_config(bf16={"enabled": "auto"}), "--resume", "never"])
     assert setup.agreed_ds_config(config).dtype == dtype
     assert resume.find(config).options["bf16"] is (dtype == "bf16")

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunadapt_ds import compare, report
+from prunadapt_ds import report
+from prunadapt_ds.commands import compare
 from tests.conftest import ROOT
 from tests.unit.test_report import filled
 

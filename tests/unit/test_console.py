@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from prunadapt_ds import config, console, init_slurm, options, predict, resources
+from prunadapt_ds import config, console, options, resources
+from prunadapt_ds.commands import init_slurm, predict
 from prunadapt_ds.config import parse
 from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.errors import UserError

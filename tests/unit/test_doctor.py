@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from prunadapt_ds import doctor, launchers
-from prunadapt_ds.doctor import Rank, problems
+from prunadapt_ds import launchers
+from prunadapt_ds.commands import doctor
+from prunadapt_ds.commands.doctor import Rank, problems
 
 pytestmark = pytest.mark.fast
 CPU = Rank(0, 0, "a", "cpu", frozenset({0, 1}), 1, dict.fromkeys(doctor.PACKAGES, "1.0"), [])

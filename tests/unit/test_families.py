@@ -11,7 +11,7 @@ from prunadapt_ds.data.loading import tokenize
 from prunadapt_ds.data.tasks import TASKS
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.models.families import FAMILIES
-from prunadapt_ds.models.layouts import family_of, sayable_heads, uniform_floors
+from prunadapt_ds.models.layouts import family_of, representable_heads, uniform_floors
 from prunadapt_ds.models.table import updated
 from tests.conftest import ROOT
 from tests.tiny import layout_and_structure, tiny_config, tiny_folder, tiny_model
@@ -91,7 +91,7 @@ def test_what_must_stay_stays_at_the_highest_sparsity(model_type):
 
 
 @pytest.mark.parametrize(
-    "model_type, sayable",
+    "model_type, counts",
     [
         ("llama-mha", (1, 2, 4)),
         ("llama", (1, 2)),
@@ -101,14 +101,14 @@ def test_what_must_stay_stays_at_the_highest_sparsity(model_type):
         ("opt", (4,)),
     ],
 )
-def test_numbers_of_heads_that_a_stock_configuration_takes(model_type, sayable):
+def test_numbers_of_heads_that_a_stock_configuration_takes(model_type, counts):
     """Llama's must divide the model's width, which 3 heads of 32 do not."""
     model = tiny_model(model_type)
-    family, every = family_of(model.config), tuple(range(sayable[0], sayable[-1] + 1))
-    assert sayable_heads(family, model.config) == sayable
+    family, every = family_of(model.config), tuple(range(counts[0], counts[-1] + 1))
+    assert representable_heads(family, model.config) == counts
     _, structure = layout_and_structure(model, 16)
     heads, neurons = uniform_floors(family, structure, model.config, 8).sublayers[:2]
-    assert heads.floor == sayable[0] and heads.counts == (sayable if sayable != every else ()) and neurons.counts == ()
+    assert heads.floor == counts[0] and heads.counts == (counts if counts != every else ()) and neurons.counts == ()
 
 
 def test_multiples_of_heads_that_servers_split():

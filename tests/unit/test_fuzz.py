@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prunadapt_ds import checkpoint, compare, formats, glue_table, model_folder, resume
+from prunadapt_ds import checkpoint, formats, model_folder, resume
+from prunadapt_ds.commands import compare, glue_table
 from prunadapt_ds.config import OPTIONS, Config, parse
 from prunadapt_ds.data import TASKS, TaskData, load_language, load_task
 from prunadapt_ds.data.glue import load_tsv

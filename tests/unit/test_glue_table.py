@@ -6,7 +6,7 @@ import os
 import pytest
 
 from prunadapt_ds import report as reports
-from prunadapt_ds.glue_table import TASKS, gather, main, markdown
+from prunadapt_ds.commands.glue_table import TASKS, gather, main, markdown
 from tests.conftest import ROOT  # noqa: F401  (the environment)
 
 pytestmark = pytest.mark.fast

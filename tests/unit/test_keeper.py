@@ -13,7 +13,8 @@ import torch
 from prunadapt_ds import keeper as keepers
 from prunadapt_ds.errors import Interrupted, PrunadaptError
 from prunadapt_ds.keeper import Keeper
-from prunadapt_ds.pulse import Pulse, StopSignals
+from prunadapt_ds.pulse import Pulse
+from prunadapt_ds.signals import StopSignals
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.fast
@@ -151,7 +152,7 @@ def test_signals_are_noted_and_given_back():
 def test_a_ctrl_c_is_answered_at_once_and_the_second_ends_the_process(speaks):
     code = (
         "import os, signal\n"
-        "from prunadapt_ds.pulse import StopSignals\n"
+        "from prunadapt_ds.signals import StopSignals\n"
         f"signals = StopSignals(speaks={speaks})\n"
         "signals.listen()\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -11,8 +11,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from prunadapt_ds import adapters, evaluate_command, files, gates, token_teacher
+from prunadapt_ds import adapters, files, gates, token_teacher
 from prunadapt_ds.batches import Rows
+from prunadapt_ds.commands import evaluate
 from prunadapt_ds.config import parse
 from prunadapt_ds.data import compute_perplexity, load_language, tokenize_language
 from prunadapt_ds.errors import UserError
@@ -225,7 +226,7 @@ def test_a_decoder_of_no_family_is_scored_as_row_by_row(tmp_path, pad_token, cap
     data = tiny_instructions(tmp_path / "data")
     files = [f"--{name}_file={data / f'{name}.jsonl'}" for name in ("train", "validation")]
     argv = ["--task_type=causal_lm", f"--model_name_or_path={tmp_path / 'bloom'}", *files, "--max_seq_length=32"]
-    assert evaluate_command.main(argv) == 0
+    assert evaluate.main(argv) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     losses = []
     for row in tokenize_language(load_language(data_options(data)).validation["validation"], tokenizer, 32):

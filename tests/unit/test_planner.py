@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from prunadapt_ds import adapters, gates, inventory, plan_command, planner, zero_costs
+from prunadapt_ds import adapters, gates, inventory, zero_costs
 from prunadapt_ds.budget import PruningPlan
+from prunadapt_ds.commands import plan, planner
 from prunadapt_ds.config import parse
 from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.memory import SavedActivations
@@ -92,7 +93,7 @@ def test_which_fits_and_which_is_fastest():
     seconds = {name: c["phases"][0]["seconds"]["total"] for name, c in by_file(slow).items()}
     assert seconds["zero3.json"] > 3 * seconds["zero2.json"]
     assert planned(config, *words, gpu_memory=2**29)["fastest"] is None
-    text = plan_command.table(several)
+    text = plan.table(several)
     assert "zero0.json: does not fit" in text and "zero3.json: fits" in text and "fastest that fits: zero3" in text
 
 
@@ -188,7 +189,7 @@ def test_even_plans_meet_the_target():
 
 
 def run(capsys, *words):
-    code = plan_command.main(list(words))
+    code = plan.main(list(words))
     said = capsys.readouterr()
     return code, said.out, said.err
 
@@ -273,7 +274,7 @@ def test_configurations_of_no_model_are_refused(tmp_path, capsys, monkeypatch, c
 )
 def test_what_a_plan_does_not_know_is_refused(name, value, words, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert plan_command.main([f"--{name}", value]) == 2
+    assert plan.main([f"--{name}", value]) == 2
     assert f"{name}=" in (said := capsys.readouterr().err) and words in said
 
 
@@ -281,13 +282,13 @@ def test_what_a_plan_does_not_know_is_refused(name, value, words, capsys, monkey
     ("text", "value"), [("80GiB", 80 * 2**30), ("400GB/s", 4e11), ("4e14", 4e14), ("1.5T", 1.5e12)]
 )
 def test_quantities(text, value):
-    assert plan_command.quantity(text) == value
+    assert plan.quantity(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-3", "0", "80 apples", "1e", "1.2.3", "1e999"])
 def test_no_quantities(text):
     with pytest.raises(ValueError, match="such as 80GiB"):
-        plan_command.quantity(text)
+        plan.quantity(text)
 
 
 def test_the_checked_points_are_within_the_stated_bound():

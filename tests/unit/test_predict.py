@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunadapt_ds import answers, distributed, evaluate_command, predict, trained_folder
+from prunadapt_ds import answers, distributed, trained_folder
 from prunadapt_ds.batches import evaluation_batches
+from prunadapt_ds.commands import evaluate, predict
 from prunadapt_ds.errors import Problem, UserError
 from tests.tiny import tiny_data, tiny_model, tiny_tokenizer
 
@@ -136,8 +137,8 @@ def test_a_score_reads_as_much_as_the_run_did(exported, tmp_path):
             raise UserError(Problem("seen", longest, "enough"))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluate_command, "tokenize", remember)
-            evaluate_command.main([f"--model_name_or_path={exported / 'exports' / 'compact'}", *data, *more])
+            patch.setattr(evaluate, "tokenize", remember)
+            evaluate.main([f"--model_name_or_path={exported / 'exports' / 'compact'}", *data, *more])
 
     score()
     score("--max_seq_length=32")

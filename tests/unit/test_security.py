@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from prunadapt_ds import compare, evaluate_command, files, glue_table, init_slurm
+from prunadapt_ds import files
+from prunadapt_ds.commands import compare, evaluate, glue_table, init_slurm
 from prunadapt_ds.config import OPTIONS
 from tests.conftest import ROOT
 from tests.tiny import tiny_data, tiny_model, tiny_tokenizer
@@ -147,7 +148,7 @@ def test_programs_without_ranks(tmp_path, open_umask, monkeypatch):
     argv = ["--model_name_or_path", "./classifier", "--output_dir", "scores", "--max_seq_length", "32"]
     argv += ["--train_file", str(data / "train.csv"), "--validation_file", str(data / "validation.csv")]
     before = dict(os.environ)
-    assert evaluate_command.main(argv) == 0
+    assert evaluate.main(argv) == 0
     for name in set(os.environ) - set(before):
         del os.environ[name]
     assert (tmp_path / "scores" / "scores.json").is_file() and not loose(tmp_path)

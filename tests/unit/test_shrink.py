@@ -9,7 +9,7 @@ from prunadapt_ds.budget import decide
 from prunadapt_ds.clocks import StepTimes
 from prunadapt_ds.importance import Recorder
 from prunadapt_ds.models.structure import Structure, SubLayer
-from prunadapt_ds.shrink import pays_now
+from prunadapt_ds.rebuild import pays_now
 
 pytestmark = pytest.mark.fast
 

@@ -11,8 +11,8 @@ import subprocess
 
 import pytest
 
-from prunadapt_ds import init_slurm
-from prunadapt_ds.glue_table import TASKS
+from prunadapt_ds.commands import init_slurm
+from prunadapt_ds.commands.glue_table import TASKS
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.fast

@@ -7,7 +7,8 @@ import zipfile
 import pytest
 import torch
 
-from prunadapt_ds import answers, distributed, predict, submission
+from prunadapt_ds import answers, distributed
+from prunadapt_ds.commands import predict, submission
 from prunadapt_ds.data import TASKS, stream_blind
 from prunadapt_ds.errors import UserError
 from tests.tiny import tiny_model, tiny_tokenizer

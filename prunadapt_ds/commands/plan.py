@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from prunadapt_ds import resources
+from prunadapt_ds.commands.planner import plan, read_config
 from prunadapt_ds.config import parse_beside
-from prunadapt_ds.errors import Problem, UserError, told
+from prunadapt_ds.errors import Problem, UserError, exit_code_of
 from prunadapt_ds.options import Usage, option
-from prunadapt_ds.planner import plan, read_config
 from prunadapt_ds.zero_costs import BYTES, Machine
 
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -79,7 +79,7 @@ USAGE = Usage(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan for the command line `argv`. Returns the exit code."""
-    return told(lambda: print(run(list(sys.argv[1:] if argv is None else argv))))
+    return exit_code_of(lambda: print(run(list(sys.argv[1:] if argv is None else argv))))
 
 
 def run(argv: list[str]) -> str:

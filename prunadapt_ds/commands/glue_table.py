@@ -20,7 +20,7 @@ from typing import Any
 
 from prunadapt_ds import files
 from prunadapt_ds.config import TASK_NAMES
-from prunadapt_ds.errors import Problem, UserError, told
+from prunadapt_ds.errors import Problem, UserError, exit_code_of
 from prunadapt_ds.options import Help, as_called
 
 TASKS = tuple(name for name in TASK_NAMES if name != "sample")
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="[all nine]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="[0]")
     options = parser.parse_args(argv)
-    return told(lambda: show(options.root, options.tasks, options.seeds))
+    return exit_code_of(lambda: show(options.root, options.tasks, options.seeds))
 
 
 def show(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prunadapt_ds import files, resources
-from prunadapt_ds.errors import Problem, UserError, told
+from prunadapt_ds.errors import Problem, UserError, exit_code_of
 from prunadapt_ds.options import Help, as_called
 
 _EXAMPLE = "prunadapt init-slurm my-project"
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="created if it does not exist")
     options = parser.parse_args(argv)
-    return told(lambda: copy(options.folder))
+    return exit_code_of(lambda: copy(options.folder))
 
 
 def copy(target: Path) -> None:

@@ -14,8 +14,9 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from prunadapt_ds import answers, distributed, files, submission
+from prunadapt_ds import answers, distributed, files
 from prunadapt_ds.answers import Answerer
+from prunadapt_ds.commands import submission
 from prunadapt_ds.data import Columns, read_columns
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import Problem, UserError

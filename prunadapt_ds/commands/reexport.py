@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from prunadapt_ds import card, distributed, files, formats, graphs, model_folder, proof, unfinished
+from prunadapt_ds import card, distributed, files, formats, graphs, model_folder, proof
 from prunadapt_ds.batches import Rows
+from prunadapt_ds.commands import unfinished
 from prunadapt_ds.config import EXPORT_DTYPES
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import ParityError, Problem, UserError

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from prunadapt_ds import adapters, backbone, given_adapter, labels
+from prunadapt_ds import adapters, backbone, initial_adapter, labels
 from prunadapt_ds.config import LoraOptions, parse
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.setup import refuse_changed
@@ -42,13 +42,13 @@ def test_the_model_answers_as_peft_s(tmp_path, model_type, targets, saved):
     base = tiny_folder(tmp_path / "base", model_type)
     fan = {"fan_in_fan_out": True} if model_type == "gpt2" else {}
     expected = write_adapter(base, tmp_path / "adapter", target_modules=targets, modules_to_save=saved, **fan)
-    given = given_adapter.read(str(tmp_path / "adapter"))
+    given = initial_adapter.read(str(tmp_path / "adapter"))
     loaded, lora = backbone.load(str(base), num_labels=2), LoraOptions()
-    names = given_adapter.take_over(given, loaded, lora, frozenset())
+    names = initial_adapter.take_over(given, loaded, lora, frozenset())
     assert (lora.r, lora.lora_alpha) == (3, 5) and 0 < len(names) == len(given.modules)
     assert set(names) <= set(adapters.target_modules(loaded.layout)) and "its head" in loaded.notes[-1]
     adapters.add_lora(loaded.model, loaded.layout, names, r=lora.r, lora_alpha=lora.lora_alpha)
-    given_adapter.load(given, loaded)
+    initial_adapter.load(given, loaded)
     with torch.no_grad():
         torch.testing.assert_close(loaded.model.eval()(**inputs()).logits, expected, rtol=1e-5, atol=1e-6)
     trains = {n for n, p in loaded.model.named_parameters() if p.requires_grad}
@@ -58,39 +58,39 @@ def test_the_model_answers_as_peft_s(tmp_path, model_type, targets, saved):
 def test_a_head_for_other_labels_begins_anew(tmp_path):
     base = tiny_folder(tmp_path / "base", "bert")
     write_adapter(base, tmp_path / "a", num_labels=5, target_modules=["query"], modules_to_save=["classifier"])
-    given, loaded = given_adapter.read(str(tmp_path / "a")), backbone.load(str(base), num_labels=2)
-    names = given_adapter.take_over(given, loaded, LoraOptions(), frozenset())
+    given, loaded = initial_adapter.read(str(tmp_path / "a")), backbone.load(str(base), num_labels=2)
+    names = initial_adapter.take_over(given, loaded, LoraOptions(), frozenset())
     assert "starts from scratch" in loaded.notes[-1]
     adapters.add_lora(loaded.model, loaded.layout, names, r=3, lora_alpha=5)
-    given_adapter.load(given, loaded)
+    initial_adapter.load(given, loaded)
     assert loaded.model.classifier.weight.shape[0] == 2
 
 
 def test_options_that_contradict_the_adapter(tmp_path):
     base = tiny_folder(tmp_path / "base", "bert")
     write_adapter(base, tmp_path / "a", target_modules=["query"])
-    given, loaded = given_adapter.read(str(tmp_path / "a")), backbone.load(str(base), num_labels=2)
+    given, loaded = initial_adapter.read(str(tmp_path / "a")), backbone.load(str(base), num_labels=2)
     lora = LoraOptions(r=4, lora_alpha=2.0, target_modules=["key"])
     with pytest.raises(UserError) as caught:
-        given_adapter.take_over(given, loaded, lora, frozenset({"r", "lora_alpha", "target_modules"}))
+        initial_adapter.take_over(given, loaded, lora, frozenset({"r", "lora_alpha", "target_modules"}))
     assert {p.field for p in caught.value.problems} == {"r", "lora_alpha", "target_modules"}
     same = LoraOptions(r=3, lora_alpha=5.0, target_modules=["query"])
-    assert given_adapter.take_over(given, loaded, same, frozenset({"r", "lora_alpha", "target_modules"}))
+    assert initial_adapter.take_over(given, loaded, same, frozenset({"r", "lora_alpha", "target_modules"}))
     other = backbone.load(str(tiny_folder(tmp_path / "wide", "bert", hidden_size=64)), num_labels=2)
     with pytest.raises(UserError, match="has shape"):
-        given_adapter.take_over(given, other, LoraOptions(), frozenset())
+        initial_adapter.take_over(given, other, LoraOptions(), frozenset())
     with pytest.raises(UserError, match=r"such as model\.layers\.0\.self_attn\.q_proj"):
         llama = backbone.load(str(tiny_folder(tmp_path / "llama", "llama")), num_labels=2)
-        given_adapter.take_over(given, llama, LoraOptions(), frozenset())
+        initial_adapter.take_over(given, llama, LoraOptions(), frozenset())
 
 
 def changed(folder, **values):
-    file = folder / given_adapter.CONFIG
+    file = folder / initial_adapter.CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def pickled(folder):
-    (folder / given_adapter.WEIGHTS).rename(folder / "adapter_model.bin")
+    (folder / initial_adapter.WEIGHTS).rename(folder / "adapter_model.bin")
 
 
 CASES = {
@@ -101,10 +101,10 @@ CASES = {
     "another method": (lambda f: changed(f, peft_type="IA3"), "has IA3 weights"),
     "no rank": (lambda f: changed(f, r=None), "r=None"),
     "pickled": (pickled, "pickled ones are never loaded"),
-    "no weights": (lambda f: (f / given_adapter.WEIGHTS).unlink(), "has no adapter_model.safetensors"),
-    "not JSON": (lambda f: (f / given_adapter.CONFIG).write_text("{"), "adapter_config.json cannot be read"),
-    "no configuration": (lambda f: (f / given_adapter.CONFIG).unlink(), "the folder has no adapter_config.json"),
-    "cut short": (lambda f: (f / given_adapter.WEIGHTS).write_bytes(b"x"), "damaged or cut short"),
+    "no weights": (lambda f: (f / initial_adapter.WEIGHTS).unlink(), "has no adapter_model.safetensors"),
+    "not JSON": (lambda f: (f / initial_adapter.CONFIG).write_text("{"), "adapter_config.json cannot be read"),
+    "no configuration": (lambda f: (f / initial_adapter.CONFIG).unlink(), "the folder has no adapter_config.json"),
+    "cut short": (lambda f: (f / initial_adapter.WEIGHTS).write_bytes(b"x"), "damaged or cut short"),
 }
 
 
@@ -121,14 +121,14 @@ def test_what_is_refused(right, tmp_path, case):
     shutil.copytree(right / "a", tmp_path / "a")
     spoil(tmp_path / "a")
     with pytest.raises(UserError, match="adapter_name_or_path") as caught:
-        given_adapter.read(str(tmp_path / "a"))
+        initial_adapter.read(str(tmp_path / "a"))
     assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("name, words", [("./nowhere", "no such folder"), ("no/such-adapter", "from the hub")])
 def test_what_is_not_there(name, words):
     with pytest.raises(UserError, match=words):
-        given_adapter.read(name)
+        initial_adapter.read(name)
 
 
 def test_another_adapter_is_another_run():

@@ -36,7 +36,7 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisat
 
 
 @dataclass(frozen=True)
-class GivenAdapter:
+class InitialAdapter:
     """A checked adapter. `shapes`: shapes of its tensors by the model's names, `lora_A.weight` without the adapter's name."""
 
     name: str
@@ -66,7 +66,7 @@ def refuse(name: str) -> Callable[[str], UserError]:
     return lambda remedy: UserError(Problem("adapter_name_or_path", name, remedy))
 
 
-def read(name: str) -> GivenAdapter:
+def read(name: str) -> InitialAdapter:
     """Read an adapter's configuration and the header of its weights.
 
     Raises UserError if it cannot be read, is not plain LoRA, or has only pickled weights.
@@ -95,7 +95,7 @@ def read(name: str) -> GivenAdapter:
     except (SafetensorError, OSError) as error:
         raise refused(f"{WEIGHTS} cannot be loaded: it is damaged or cut short ({error}); fetch it again") from error
     named = {key.removeprefix(PREFIX): shape for key, shape in shapes.items()}
-    return GivenAdapter(name, file, weights, r, float(alpha), str(config.get("base_model_name_or_path") or ""), named)
+    return InitialAdapter(name, file, weights, r, float(alpha), str(config.get("base_model_name_or_path") or ""), named)
 
 
 def _file(name: str, file: str) -> Path:
@@ -120,86 +120,86 @@ def _file(name: str, file: str) -> Path:
     return found
 
 
-def take_over(given: GivenAdapter, loaded: Backbone, lora: LoraOptions, asked: frozenset[str]) -> list[str]:
+def take_over(adapter: InitialAdapter, loaded: Backbone, lora: LoraOptions, given: frozenset[str]) -> list[str]:
     """Set the run's LoRA options to the adapter's, in place. Returns the projections that get LoRA, in the model's order.
 
-    `asked`: names of the options that the user gave. Raises UserError if one of them contradicts the adapter, or if the adapter
+    `given`: names of the options that the user gave. Raises UserError if one of them contradicts the adapter, or if the adapter
     does not fit the model.
     """
-    targets = _fitting(given, loaded)
-    says = {"r": given.r, "lora_alpha": given.lora_alpha}
+    targets = _fitting(adapter, loaded)
+    says = {"r": adapter.r, "lora_alpha": adapter.lora_alpha}
     problems = [
-        Problem(name, getattr(lora, name), f"the adapter {given.name} has {value:g}; leave it out")
+        Problem(name, getattr(lora, name), f"the adapter {adapter.name} has {value:g}; leave it out")
         for name, value in says.items()
-        if name in asked and getattr(lora, name) != value
+        if name in given and getattr(lora, name) != value
     ]
     if lora.target_modules and adapters.target_modules(loaded.layout, lora.target_modules) != targets:
         some = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
-        remedy = f"the adapter {given.name} adapts {some}, {len(targets)} projections in all; leave it out"
+        remedy = f"the adapter {adapter.name} adapts {some}, {len(targets)} projections in all; leave it out"
         problems.append(Problem("target_modules", lora.target_modules, remedy))
     if problems:
         raise UserError(problems)
-    lora.r, lora.lora_alpha = given.r, given.lora_alpha
-    heads = [name for name in given.whole if name in loaded.task_head_names]
-    new = _of_other_size(given, loaded)
+    lora.r, lora.lora_alpha = adapter.r, adapter.lora_alpha
+    heads = [name for name in adapter.whole if name in loaded.task_head_names]
+    new = _of_other_size(adapter, loaded)
     head = ", its head" if set(heads) - new else ", without a head for this task, which starts from scratch"
     loaded.notes.append(
-        f"starts from the adapter {given.name} (made for {given.base or 'an unnamed model'}): r={given.r}, "
-        f"lora_alpha={given.lora_alpha:g}, {len(targets)} projections{head}"
+        f"starts from the adapter {adapter.name} (made for {adapter.base or 'an unnamed model'}): r={adapter.r}, "
+        f"lora_alpha={adapter.lora_alpha:g}, {len(targets)} projections{head}"
     )
     return targets
 
 
-def _fitting(given: GivenAdapter, loaded: Backbone) -> list[str]:
+def _fitting(adapter: InitialAdapter, loaded: Backbone) -> list[str]:
     """The adapter's projections in the model's order. Raises UserError if a name or shape does not match the model's."""
-    refused = refuse(given.name)
+    refused = refuse(adapter.name)
     possible = adapters.target_modules(loaded.layout)
-    strange = sorted(set(given.modules) - set(possible))
-    if strange or not given.modules:
+    strange = sorted(set(adapter.modules) - set(possible))
+    if strange or not adapter.modules:
         some = f"{strange[0]} and {len(strange) - 1} more" if strange else "nothing"
         remedy = f"a run can only start from LoRA on the projections of the model's blocks, such as {possible[0]}"
         raise refused(f"adapts {some}; {remedy}")
     parameters = dict(loaded.model.named_parameters())
-    wanted = _matrix_shapes(given, parameters, loaded.layout)
-    wanted |= {name: full_shape(parameters[name]) for name in given.whole if name in parameters}
-    for name, shape in given.shapes.items():
+    wanted = _matrix_shapes(adapter, parameters, loaded.layout)
+    wanted |= {name: full_shape(parameters[name]) for name in adapter.whole if name in parameters}
+    for name, shape in adapter.shapes.items():
         if name not in wanted:
             raise refused(f"holds {name}, which this model does not have")
-        if shape != wanted[name] and name not in _of_other_size(given, loaded):
+        if shape != wanted[name] and name not in _of_other_size(adapter, loaded):
             raise refused(f"{name} has shape {shape}, but this model needs {wanted[name]}; was it made for another?")
-    if lost := sorted(wanted.keys() - given.shapes.keys()):
+    if lost := sorted(wanted.keys() - adapter.shapes.keys()):
         raise refused(f"{WEIGHTS} has no {lost[0]}; fetch it again")
-    return [name for name in possible if name in set(given.modules)]
+    return [name for name in possible if name in set(adapter.modules)]
 
 
 def _matrix_shapes(
-    given: GivenAdapter, parameters: dict[str, nn.Parameter], layout: Layout
+    adapter: InitialAdapter, parameters: dict[str, nn.Parameter], layout: Layout
 ) -> dict[str, tuple[int, ...]]:
     """The shapes that A and B of every adapted projection must have: [r, in] and [out, r]."""
     transposed = {p.path: p.transposed for sub in layout.sublayers for p in (*sub.inputs, sub.output)}
     shapes: dict[str, tuple[int, ...]] = {}
-    for module in given.modules:
+    for module in adapter.modules:
         path = module.removeprefix(f"{layout.layers}.").partition(".")[2]
         rows, columns = full_shape(parameters[f"{module}.weight"])[:: -1 if transposed[path] else 1]
-        shapes |= dict(zip((module + m for m in MATRICES), ((given.r, columns), (rows, given.r)), strict=True))
+        shapes |= dict(zip((module + m for m in MATRICES), ((adapter.r, columns), (rows, adapter.r)), strict=True))
     return shapes
 
 
-def _of_other_size(given: GivenAdapter, loaded: Backbone) -> set[str]:
+def _of_other_size(adapter: InitialAdapter, loaded: Backbone) -> set[str]:
     """Parameters of a head for another number of labels. They start from scratch, as a checkpoint's would."""
     parameters = dict(loaded.model.named_parameters())
-    heads = [name for name in given.whole if name in loaded.task_head_names]
-    return {name for name in heads if full_shape(parameters[name]) != given.shapes[name]}
+    heads = [name for name in adapter.whole if name in loaded.task_head_names]
+    return {name for name in heads if full_shape(parameters[name]) != adapter.shapes[name]}
 
 
-def load(given: GivenAdapter, loaded: Backbone) -> None:
+def load(adapter: InitialAdapter, loaded: Backbone) -> None:
     """Copy the adapter's values into the model, which must already have LoRA. In place; collective if parameters are sharded."""
     from safetensors import safe_open
 
-    parameters, skipped = dict(loaded.model.named_parameters()), _of_other_size(given, loaded)
-    with safe_open(given.weights, framework="pt") as opened, torch.no_grad():
+    parameters, skipped = dict(loaded.model.named_parameters()), _of_other_size(adapter, loaded)
+    with safe_open(adapter.weights, framework="pt") as opened, torch.no_grad():
         keys = {key.removeprefix(PREFIX): key for key in opened.keys()}  # noqa: SIM118
-        for name in given.shapes:
+        for name in adapter.shapes:
             if name in skipped:
                 continue
             ours: Any = name

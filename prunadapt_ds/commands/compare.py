@@ -19,7 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from prunadapt_ds import figures, files, pages, report
-from prunadapt_ds.errors import Problem, UserError, told
+from prunadapt_ds.errors import Problem, UserError, exit_code_of
 from prunadapt_ds.options import Help, as_called
 
 KEY = ("task", "method", "criterion", "model", "target")
@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, or a folder of such folders")
     parser.add_argument("--output_dir", metavar="DIR", help="also write compare.md, compare.csv and compare.html there")
     arguments = parser.parse_args(argv)
-    return told(lambda: show(arguments.runs, arguments.output_dir))
+    return exit_code_of(lambda: show(arguments.runs, arguments.output_dir))
 
 
 def show(folders: Sequence[str], output_dir: str | None) -> None:
