@@ -116,6 +116,8 @@ class Keeper:
         if not self.stops:
             return
         name = next((name for name in distributed.all_gather_objects(self.signals.name) if name), "a signal")
+        if self.session.config.prune.score_only:
+            raise Interrupted(f"stopped by {name} while scoring; the same command starts again")
         again = "" if self.session.config.output.resume == "auto" else " with --resume auto"
         raise Interrupted(
             f"stopped by {name} after step {self.session.step} of {self.session.total_steps}; {self._where()}; "

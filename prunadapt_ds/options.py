@@ -160,7 +160,7 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("bf16", "fp16", "mixed_precision"), "set bf16.enabled in the file of --ds_config; there is no fp16"
     ),
-    "report_to": "metrics go to TensorBoard and metrics.jsonl, and nowhere else",
+    "report_to": "metrics go to TensorBoard and metrics.jsonl; DeepSpeed's own monitors are blocks of the file of --ds_config",
     "load_best_model_at_end": "the model of the last step is exported",
     "push_to_hub": "upload a folder of exports/ afterwards, as the run's last lines say",
     **dict.fromkeys(("load_in_8bit", "load_in_4bit", "quantization"), "a quantised backbone cannot be cut"),

@@ -71,6 +71,7 @@ def _data_words(config: Config, task: str) -> list[str]:
         "data_dir",
         "train_file",
         "validation_file",
+        "problem_type",
         "max_seq_length",
         "max_eval_samples",
     )

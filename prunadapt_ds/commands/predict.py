@@ -17,7 +17,7 @@ from torch import Tensor
 from prunadapt_ds import answers, distributed, files
 from prunadapt_ds.answers import Answerer
 from prunadapt_ds.commands import submission
-from prunadapt_ds.data import Columns, read_columns
+from prunadapt_ds.data import Columns, read_columns, rename_text
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.options import Usage, option, read
@@ -45,7 +45,7 @@ class PredictOptions:
     )
     input_file: str | None = option(
         None,
-        "csv, tsv, jsonl or parquet with sentence1[, sentence2]; `-`: standard input, one text or JSON object per line",
+        "csv, tsv, jsonl, json or parquet with sentence1[, sentence2]; `-`: standard input, one text or JSON object per line",
     )
     output_file: str | None = option(
         None, "csv or jsonl, `-`: jsonl on standard output [-]; with --glue_submission the zip [submission.zip]"
@@ -188,8 +188,9 @@ def shared_input(path: str) -> Iterator[Columns]:
 
 
 def file_rows(path: str) -> Iterator[dict[str, Any]]:
-    """Yield the texts of a csv, tsv, jsonl or parquet file, without its other columns. Raises UserError."""
+    """Yield the texts of a csv, tsv, jsonl, json or parquet file, without its other columns. Raises UserError."""
     columns = read_columns("input_file", path)
+    rename_text(columns)
     if "sentence1" not in columns:
         found = ", ".join(map(repr, columns))
         raise UserError(Problem("input_file", path, f"column sentence1 is missing; found {found}; rename yours"))
@@ -212,6 +213,7 @@ def standard_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             if not is_json:
                 yield {"sentence1": text}
             elif record is not None:
+                rename_text(record)
                 yield {name: record[name] for name in FIELDS if name in record}
             elif text.strip():
                 raise UserError(

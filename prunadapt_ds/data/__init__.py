@@ -4,7 +4,7 @@ from prunadapt_ds.data.glue import stream_blind
 from prunadapt_ds.data.language import load_language, tokenize_language
 from prunadapt_ds.data.loading import load_task, tokenize
 from prunadapt_ds.data.metrics import MEASURES, compute_metrics, compute_perplexity, load_metric, measures_of
-from prunadapt_ds.data.readers import Columns, read_columns
+from prunadapt_ds.data.readers import Columns, read_columns, rename_text
 from prunadapt_ds.data.sample import generate
 from prunadapt_ds.data.tasks import (
     HUB_DATASET,
@@ -37,6 +37,7 @@ __all__ = [
     "load_task",
     "measures_of",
     "read_columns",
+    "rename_text",
     "stream_blind",
     "tokenize",
     "tokenize_language",

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from prunadapt_ds.data.readers import Columns, has_surrogate, read_columns
+from prunadapt_ds.data.readers import Columns, has_surrogate, read_columns, rename_text
 from prunadapt_ds.data.tasks import OWN_METRICS, Task
 from prunadapt_ds.errors import Problem, UserError
 
@@ -40,7 +40,7 @@ def load_files(train: str, validation: str, problem_type: str | None = None) -> 
         except UserError as error:
             problems.extend(error.problems)
             continue
-        _rename_text(file.columns)
+        rename_text(file.columns)
         problems.extend(_column_problems(file))
         files.append(file)
     if problems:
@@ -71,12 +71,6 @@ def load_files(train: str, validation: str, problem_type: str | None = None) -> 
         columns = {text: file.columns[text] for text in texts}
         splits[file.field.removesuffix("_file")] = {**columns, "label": labels}
     return task, splits
-
-
-def _rename_text(columns: Columns) -> None:
-    """A single text column may have the name that most data sets give it."""
-    if "sentence1" not in columns and "text" in columns:
-        columns["sentence1"] = columns.pop("text")
 
 
 def _whole_numbers(labels: list[Any]) -> list[Any]:

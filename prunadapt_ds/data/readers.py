@@ -196,6 +196,12 @@ def _parquet(field: str, path: Path) -> Columns:
     return columns
 
 
+def rename_text(record: dict[str, Any]) -> None:
+    """Accept the name that most data sets give to a single text: "text" becomes "sentence1", unless that is there too."""
+    if "sentence1" not in record and "text" in record:
+        record["sentence1"] = record.pop("text")
+
+
 def has_surrogate(text: str) -> bool:
     """Whether a text contains an unpaired UTF-16 surrogate, which JSON can express but UTF-8 cannot encode."""
     return SURROGATE.search(text) is not None

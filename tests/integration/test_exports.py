@@ -148,7 +148,7 @@ def test_unequal_layers_fit_no_stock_configuration(exported, tmp_path):
     of_three = plans["llama-mha-unequal"].to_dict()
     for unit in of_three["units"]:
         unit["kept"] = list(range({"heads": 3, "neurons": 8}[unit["kind"]]))
-    with pytest.raises(UserError, match="takes 1, 2, 4 heads, not 3"):
+    with pytest.raises(UserError, match="accepts 1, 2, 4 heads, not 3"):
         formats.convert("uniform", base / "llama-mha-unequal-compact", of_three, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 

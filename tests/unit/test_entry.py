@@ -55,8 +55,8 @@ def test_what_all_ranks_know_is_said_and_the_group_left(ended, capsys):
 
 
 def test_a_program_of_one_process(capsys):
-    assert [errors.told(lambda: None), errors.told(lambda: 1)] == [0, 1]
-    assert errors.told(failing(UserError(Problem("folder", "x", "exists")))) == 2
+    assert [errors.exit_code_of(lambda: None), errors.exit_code_of(lambda: 1)] == [0, 1]
+    assert errors.exit_code_of(failing(UserError(Problem("folder", "x", "exists")))) == 2
     assert capsys.readouterr().err == "error: folder='x': exists\n"
     with pytest.raises(ZeroDivisionError):
-        errors.told(failing(ZeroDivisionError()))
+        errors.exit_code_of(failing(ZeroDivisionError()))

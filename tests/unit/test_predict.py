@@ -72,6 +72,19 @@ def test_every_row_in_order_with_names_and_probabilities(base, tmp_path, monkeyp
     torch.testing.assert_close(shares, logits.softmax(1), atol=2e-6, rtol=0)
 
 
+def test_text_is_another_name_of_a_single_sentence(base, tmp_path, monkeypatch, capsys):
+    rows = [{"sentence1": "sun joy"}, {"sentence1": "rain"}]
+    outputs = []
+    for name in ("sentence1", "text"):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps([{name: row["sentence1"]} for row in rows]))
+        outputs.append(run(base, tmp_path, "--input_file", file))
+        lines = "".join(json.dumps({name: row["sentence1"]}) + "\n" for row in rows)
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        outputs.append(run(base, tmp_path, "--input_file", "-"))
+    assert len(set(outputs)) == 1 and len(outputs[0].splitlines()) == 2
+
+
 def test_csv_and_other_names(base, tmp_path):
     text = run(
         base, tmp_path, "--input_file", base / "validation.csv", "--label_names", "a", "b,c", "d", name="x/out.csv"
@@ -222,7 +235,7 @@ def test_files_and_models_that_do_not_fit(base, tmp_path):
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
         return str(caught.value)
 
-    (tmp_path / "text.csv").write_text("text,label\na,1\n")
+    (tmp_path / "text.csv").write_text("words,label\na,1\n")
     assert "column sentence1 is missing" in refused("--input_file", tmp_path / "text.csv")
     assert "no such file" in refused("--input_file", tmp_path / "nowhere.csv")
     assert "name as many" in refused("--input_file", base / "validation.csv", "--label_names", "a", "b")
