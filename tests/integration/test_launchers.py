@@ -275,7 +275,11 @@ def test_ctrl_c_while_the_export_is_proven(base, tmp_path):
     words = [sys.executable, TRAIN, *map(str, arguments(base, tmp_path / "out", max_steps=4))]
 
     def proving(run):
-        return any(b"reload.py" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in members(run.pid))
+        for pid in members(run.pid):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                if b"reload.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return True
+        return False
 
     with (tmp_path / "said").open("w") as said:
         run = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=said, stderr=said, start_new_session=True)
