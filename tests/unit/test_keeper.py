@@ -33,7 +33,7 @@ def run(monkeypatch):
                 total_steps=1000,
                 device=torch.device("cpu"),
                 tracker=SimpleNamespace(problem=""),
-                config=SimpleNamespace(output=output),
+                config=SimpleNamespace(output=output, prune=SimpleNamespace(score_only=False)),
                 train_rows=SimpleNamespace(places=range(100, 200)),  # a subset's, in the whole split
             )
             monkeypatch.setattr(keepers.time, "monotonic", lambda: self.now)
