@@ -26,9 +26,12 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def write_tokenizer_config(folder: Path, values: dict[str, Any]) -> None:
-    """`tokenizer_config.json` with a class that both versions have."""
+    """`tokenizer_config.json` with a class, and a name of further special tokens, that both versions know."""
+    values = dict(values)
     if values.get("tokenizer_class") == "TokenizersBackend":
-        values = values | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
     _write(folder / TOKENIZER_CONFIG, values)
 
 
@@ -63,6 +66,8 @@ def old_names(config: dict[str, Any]) -> dict[str, Any]:
 def _rope(rope: dict[str, Any]) -> dict[str, Any]:
     """`rope_scaling` holds everything but the base and the rotated share; version 5 takes it for the whole, so it is whole."""
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    if rope.get("rope_type") == "longrope":  # Phi-3: version 4 takes these three alone, version 5 completes them
+        scaling = {"type": "longrope", **{name: rope[name] for name in ("short_factor", "long_factor")}}
     names: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
     names["rope_scaling"] = scaling if rope.get("rope_type", "default") != "default" else None
     if "partial_rotary_factor" in rope:

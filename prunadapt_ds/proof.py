@@ -132,12 +132,14 @@ def raise_if_stopped(done: subprocess.CompletedProcess[str]) -> None:
             raise Interrupted(
                 f"stopped by {number.name} before the export was proven; the same command goes on from there"
             )
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        why = ", as the system does when memory runs out (the proof holds the exported model in fp32)"
+    if done.returncode == -signal.SIGKILL:
         raise PrunadaptError(
-            f"the process that proves the export was ended by {name}{why if name == 'SIGKILL' else ''}; with more memory for "
-            "rank 0's host the same command goes on from here"
+            "the process that loads the export was killed, as the system does when memory runs out (it holds the model in fp32); "
+            "with more memory for rank 0's host the same command goes on from here"
+        )
+    if done.returncode < 0:
+        raise PrunadaptError(
+            f"the process that loads the export was ended by signal {-done.returncode}:\n{done.stderr[-3000:]}"
         )
 
 

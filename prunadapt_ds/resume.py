@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,13 @@ def _digest(config: Config, ds: DsConfig) -> str:
     """sha256 of all that ranks must be told alike: files on the disks of several hosts may differ. Paths may, too."""
     own = BY_CONTENT | {"ds_config", "output_dir", "resume"}
     alike = {name: value for name, value in config.by_name().items() if name not in own}
-    return hashlib.sha256(json.dumps([alike, ds.values, ds.adam], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([alike, _without_paths(ds.values), ds.adam], sort_keys=True).encode()).hexdigest()
+
+
+def _without_paths(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {name: _without_paths(value) for name, value in values.items() if not name.endswith("_path")}
 
 
 def _find(config: Config, asked: dict[str, Any]) -> Start:
@@ -148,7 +155,7 @@ def _find(config: Config, asked: dict[str, Any]) -> Start:
     if config.output.resume != "auto":
         _refuse_another_run(Path(config.output.output_dir), asked)
         found, damaged = _given(Path(config.output.resume))
-        _refuse_other_inputs(Path(config.output.output_dir), found)
+        _refuse_other_inputs(Path(config.output.output_dir), found, names(config))
         start = Start(asked, found, notes=damaged)
     else:
         finished = _finished(Path(config.output.output_dir), {**asked, **names(config)})
@@ -171,7 +178,7 @@ def _refuse_another_run(output_dir: Path, asked: Mapping[str, Any]) -> None:
             raise UserError(problems)
 
 
-def _refuse_other_inputs(output_dir: Path, found: Checkpoint) -> None:
+def _refuse_other_inputs(output_dir: Path, found: Checkpoint, now: Mapping[str, Any]) -> None:
     """What is in a folder beside the checkpoint that is gone on from must have been made of the same model and data."""
     if found.run_dir.resolve() == output_dir.resolve():
         return
@@ -182,7 +189,7 @@ def _refuse_other_inputs(output_dir: Path, found: Checkpoint) -> None:
         if problems := [
             Problem(name, value, remedy.format(output_dir, before[name], value))
             for name, value in theirs.items()
-            if isinstance(before, dict) and name in before and before[name] != value
+            if isinstance(before, dict) and name in before and before[name] not in (value, now.get(name))
         ]:
             raise UserError(problems)
 
@@ -257,11 +264,11 @@ def _answered_by_export(problems: list[Problem], output_dir: Path) -> list[Probl
     words = (["--export_formats", *formats] if formats else []) + (
         ["--export_dtype", given["export_dtype"]] if given.get("export_dtype") else []
     )
-    if not words or not given.keys() <= EXPORT_OPTIONS:
+    made_afterwards = bool(formats) and "adapter" not in formats  # compact and adapter are written by the run alone
+    if not made_afterwards or not given.keys() <= EXPORT_OPTIONS:
         return problems
-    remedy = (
-        f"this run is complete; write other exports of it: prunadapt export --run_dir {output_dir} {' '.join(words)}"
-    )
+    command = shlex.join(["prunadapt", "export", "--run_dir", str(output_dir), *words])
+    remedy = f"this run is complete; write other exports of it: {command}"
     return [dataclasses.replace(problem, remedy=remedy) for problem in problems]
 
 

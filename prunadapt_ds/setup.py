@@ -349,7 +349,7 @@ def _cut_rows(session: Session) -> str | None:
     full = sum(length >= longest for length in rows.lengths)
     if full < len(rows) / 100:
         return None
-    what = "their prompts' beginnings" if session.data.is_language else "what follows"
+    what = "the beginnings of prompts, then the ends of answers" if session.data.is_language else "what follows"
     return f"{full} of {len(rows)} training rows fill --max_seq_length {longest}; longer ones lose {what}"
 
 

@@ -146,20 +146,17 @@ def restore(session: Session, start: Checkpoint, *, to_train: bool = True) -> No
         session.scores.value = tensors.get("scores")
     session.rebuilt = {int(step): rebuilt for step, rebuilt in saved["rebuilt"].items()}
     restore_of_ranks(session, saved, tensors)
-    alike = not to_train or measured_alike(session, saved)
+    # Devices may differ between ranks, what they do next must not.
+    alike = not to_train or bool(distributed.broadcast_object(measured_alike(session, saved)))
     session.clocks.restore(saved["clocks"], steps=alike)
     if alike:
         session.memory.restore(saved["memory"], is_shrunk=session.is_shrunk)
 
 
 def measured_alike(session: Session, saved: Mapping[str, Any]) -> bool:
-    """Whether seconds of a step and bytes of a rank from before can stand beside those to come."""
-    before = (
-        saved["world_size"],
-        saved["memory"]["micro_batch"],
-        saved["place"]["zero_stage"],
-        saved["place"]["device"],
-    )
+    """Whether seconds of a step and bytes of a rank from before are comparable with those to come, as rank 0 sees it."""
+    place = saved.get("place") or {}  # older checkpoints have none
+    before = (saved["world_size"], saved["memory"]["micro_batch"], place.get("zero_stage"), place.get("device"))
     now = (distributed.world_size(), session.sampler.micro_batch_size, session.ds.stage)
     return before == (*now, distributed.device_name(session.device))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of a token that the loss ignores
 NAME = "causal_lm"
+DATE = (2024, 7, 26)  # of chat templates that write one: Llama's own where it knows no other
 SAME_AS_RESPONSE = ("completion", "output")
 FORMS = (("prompt", "response"), ("messages",), ("text",))  # columns of a file; the first form whose last one is there
 
@@ -152,8 +155,9 @@ def _as_pair(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, str]:
         remedy = "its tokenizer has no chat template, which messages need; give the columns prompt and response"
         raise UserError(Problem("model_name_or_path", name, remedy))
     try:
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        with _same_date_always():
+            whole = tokenizer.apply_chat_template(messages, tokenize=False)
+            prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template's own words: roles that must alternate, no system message
         remedy = f"its chat template refuses a conversation ({error}); change that one, or give prompt and response"
         raise UserError(Problem("model_name_or_path", name, remedy)) from error
@@ -161,6 +165,25 @@ def _as_pair(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, str]:
         # Some templates rewrite what comes before an answer (hidden thoughts, for one).
         return prompt, str(messages[-1]["content"])
     return prompt, whole[len(prompt) :].rstrip()
+
+
+@contextlib.contextmanager
+def _same_date_always() -> Iterator[None]:
+    """Give templates that write today's date another one: ranks around midnight, and a run that is resumed another day, must read
+    the same tokens."""
+    from transformers.utils import chat_template_utils
+
+    class Then(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Then:
+            return cls(*DATE, tzinfo=tz)
+
+    plain = chat_template_utils.datetime
+    chat_template_utils.datetime = Then  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = plain  # type: ignore[misc]
 
 
 def _instruction(prompt: str, response: str, tokenizer: Any, longest: int) -> tuple[list[int], list[int]]:

@@ -61,6 +61,7 @@ class Family:
     token, padded on the right, generates with a cache.  `shares_layers`: the same weights run `num_hidden_layers` times; at
     least one head stays.  `drops_layers`: all layers are alike and none depends on its index, so the stock configuration can
     describe a model with fewer.  `relative_positions`: how many positions are attended to in addition to the tokens.
+    `norms_outputs`: a norm directly follows each sub-layer. It would divide by the norm of nothing, so a unit always stays.
     """
 
     model_type: str
@@ -72,6 +73,7 @@ class Family:
     shares_layers: bool = False
     drops_layers: bool = False
     relative_positions: Callable[[Any], int] = lambda config: 0
+    norms_outputs: bool = False
 
 
 def _feed_forward(inputs: Projection | tuple[Projection, ...], output: Projection, field: str) -> SubLayerRecord:
@@ -108,7 +110,7 @@ def _bert_like(model_type: str, task_head: tuple[str, ...]) -> Family:
     )
 
 
-def _llama_like(model_type: str, fused: bool = False) -> Family:
+def _llama_like(model_type: str, fused: bool = False, norms_outputs: bool = False) -> Family:
     qkv = (
         (Projection("self_attn.qkv_proj", ("q", "k", "v")),)
         if fused
@@ -136,6 +138,7 @@ def _llama_like(model_type: str, fused: bool = False) -> Family:
         neurons=_feed_forward(up, Projection("mlp.down_proj", ("neuron",)), "intermediate_size"),
         task_head=("score",),
         is_decoder=True,
+        norms_outputs=norms_outputs,
     )
 
 
@@ -231,7 +234,7 @@ _RECORDS = (
     _llama_like("qwen2"),
     _llama_like("qwen3"),
     _llama_like("gemma"),
-    _llama_like("gemma3_text"),
+    _llama_like("gemma3_text", norms_outputs=True),
     _llama_like("smollm3"),
     _llama_like("phi3", fused=True),
     Family(

@@ -82,9 +82,9 @@ def head_floors(family: Family, config: Any, num_layers: int) -> tuple[int, ...]
     """The number of heads that must stay, by layer.
 
     A decoder's cache reads its length from the first layer of each attention type, so that layer keeps a head. With shared
-    layers or multi-query attention, every layer keeps one.
+    layers, multi-query attention or a norm behind the sub-layer, every layer keeps one.
     """
-    if family.shares_layers or is_multi_query(config):
+    if family.shares_layers or family.norms_outputs or is_multi_query(config):
         return (1,) * num_layers
     if not family.is_decoder:
         return (0,) * num_layers
@@ -139,10 +139,15 @@ def uniform_floors(
 
 
 def with_floors(family: Family, structure: Structure, config: Any, prune: Any) -> Structure:
-    """The same structure with the floors that `uniform`, `keep_in_outer_layers` and the two multiples of `prune` imply.
+    """The same structure with the floors that `uniform`, `keep_in_outer_layers` and the two multiples of `prune` imply, and with a
+    group of neurons in every layer if a norm follows.
 
     config: the dense model's.
     """
+    if family.norms_outputs:
+        fewest = {"heads": 1, "neurons": prune.neuron_multiple}
+        floored = (replace(s, floor=max(s.floor, min(fewest[s.kind], s.num_units))) for s in structure.sublayers)
+        structure = replace(structure, sublayers=tuple(floored))
     if prune.uniform:
         structure = uniform_floors(family, structure, config, prune.neuron_multiple, prune.head_multiple)
     return with_outer_floor(structure, prune.keep_in_outer_layers, prune.neuron_multiple)

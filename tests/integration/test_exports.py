@@ -22,11 +22,12 @@ MODELS = [*FAMILIES, *VARIANTS]
 LOADER = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 folders, batch = json.loads(sys.argv[1]), load_file(sys.argv[2])
 logits = {}
 for name, remote in folders.items():
     model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=remote, dtype=torch.float32)
+    AutoTokenizer.from_pretrained(name)
     with torch.no_grad():
         logits[name] = model.eval()(**batch).logits
 assert "prunadapt_ds" not in sys.modules

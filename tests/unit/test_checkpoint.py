@@ -438,11 +438,14 @@ def test_going_on_from_elsewhere_takes_no_folder_of_other_data(tmp_path):
     (tmp_path / "b" / "run.json").write_text(json.dumps({"train_file": "b.csv", "seed": 0}))
     found = checkpoint.Checkpoint(tmp_path / "a" / "checkpoints" / "step-2", 2, {"names": {"train_file": "a.csv"}})
     with pytest.raises(UserError, match=r"train_file='a.csv': the run in .*b has 'b.csv'.* name another --output_dir"):
-        resume._refuse_other_inputs(tmp_path / "b", found)
-    resume._refuse_other_inputs(tmp_path / "a", found)
-    resume._refuse_other_inputs(tmp_path / "new", found)
+        resume._refuse_other_inputs(tmp_path / "b", found, {"train_file": "moved.csv"})
+    resume._refuse_other_inputs(tmp_path / "a", found, {})
+    resume._refuse_other_inputs(tmp_path / "new", found, {})
+    resume._refuse_other_inputs(
+        tmp_path / "b", found, {"train_file": "b.csv"}
+    )  # the same command again: compared by content
     (tmp_path / "b" / "run.json").write_text(json.dumps({"train_file": "a.csv"}))
-    resume._refuse_other_inputs(tmp_path / "b", found)
+    resume._refuse_other_inputs(tmp_path / "b", found, {"train_file": "moved.csv"})
 
 
 def test_every_option_is_compared_or_free_for_a_reason(ds_config):
@@ -487,6 +490,9 @@ def test_other_exports_of_a_complete_run_need_no_training(tmp_path):
         resume._finished(tmp_path, asked)
     with pytest.raises(UserError, match=r"seed=1.*began with 0"):
         resume._finished(tmp_path, {**asked, "seed": 1})
+    for others in ({"export_formats": ["compact"]}, {"export_formats": ["compact", "adapter"]}):
+        with pytest.raises(UserError, match=r"export_dtype='bfloat16'.*began with None"):
+            resume._finished(tmp_path, {**asked, **others})
 
 
 def test_a_run_that_goes_on_elsewhere_leaves_its_options_there(tmp_path):

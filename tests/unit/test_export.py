@@ -78,13 +78,13 @@ def test_a_write_that_fails_is_said_when_all_is_done(dense, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "number, kind, words",
     [
-        (signal.SIGKILL, PrunadaptError, "ended by SIGKILL, as the system does when memory runs out"),
-        (signal.SIGSEGV, PrunadaptError, "ended by SIGSEGV; with"),
+        (signal.SIGKILL, PrunadaptError, "was killed, as the system does when memory runs out"),
+        (signal.SIGSEGV, PrunadaptError, f"ended by signal {int(signal.SIGSEGV)}:\nits last words"),
         (signal.SIGUSR1, Interrupted, "stopped by SIGUSR1"),
     ],
 )
 def test_a_proof_that_a_signal_ends_says_nothing_of_the_export(number, kind, words):
     with pytest.raises(kind, match=words) as raised:
-        proof.raise_if_stopped(subprocess.CompletedProcess([], -number, "", ""))
+        proof.raise_if_stopped(subprocess.CompletedProcess([], -number, "", "its last words"))
     assert not isinstance(raised.value, ParityError)
     proof.raise_if_stopped(subprocess.CompletedProcess([], 1, "", ""))

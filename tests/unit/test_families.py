@@ -7,11 +7,12 @@ from datasets import Dataset
 from prunadapt_ds import backbone
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.budget import decide, max_sparsity
+from prunadapt_ds.config import parse
 from prunadapt_ds.data.loading import tokenize
 from prunadapt_ds.data.tasks import TASKS
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.models.families import FAMILIES
-from prunadapt_ds.models.layouts import family_of, representable_heads, uniform_floors
+from prunadapt_ds.models.layouts import family_of, representable_heads, uniform_floors, with_floors
 from prunadapt_ds.models.table import updated
 from tests.conftest import ROOT
 from tests.tiny import layout_and_structure, tiny_config, tiny_folder, tiny_model
@@ -83,7 +84,7 @@ def test_what_must_stay_stays_at_the_highest_sparsity(model_type):
     most = max_sparsity(structure, "params")
     plan = decide(torch.ones(structure.num_units), structure, most)
     assert plan.sparsity("params") == pytest.approx(most)
-    floors = {"mistral": [1, 0, 0], "qwen2": [1, 1, 0], "gemma3_text": [1, 1, 0], "albert": [1, 1]}
+    floors = {"mistral": [1, 0, 0], "qwen2": [1, 1, 0], "gemma3_text": [1, 1, 1], "albert": [1, 1]}
     wanted = floors.get(model_type, [int(FAMILIES[model_type].is_decoder), 0, 0])
     assert [c["heads"] for c in plan.counts()] == wanted
     with pytest.raises(UserError, match=f"{most:.4f}"):
@@ -119,6 +120,15 @@ def test_multiples_of_heads_that_servers_split():
     assert heads.floor == 2 and heads.counts == (2, 4)
     with pytest.raises(UserError, match="head_multiple=3: must divide the 4 heads"):
         uniform_floors(family, structure, model.config, 8, head_multiple=3)
+
+
+def test_a_norm_behind_a_sub_layer_never_divides_by_nothing():
+    model = tiny_model("gemma3_text")
+    family, (_, structure) = family_of(model.config), layout_and_structure(model, 16)
+    floored = with_floors(family, structure, model.config, parse([]).prune)
+    assert [s.floor for s in floored.sublayers] == [1, 8] * 3
+    plan = decide(torch.ones(structure.num_units), floored, max_sparsity(floored, "params"))
+    assert [(c["heads"], c["neurons"]) for c in plan.counts()] == [(1, 8)] * 3
 
 
 def test_multi_query_attention_keeps_its_key_and_value():

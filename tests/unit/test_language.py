@@ -15,7 +15,7 @@ from prunadapt_ds import adapters, files, gates, token_teacher
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.commands import evaluate
 from prunadapt_ds.config import parse
-from prunadapt_ds.data import compute_perplexity, load_language, tokenize_language
+from prunadapt_ds.data import compute_perplexity, language, load_language, tokenize_language
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.importance import STATISTICS, Recorder
 from prunadapt_ds.models.families import FAMILIES
@@ -155,6 +155,15 @@ def test_a_template_that_rewrites_what_came_before(tmp_path):
     template = "{% if add_generation_prompt %}day{% endif %}" + TEMPLATE
     tokens = tokenize_language(conversations(tmp_path), conversational(template), 64)
     assert tokens["input_ids"][0] == [7, 2, 5, 1, 3, 6, 1] and tokens["labels"][0] == [-100] * 5 + [6, 1]
+
+
+def test_a_template_writes_the_same_date_on_any_day(tmp_path):
+    """Ranks around midnight, and a run that is resumed another day."""
+    template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    data, tokenizer = conversations(tmp_path), conversational(template)
+    prompt, answer = language._as_pair(tokenizer, json.loads(data["messages"][0]))
+    assert prompt.startswith("26 Jul 2024<user>") and answer == "joy</s>"
+    assert "26 Jul 2024" not in tokenizer.apply_chat_template(CONVERSATIONS[0], tokenize=False), "elsewhere it is today"
 
 
 @pytest.mark.parametrize(

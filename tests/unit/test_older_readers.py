@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from prunadapt_ds import older_readers
 from prunadapt_ds.models.families import FAMILIES
@@ -19,6 +19,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 64,
+}
 BASES = {"full_attention": {"rope_theta": 7e5}, "sliding_attention": {"rope_theta": 3e4}}
 # family, its rope_parameters, and what version 4 must find (its configuration classes are the source)
 CASES = {
@@ -38,6 +45,15 @@ def saved(config, folder):
     config.save_pretrained(folder)
     older_readers.add_old_names(folder)
     return json.loads((folder / "config.json").read_text())
+
+
+def test_long_inputs_of_phi3(tmp_path):
+    """Version 4 refuses any field but these."""
+    config = tiny_config("phi3", rope_parameters=LONG, original_max_position_embeddings=64)
+    scaling = saved(config, tmp_path)["rope_scaling"]
+    assert scaling == {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    found = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert {name: found[name] for name in LONG} == LONG
 
 
 @pytest.mark.parametrize("model_type", CASES)
@@ -70,3 +86,8 @@ def test_a_tokenizer_of_a_class_that_both_have(tmp_path):
     for name, known in (("TokenizersBackend", "PreTrainedTokenizerFast"), ("BertTokenizer", "BertTokenizer")):
         older_readers.write_tokenizer_config(tmp_path, json.loads(file.read_text()) | {"tokenizer_class": name})
         assert json.loads(file.read_text())["tokenizer_class"] == known
+    more = {"extra_special_tokens": ["sun", "rain"]}  # version 4 takes a mapping for it
+    older_readers.write_tokenizer_config(tmp_path, json.loads(file.read_text()) | more)
+    values = json.loads(file.read_text())
+    assert values["additional_special_tokens"] == ["sun", "rain"] and "extra_special_tokens" not in values
+    assert set(AutoTokenizer.from_pretrained(tmp_path).all_special_tokens) >= {"sun", "rain"}
