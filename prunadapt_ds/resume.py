@@ -137,7 +137,7 @@ def find(config: Config) -> Start:
 
 
 def _digest(config: Config, ds: DsConfig) -> str:
-    """sha256 of all that ranks must be told alike: files on the disks of several hosts may differ. Paths may, too."""
+    """sha256 of what all ranks must agree on: files on the disks of different hosts may differ. Paths are left out."""
     own = BY_CONTENT | {"ds_config", "output_dir", "resume"}
     alike = {name: value for name, value in config.by_name().items() if name not in own}
     return hashlib.sha256(json.dumps([alike, _without_paths(ds.values), ds.adam], sort_keys=True).encode()).hexdigest()
@@ -179,7 +179,10 @@ def _refuse_another_run(output_dir: Path, asked: Mapping[str, Any]) -> None:
 
 
 def _refuse_other_inputs(output_dir: Path, found: Checkpoint, now: Mapping[str, Any]) -> None:
-    """What is in a folder beside the checkpoint that is gone on from must have been made of the same model and data."""
+    """A run that is resumed from elsewhere must not take over the folder of a run on another model or other data.
+
+    `now`: the present names of model and data, which may have moved since. Raises UserError.
+    """
     if found.run_dir.resolve() == output_dir.resolve():
         return
     with contextlib.suppress(*checkpoint.NOT_THERE, ValueError, RecursionError):
@@ -258,7 +261,7 @@ def _finished(output_dir: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _answered_by_export(problems: list[Problem], output_dir: Path) -> list[Problem]:
-    """A complete run has everything that another format or dtype is made of: nothing needs training again."""
+    """If only the requested exports differ, name the command that makes them from the complete run instead of training again."""
     given = {p.field: p.value for p in problems}
     formats = [kind for kind in given.get("export_formats") or () if kind != "compact"]
     words = (["--export_formats", *formats] if formats else []) + (

@@ -81,8 +81,13 @@ def setup(
         lora_targets = distributed.together(
             lambda: initial_adapter.take_over(adapter, loaded, config.lora, config.given),
         )
-    train_rows = rows_of(data.train, config, data, loaded)
-    validation_rows = {name: rows_of(split, config, data, loaded) for name, split in data.validation.items()}
+    # Together: a tokenizer that differs on one host may fail there alone.
+    train_rows, validation_rows = distributed.together(
+        lambda: (
+            rows_of(data.train, config, data, loaded),
+            {name: rows_of(split, config, data, loaded) for name, split in data.validation.items()},
+        )
+    )
     identity |= {"tokens": agreed_tokens(config, [train_rows, *validation_rows.values()], saved)}
     distributed.together(lambda: refuse_fewer_than_ranks(len(train_rows)))
     sampler = sampler_of(config, ds, train_rows)
@@ -276,9 +281,10 @@ def agreed_data(data: TaskData) -> str:
 
 
 def agreed_tokens(config: Config, rows: Sequence[Rows], saved: Mapping[str, Any] | None) -> str:
-    """Every rank, and every part of an interrupted run, must read the same tokens: tokenizers are files of their own.
+    """Check that every rank reads the same tokens as the others and as the checkpoint `saved`, and return their sha256.
 
-    Returns their sha256. Raises UserError where the checkpoint `saved` was made with others.
+    The files of a tokenizer may differ although those of the model agree. Raises RanksDisagree, and UserError if the checkpoint
+    was made with other tokens. Collective.
     """
     digest = hashlib.sha256("".join(r.digest() for r in rows).encode()).hexdigest()
     distributed.same_on_all_ranks("what the tokenizer makes of the data", digest)
@@ -342,9 +348,9 @@ def tracker_of(
 
 
 def _cut_rows(session: Session) -> str | None:
-    """How many training rows are as long as rows may be: what they had beyond that is not read."""
+    """A note on how many training rows reach the maximum length, or None if hardly any do: what is longer is truncated."""
     if session.data.is_language and "text" in session.data.train.column_names:
-        return None  # a text is cut into blocks, and nothing of it left out
+        return None  # a text is cut into blocks, and all of it is used
     longest, rows = session.config.data.max_seq_length, session.train_rows
     full = sum(length >= longest for length in rows.lengths)
     if full < len(rows) / 100:

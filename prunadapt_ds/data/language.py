@@ -129,7 +129,10 @@ def tokenize_language(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_
 
 
 def _conversation(field: str, path: str, row: int, messages: Any) -> str:
-    """A conversation as JSON: its messages may have keys of their own, which columns of a table would fill up."""
+    """Check a conversation and return it as JSON, since columns of a table would give every message the keys of all others.
+
+    Raises UserError.
+    """
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and "role" in m and "content" in m for m in messages
     ):
@@ -149,7 +152,10 @@ def _conversation(field: str, path: str, row: int, messages: Any) -> str:
 
 
 def _as_pair(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, str]:
-    """A conversation as the prompt up to its last answer, and that answer with what the template puts behind it."""
+    """Split a conversation into the prompt up to its last answer, and that answer with what the template puts behind it.
+
+    Raises UserError if the tokenizer has no chat template or the template rejects the conversation.
+    """
     name = getattr(tokenizer, "name_or_path", "")
     if not tokenizer.chat_template:
         remedy = "its tokenizer has no chat template, which messages need; give the columns prompt and response"

@@ -74,7 +74,7 @@ def load_files(train: str, validation: str, problem_type: str | None = None) -> 
 
 
 def _whole_numbers(labels: list[Any]) -> list[Any]:
-    """Class numbers that were written with a decimal point ("1.0"), as pandas does beside a missing one, as "1"."""
+    """Rewrite class numbers with a decimal point ("1.0", as pandas writes them if one is missing) as whole numbers ("1")."""
     if any(label is None or not FLOAT.fullmatch(_text(label)) for label in labels):
         return labels
     values = [float(_text(label)) for label in labels]

@@ -163,6 +163,17 @@ def test_one_rank_is_given_something_else(base, tmp_path, how):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"ds.json"}
 
 
+def test_a_tokenizer_that_fails_on_one_rank_ends_all(base, tmp_path):
+    folder = Path(shutil.copytree(base / "bert", tmp_path / "bert"))
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"]["vocab"]["sun"] = 5000  # the model has no such token
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    mine = argv(base, tmp_path / "out")
+    ended = Ranks([mine, [*mine, "--model_name_or_path", str(folder)]], 2).wait(400)
+    assert [rank.code for rank in ended] == [2, 2]
+    assert "the tokenizer produces token 5000" in ended[0].text
+
+
 def test_ranks_that_disagree_on_a_plan(base, tmp_path):
     found = run_ranks(_with_another_plan_on_rank_1, 2, argv(base, tmp_path / "out"))
     assert [code for code, _ in found] == [4, 4]

@@ -442,6 +442,10 @@ MUTANTS = (
            "tests/unit/test_families.py::test_a_norm_behind_a_sub_layer_never_divides_by_nothing"),
     Mutant("a killed proof is a wrong export", "proof.py", "    if done.returncode == -signal.SIGKILL:", "    if False:",
            "tests/unit/test_export.py::test_a_proof_that_a_signal_ends_says_nothing_of_the_export"),
+    Mutant("a tokenizer fails on one rank alone", "setup.py",
+           "train_rows, validation_rows = distributed.together(\n        lambda: (",
+           "train_rows, validation_rows = (lambda f: f())(\n        lambda: (",
+           "tests/integration/test_faults.py::test_a_tokenizer_that_fails_on_one_rank_ends_all"),
 )  # fmt: skip
 
 
