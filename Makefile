@@ -83,6 +83,8 @@ tools:
 	  { echo "Python's venv module is missing: e.g. apt-get install python3-venv"; exit 1; }
 	@command -v $${CXX:-g++} >/dev/null || \
 	  { echo "A C++ compiler is needed, DeepSpeed compiles an operator on first use: e.g. apt-get install g++"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.isfile(s.get_paths()["include"] + "/Python.h"))' || \
+	  { echo "Python's headers are needed, that operator includes Python.h: e.g. apt-get install python3-dev"; exit 1; }
 
 # Of all that is installed few modules are ever imported: each is compiled when it first is, and those of a run are here.
 export PYTHONDONTWRITEBYTECODE :=

@@ -127,8 +127,8 @@ def main(argv):
     name = model_folder.locate(config.model.model_name_or_path)
     model_config = AutoConfig.from_pretrained(
         name,
-        num_labels=data.num_labels,
-        problem_type="regression" if data.is_regression else "single_label_classification",
+        num_labels=data.task.num_labels,
+        problem_type="regression" if data.task.is_regression else "single_label_classification",
     )
     torch.manual_seed(config.train.seed)
     load_metric(data.task.name)  # before memory is measured, as in our trainer
@@ -153,7 +153,7 @@ def main(argv):
     tokenizer = AutoTokenizer.from_pretrained(name)
 
     def rows(split):
-        tokens = tokenize(split, tokenizer, data.task, config.data.max_seq_length)
+        tokens = tokenize(split, tokenizer, config.data.max_seq_length)
         keep = {"input_ids", "attention_mask", "token_type_ids", "labels"}
         return tokens.remove_columns([c for c in tokens.column_names if c not in keep])
 
@@ -165,7 +165,9 @@ def main(argv):
         args=arguments,
         train_dataset=train,
         eval_dataset=rows(next(iter(data.validation.values()))),
-        compute_metrics=lambda found: {"score": compute_metrics(data, found.predictions, found.label_ids)["score"]},
+        compute_metrics=lambda found: {
+            "score": compute_metrics(data.task, found.predictions, found.label_ids)["score"]
+        },
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
     )
     trainer.curve, trainer.starts = [], []
@@ -179,9 +181,9 @@ def main(argv):
     for split, dataset in data.validation.items():
         found = trainer.predict(rows(dataset))
         prefix = f"{split}/" if len(data.validation) > 1 else ""
-        measures = compute_metrics(data, found.predictions, found.label_ids)
+        measures = compute_metrics(data.task, found.predictions, found.label_ids)
         metrics |= {prefix + k: float(v) for k, v in measures.items() if k != "score"}
-        values = found.predictions[:, 0] if data.is_regression else found.predictions.argmax(-1)
+        values = found.predictions[:, 0] if data.task.is_regression else found.predictions.argmax(-1)
         predictions[split] = [values.tolist(), found.label_ids.tolist()]
     metrics["score"] = sum(metrics.values()) / len(metrics)
     if distributed.rank() == 0:

@@ -47,9 +47,8 @@ class Answerer:
         """
         from datasets import Dataset
 
-        task = Task("answers", None, "sentence1", "sentence2" if "sentence2" in columns else None, self.label_names, ())
         data = Dataset.from_dict({**columns, "label": [0] * len(columns["sentence1"])})
-        rows = Rows(tokenize(data, self.tokenizer, task, self.max_seq_length), self.tokenizer)
+        rows = Rows(tokenize(data, self.tokenizer, self.max_seq_length), self.tokenizer)
         refuse_unknown_tokens(self.model.name_or_path, self.model, rows)
         found = predict(self.model, rows, self.batch_size, distributed.device())
         if broken := int((~torch.isfinite(found)).any(dim=1).sum()):

@@ -142,18 +142,19 @@ def _open(name: str, answers: Mapping[str, Any], trust_remote_code: bool, is_lan
             remedy = f"{config.model_type} is not a decoder and cannot generate text; leave --task_type out"
             raise UserError(Problem("task_type", "causal_lm", remedy))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if family.is_decoder:
+        if family.is_decoder or tokenizer.pad_token_id is None:
             agree_on_padding(name, config, tokenizer)
+        if family.is_decoder:
             config.use_cache = False  # training does not generate; the export switches it on again
     return _Opened(family, config, tokenizer, class_names(stock), stored_dtype(stock))
 
 
 @contextmanager
 def refusals(name: str) -> Iterator[None]:
-    """Turn errors of loading a model into UserErrors, except that of a lost rank, which the user did not cause."""
+    """Turn errors of loading a model into UserErrors, except those of a lost rank and of memory, which no folder causes."""
     try:
         yield
-    except PrunadaptError:
+    except (PrunadaptError, MemoryError, torch.OutOfMemoryError):  # no fault of the folder, and of one rank alone
         raise
     except Exception as error:  # transformers raises many types of errors for a faulty folder
         if isinstance(error, RuntimeError) and distributed.is_lost_rank(error):

@@ -260,7 +260,7 @@ class Config:
     @property
     def uses_sample(self) -> bool:
         """Whether the task is the built-in one because nothing else was named."""
-        return not self.given & {"task_name", "train_file"}
+        return not self.given & {"task_name", "train_file", "validation_file"}
 
     @property
     def is_language(self) -> bool:
@@ -286,6 +286,8 @@ NOT_SCORING = frozenset(  # options without an effect with --score_only
         *("eval_steps", "export_formats", "export_dtype", "checkpoint_steps", "save_total_limit", "save_scores"),
         *("score_ema", "gate_learning_rate", "weight_decay", "warmup_ratio", "max_grad_norm", "lr_scheduler_type"),
         *("distill_weight", "teacher_window", "distill_min_r2", "distill_top_k", "distill_fades", "logging_steps"),
+        *("target_sparsity", "target_speedup", "budget", "neuron_multiple", "head_multiple", "uniform"),
+        "keep_in_outer_layers",
     }
 )
 
@@ -297,16 +299,17 @@ TRAIN = Usage(
 )
 
 
-def parse(argv: Sequence[str] | None = None, usage: Usage = TRAIN) -> Config:
+def parse(argv: Sequence[str] | None = None, usage: Usage = TRAIN, *, trains: bool = True) -> Config:
     """Read the options of a run: those in `argv` (default: the process's) override `--config`, which overrides the defaults.
 
+    trains: whether the command trains; if not, it needs no --train_file.
     Raises UserError with every problem: unknown options, wrong types, ranges, contradictions. Exits on --help.
     """
-    return parse_beside({}, argv, usage)[0]
+    return parse_beside({}, argv, usage, trains=trains)[0]
 
 
 def parse_beside(
-    own: Mapping[str, type], argv: Sequence[str] | None, usage: Usage, *, reads_data: bool = True
+    own: Mapping[str, type], argv: Sequence[str] | None, usage: Usage, *, reads_data: bool = True, trains: bool = True
 ) -> tuple[Config, dict[str, Any]]:
     """Like `parse`, for a command with option sections of its own, which are returned filled in, by name.
 
@@ -314,20 +317,21 @@ def parse_beside(
     """
     filled, given, problems = read(argv, {**own, **SECTIONS}, usage)
     config = Config(**{name: filled.pop(name) for name in SECTIONS}, given=given)
-    problems += _contradictions(config)
-    if reads_data and config.is_language and not config.data.train_file:
-        remedy = "--task_type causal_lm needs --train_file and --validation_file"
-        problems.append(Problem("train_file", None, remedy))
+    problems += _contradictions(config, trains)
+    needed = "train_file" if trains else "validation_file"
+    if reads_data and config.is_language and not getattr(config.data, needed):
+        files = "--train_file and --validation_file" if trains else "--validation_file"
+        problems.append(Problem(needed, None, f"--task_type causal_lm needs {files}"))
     if problems:
         raise UserError(problems)
     _resolve(config)
     return config, filled
 
 
-def _contradictions(config: Config) -> list[Problem]:
+def _contradictions(config: Config, trains: bool) -> list[Problem]:
     """Contradictions that no option's own limits and needs can express."""
     prune, train, output = config.prune, config.train, config.output
-    found = _target_problems(config) + _teacher_problems(config) + _data_problems(config.data)
+    found = _target_problems(config) + _teacher_problems(config) + _data_problems(config.data, trains)
     if config.is_language:
         found += _language_problems(config)
     formats = output.export_formats or []
@@ -396,24 +400,25 @@ def _teacher_problems(config: Config) -> list[Problem]:
     return [Problem(name, value, remedy) for name, value in values if value != OPTIONS[name].default]
 
 
-def _data_problems(data: DataOptions) -> list[Problem]:
+def _data_problems(data: DataOptions, trains: bool) -> list[Problem]:
     """Either a task by name, optionally from --data_dir, or the user's own files."""
     found = []
+    own = data.train_file or data.validation_file
     if data.test_file is not None:
         remedy = "a run does not use a test set; predict it afterwards with prunadapt predict"
         found.append(Problem("test_file", data.test_file, remedy))
-    if data.problem_type is not None and not data.train_file:
+    if data.problem_type is not None and not own:
         remedy = "says what the labels of --train_file are; a named task knows that itself: leave it out"
         found.append(Problem("problem_type", data.problem_type, remedy))
-    if data.validation_file and not data.train_file:
+    if trains and data.validation_file and not data.train_file:
         found.append(Problem("train_file", None, "--validation_file needs one"))
-    if data.train_file:
+    if own:
         if not data.validation_file:
             found.append(Problem("validation_file", None, "--train_file needs one"))
         if data.task_name:
-            found.append(Problem("task_name", data.task_name, "name either a task or --train_file, not both"))
+            found.append(Problem("task_name", data.task_name, "name either a task or files, not both"))
         if data.data_dir:
-            found.append(Problem("data_dir", data.data_dir, "not together with --train_file; drop one of them"))
+            found.append(Problem("data_dir", data.data_dir, "not together with files of your own; drop one of them"))
     elif data.data_dir:
         if not data.task_name:
             found.append(Problem("task_name", None, "--data_dir needs the name of a GLUE task"))
@@ -448,7 +453,7 @@ def _resolve(config: Config) -> None:
         config.prune.target_sparsity = DEFAULT_SPARSITY
     if config.lora.train_norms is None:
         config.lora.train_norms = config.prune.method in ("prunadapt", "tmp")
-    if config.data.task_name is None and config.data.train_file is None:
+    if config.data.task_name is None and config.data.train_file is None and config.data.validation_file is None:
         config.data.task_name = "sample"
     wanted = {"compact", *(config.output.export_formats or ()), *(["uniform"] if config.prune.uniform else ())}
     config.output.export_formats = [kind for kind in EXPORT_FORMATS if kind in wanted]

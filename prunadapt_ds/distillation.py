@@ -40,11 +40,11 @@ def knows_enough(session: Session, step: int) -> bool:
 
     Always True for language models.
     """
-    if session.data.is_language:
+    if session.data.task.is_language:
         return True
     some, least = session.train_rows.sample(TEACHER_TRIAL), session.config.prune.distill_min_r2
     logits = predict(session.engine, some, session.eval_batch_size, session.device)
-    r2 = pseudo_r2(logits, some.labels, session.data.is_regression)
+    r2 = pseudo_r2(logits, some.labels, session.data.task.is_regression)
     followed = bool(distributed.broadcast_object(r2 >= least))
     session.report["distillation"] = {"r2": r2, "followed": followed}
     if not followed:
@@ -56,7 +56,7 @@ def knows_enough(session: Session, step: int) -> bool:
 def answers_of_teacher(session: Session) -> Tensor | TokenTeacher:
     """The engine's answers on the training set: logits [N, C], or a language model's most likely tokens, on disk. Collective."""
     rows, batch_size, top_k = session.train_rows, session.eval_batch_size, session.config.prune.distill_top_k
-    if not session.data.is_language:
+    if not session.data.task.is_language:
         return predict(session.engine, rows, batch_size, session.device)
     folder = session.output_dir / token_teacher.FOLDER
     watchdog.rest()  # first all tokens are counted, which may take a while

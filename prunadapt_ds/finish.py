@@ -139,7 +139,7 @@ def parity_reference(session: Session, masked: dict[str, Tensor]) -> dict[str, T
     They are `masked` itself if the run is fp32 and not of a language model; otherwise those of the first rows, computed again
     with upcast parameters.
     """
-    if session.ds.dtype == "fp32" and not session.data.is_language:
+    if session.ds.dtype == "fp32" and not session.data.task.is_language:
         return masked
     with session.clocks.timed("evaluation"), upcast_parameters(session.model):
         return {
@@ -151,7 +151,7 @@ def parity_reference(session: Session, masked: dict[str, Tensor]) -> dict[str, T
 def compared_rows(session: Session) -> dict[str, Rows]:
     """The first rows of each validation set; for language models without labels, to predict the last token's logits."""
     some = {name: rows.head(PARITY_EXAMPLES) for name, rows in session.validation_rows.items()}
-    if not session.data.is_language:
+    if not session.data.task.is_language:
         return some
     return {f"{name}/last_token": rows.without_labels() for name, rows in some.items()}
 
@@ -229,14 +229,14 @@ def write_predictions(session: Session, masked: dict[str, Tensor], exported: dic
     lines = []
     for name, rows in session.validation_rows.items():
         for i, label in enumerate(rows.labels.tolist()):
-            if session.data.is_language:
+            if session.data.task.is_language:
                 values = {"masked": masked[name][i].tolist(), "exported": exported[name][i].tolist()}
                 sums = {kind: {"nll": nll, "tokens": int(n)} for kind, (nll, n) in values.items()}
                 lines.append(json.dumps({"split": name, "index": i, **sums}) + "\n")
                 continue
             line = {"split": name, "index": i, "label": label}
             for kind, logits in (("masked", masked[name][i]), ("exported", exported[name][i])):
-                prediction = float(logits) if session.data.is_regression else int(logits.argmax())
+                prediction = float(logits) if session.data.task.is_regression else int(logits.argmax())
                 line[kind] = {"prediction": prediction, "logits": logits.tolist()}
             lines.append(json.dumps(line) + "\n")
     files.replace(session.output_dir / "predictions.jsonl", "".join(lines))
@@ -270,7 +270,7 @@ def describe(session: Session) -> None:
         "launcher": distributed.launcher(),
         "nodes": distributed.nodes(),
         "command": outline.command(config, distributed.world_size(), distributed.launcher(), distributed.nodes()),
-        "labels": list(session.data.label_names),
+        "labels": list(session.data.task.label_names),
         "versions": versions(),
         "structure": plan.counts(),
         "plan_hash": plan.hash,
@@ -323,7 +323,7 @@ def describe(session: Session) -> None:
 
 def text_of(session: Session, name: str, index: int) -> str:
     """The beginning of a validation example's text."""
-    if session.data.is_language:  # rows are chunks of the text, not lines of the file
+    if session.data.task.is_language:  # rows are chunks of the text, not lines of the file
         tokens = session.validation_rows[name].row(index)["input_ids"]
         return session.backbone.tokenizer.decode(tokens, skip_special_tokens=True)[:200]
     row = session.data.validation[name][index]

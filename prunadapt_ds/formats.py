@@ -39,9 +39,12 @@ def auto_class_of(folder: Path) -> str:
     return auto_classes.name_for(json.loads((folder / "config.json").read_text())["architectures"][0])
 
 
-def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> None:
+def convert(
+    kind: str, compact: Path, plan: dict[str, Any], folder: Path, finish: Callable[[Path], None] = lambda _: None
+) -> None:
     """Write `folder` in the format `kind` from a compact folder and its `plan.json`, complete or not at all.
 
+    `finish`: called with the folder under its temporary name; if it raises, no folder is left.
     Raises UserError if the format cannot represent what the plan keeps.
     """
     config = read_object(compact / "config.json", _refuse(compact))
@@ -68,6 +71,7 @@ def convert(kind: str, compact: Path, plan: dict[str, Any], folder: Path) -> Non
         copy_others(compact, unfinished)
         write_config(unfinished, stock)
         _rewrite_weights(compact, unfinished, change, shapes)
+        finish(unfinished)
 
 
 def _refuse(folder: Path) -> Callable[[str], UserError]:

@@ -43,7 +43,7 @@ def problems(kinds: Sequence[str], dtype: str | None) -> list[Problem]:
     found = []
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if "onnx" in kinds and missing:
-        remedy = f"{', '.join(missing)} is not installed; run `pip install 'prunadapt_ds[onnx]'`"
+        remedy = f"{', '.join(missing)} is not installed; run `pip install onnx onnxscript onnxruntime`"
         found.append(Problem("export_formats", "onnx", remedy))
     graphs = [kind for kind in kinds if kind in KINDS]
     if graphs and dtype not in (None, "float32"):

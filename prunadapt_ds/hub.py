@@ -14,6 +14,8 @@ HUB_TIMEOUT = 3.0
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.codes", "*.jinja", "*.py", "vocab.*", "README.md")
 """A model's configuration, tokenizer, code and card."""
 
+NO_ACCESS = "it is gated: accept its licence on its page, then run `hf auth login` or set HF_TOKEN"
+
 
 class UnavailableError(Exception):
     """Neither the hub nor its cache on this host has the model; says why, and what helps."""
@@ -67,7 +69,7 @@ def snapshot(name: str) -> Path:
         try:
             return _fetch(name)
         except Exception as error:  # a dozen types: no access, a full disk, another user's cache, a damaged index
-            reason = first_line(error)[:200]
+            reason = NO_ACCESS if type(error).__name__ == "GatedRepoError" else first_line(error)[:200]
     if (folder := _cached(name)) is not None:
         return folder
     raise UnavailableError(

@@ -29,6 +29,7 @@ class Keeper:
         self.session, self.signals = session, signals
         self.pulse = Pulse(4, session.device)
         self.recent: deque[tuple[int, StepLosses]] = deque(maxlen=2)
+        self.skipped: int | None = None  # a step that DeepSpeed left out, on all ranks alike
         self.stops = self.due = False
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self.saved_step: int | None = session.step or None
@@ -37,13 +38,15 @@ class Keeper:
     def step_done(self, losses: StepLosses, *, settle: bool) -> None:
         """Report a finished optimizer step. The ranks read each other's flags one step later, or at once with `settle`.
 
-        Raises PrunadaptError on all ranks if a loss was not finite, or rank 0 could not write its metrics.
+        Raises PrunadaptError on all ranks if a loss or a gradient was not finite, or rank 0 could not write its metrics.
         """
         watchdog.beat()
         session = self.session
         self.recent.append((session.step, losses))
         self._hear()
         bad = torch.stack([~torch.isfinite(loss).all() for _, loss in losses]).any().float()
+        if not session.engine.was_step_applied():  # DeepSpeed skips a step whose gradients are not finite, and goes on
+            self.skipped, bad = session.step, torch.ones_like(bad)
         mine = [bool(self.signals.name), bool(session.tracker.problem), self._is_time()]
         self.pulse.send(
             torch.cat([bad[None], torch.tensor(mine, dtype=torch.float32).to(session.device, non_blocking=True)])
@@ -73,7 +76,8 @@ class Keeper:
 
     def stop_if_asked(self) -> None:
         """Raise Interrupted if a stop was requested. For the work after the last step, which has its checkpoint."""
-        self.pulse.send(torch.tensor([0.0, bool(self.signals.name), 0.0, 0.0]).to(self.session.device))
+        flags = [0.0, bool(self.signals.name), bool(self.session.tracker.problem), 0.0]
+        self.pulse.send(torch.tensor(flags).to(self.session.device))
         self._hear()
         self._leave_if_asked()
 
@@ -94,7 +98,10 @@ class Keeper:
             raise PrunadaptError(distributed.broadcast_object(self.session.tracker.problem))
 
     def _no_number(self) -> PrunadaptError:
-        """The error that names the first of the last two steps with a loss that is not finite on any rank, and its samples."""
+        """The error that names the first of the last two steps with a loss that is not finite on any rank, and its samples.
+
+        If the losses are finite, their gradients were not.
+        """
         step, samples = 0, []
         for recent, losses in self.recent:
             mine = [s for rows, loss in losses for s, x in zip(rows, loss.tolist(), strict=True) if x - x != 0]
@@ -103,6 +110,11 @@ class Keeper:
                 places = self.session.train_rows.places
                 step, samples = recent, sorted(places[i] for i in found)
                 break
+        if not samples:
+            return PrunadaptError(
+                f"a gradient is not a finite number at step {self.skipped}, although the losses are; {self._where()}; "
+                "try a smaller --learning_rate"
+            )
         named = ", ".join(map(str, samples[:8])) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
         return PrunadaptError(
             f"the loss is not a finite number at step {step}, on training samples {named} (counted from 0); "

@@ -21,6 +21,19 @@ from prunadapt_ds.models.structure import full_shape
 FILE = "labels.json"  # in an adapter's folder, whose other files lack class names
 
 
+def of_outputs(config: Any) -> tuple[str, ...]:
+    """What a classifier's labels are called in data for it: its class names, or their numbers if it has none; () for regression."""
+    if config.num_labels == 1:
+        return ()
+    names = class_names(config)
+    return tuple(map(str, range(len(names)))) if _are_generic(names) else names
+
+
+def _are_generic(names: Sequence[str]) -> bool:
+    """Whether they are the names that transformers gives to classes without any."""
+    return all(re.fullmatch(r"label_\d+", name, re.IGNORECASE) for name in names)
+
+
 def columns(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
     """The position of each of our classes among theirs, ignoring case; None if the two do not have the same names."""
     places = {name.casefold(): i for i, name in enumerate(theirs)}
@@ -37,7 +50,7 @@ def in_order(logits: Tensor, theirs: Sequence[str], ours: Sequence[str]) -> Tens
 
 def doubt(theirs: Sequence[str], ours: Sequence[str]) -> str:
     """A warning if a model's classes have names that are not ours, so that nobody can tell which is which; else empty."""
-    if not ours or columns(theirs, ours) is not None or all(re.fullmatch(r"label_\d+", n, re.I) for n in theirs):
+    if not ours or columns(theirs, ours) is not None or _are_generic(theirs):
         return ""
     return f"calls its classes {', '.join(theirs)}; they are mapped in this order to {', '.join(ours)}"
 

@@ -107,6 +107,8 @@ def check(
     config = read_object(folder / "config.json", refuse)
     if to_train and "pruned_structure" in config:
         raise refuse("is pruned already: its layers differ in width; name the model that it was made from")
+    if to_train and config.get("quantization_config"):
+        raise refuse("is quantised, and what a cut leaves of such weights means nothing; name the unquantised model")
     if to_train and isinstance(config.get("model_type"), str) and "auto_map" not in config:
         family_of(SimpleNamespace(name_or_path=name, num_hidden_groups=1, model_type=config["model_type"]))
     if not os.path.isdir(name) and not (weight_files(folder) or (folder / INDEX).is_file()):

@@ -49,24 +49,26 @@ def old_names(config: dict[str, Any]) -> dict[str, Any]:
         names["torch_dtype"] = config["dtype"]
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
-        names |= _rope(rope)
+        names |= _rope(rope, config.get("model_type"))
         if config.get("model_type") == "gpt_neox":
             names |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 0.25)}
     elif config.get("model_type") in _BASES:  # a base for each kind of attention
         bases = [rope[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention")]
         names |= dict(zip(_BASES[config["model_type"]], bases, strict=True))
         if config["model_type"] == "gemma3_text":  # full attention alone is scaled; ModernBERT has no scaling to state
-            names["rope_scaling"] = _rope(rope["full_attention"])["rope_scaling"]
+            names["rope_scaling"] = _rope(rope["full_attention"], "gemma3_text")["rope_scaling"]
         full = [i for i, kind in enumerate(config.get("layer_types") or ()) if kind == "full_attention"]
         if len(full) > 1:
             names["global_attn_every_n_layers"] = full[1] - full[0]
     return names
 
 
-def _rope(rope: dict[str, Any]) -> dict[str, Any]:
+def _rope(rope: dict[str, Any], model_type: str | None) -> dict[str, Any]:
     """`rope_scaling` holds everything but the base and the rotated share; version 5 takes it for the whole, so it is whole."""
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    if rope.get("rope_type") == "longrope":  # Phi-3: version 4 takes these three alone, version 5 completes them
+    own = {"factor", "attention_factor"} & rope.keys()  # version 5 would not find them anywhere else
+    if rope.get("rope_type") == "longrope" and model_type == "phi3" and not own:
+        # Version 4 takes these three alone, version 5 completes them.
         scaling = {"type": "longrope", **{name: rope[name] for name in ("short_factor", "long_factor")}}
     names: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
     names["rope_scaling"] = scaling if rope.get("rope_type", "default") != "default" else None

@@ -141,6 +141,19 @@ ELSEWHERE = {
     **dict.fromkeys(("batch_size", "train_batch_size", "micro_batch_size"), "per_device_train_batch_size"),
     **dict.fromkeys(("model", "base_model", "model_id"), "model_name_or_path"),
     "eval_batch_size": "per_device_eval_batch_size",
+    "gradient_clipping": "max_grad_norm",
+    "iterative_steps": "num_decisions",
+    **dict.fromkeys(("pruner_type", "importance"), "criterion"),
+    "round_to": "neuron_multiple",
+    "dev_file": "validation_file",
+    "overwrite_output_dir": "to start over in a folder that has a run, pass --resume never",
+    **dict.fromkeys(("do_eval", "eval_only"), "an exported folder is scored by `prunadapt evaluate`"),
+    "zero_stage": "name the file of that stage as --ds_config, e.g. ds_configs/zero2.json",
+    "cache_dir": "set the environment variable HF_HOME",
+    **dict.fromkeys(("token", "hf_token", "use_auth_token"), "run `hf auth login`, or set HF_TOKEN"),
+    **dict.fromkeys(
+        ("num_gpus", "num_processes"), "the launcher takes it: deepspeed --num_gpus N launcher/train.py ..."
+    ),
     "lora_target_modules": "target_modules",
     "resume_from_checkpoint": "resume",
     **dict.fromkeys(
@@ -158,10 +171,16 @@ ELSEWHERE = {
     ),
     "torch_dtype": "export_dtype",
     **dict.fromkeys(
-        ("bf16", "fp16", "mixed_precision"), "set bf16.enabled in the file of --ds_config; there is no fp16"
+        ("bf16", "fp16", "mixed_precision", "dtype"), "set bf16.enabled in the file of --ds_config; there is no fp16"
     ),
-    "report_to": "metrics go to TensorBoard and metrics.jsonl; DeepSpeed's own monitors are blocks of the file of --ds_config",
-    "load_best_model_at_end": "the model of the last step is exported",
+    **dict.fromkeys(
+        ("report_to", "wandb_project", "logging_dir"),
+        "metrics go to TensorBoard and metrics.jsonl; DeepSpeed's own monitors are blocks of the file of --ds_config",
+    ),
+    **dict.fromkeys(
+        ("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience"),
+        "the model of the last step is exported",
+    ),
     "push_to_hub": "upload a folder of exports/ afterwards, as the run's last lines say",
     **dict.fromkeys(("load_in_8bit", "load_in_4bit", "quantization"), "a quantised backbone cannot be cut"),
 }
@@ -324,7 +343,7 @@ def _out_of_limits(o: Option, value: Any) -> str:
     bounds = {k: o.limits[k] for k in words if o.limits[k] is not None}
     if o.kind is int:
         bounds.setdefault("most", MOST)
-    if math.isfinite(value) and all(holds[k](value, b) for k, b in bounds.items()):
+    if (o.kind is int or math.isfinite(value)) and all(holds[k](value, b) for k, b in bounds.items()):
         return ""
     return "must be a finite number, " + " and ".join(f"{words[k]} {b}" for k, b in bounds.items())
 

@@ -211,4 +211,6 @@ def evaluate(session: Session) -> tuple[dict[str, float], dict[str, Tensor]]:
 def measures(session: Session, logits: dict[str, Tensor]) -> dict[str, float]:
     """The task's measures of logits by validation set. For one rank: the others need not load the libraries."""
     rows = session.validation_rows
-    return measures_of(session.data, {n: logits[n].numpy() for n in rows}, {n: rows[n].labels.numpy() for n in rows})
+    return measures_of(
+        session.data.task, {n: logits[n].numpy() for n in rows}, {n: rows[n].labels.numpy() for n in rows}
+    )

@@ -59,7 +59,7 @@ def setup(
     ds = ds or agreed_ds_config(config)
     data = read_inputs(config)
     identity = {"data": agreed_data(data)}
-    if not data.is_language:  # a language model's rows are not known before tokenisation
+    if not data.task.is_language:  # a language model's rows are not known before tokenisation
         refuse_fewer_than_ranks(len(data.train))
     name = config.lora.adapter_name_or_path
     adapter = distributed.together(lambda: initial_adapter.read(name)) if name is not None else None
@@ -157,7 +157,7 @@ def load_libraries(data: TaskData) -> None:
     """Import early what rank 0 needs for measures and plots: it then neither counts as the model's memory nor delays them."""
     if distributed.rank() == 0:
         importlib.import_module("matplotlib.figure")
-        if not data.is_language:
+        if not data.task.is_language:
             load_metric(data.task.name)
 
 
@@ -165,16 +165,16 @@ def load_model(config: Config, ds: DsConfig, data: TaskData) -> backbone.Backbon
     """Load the frozen backbone, sharded under ZeRO-3, with dropout and recomputation as configured. Raises UserError."""
     loaded = backbone.load(
         config.model.model_name_or_path,
-        num_labels=data.num_labels,
-        label_names=data.label_names,
-        is_regression=data.is_regression,
+        num_labels=data.task.num_labels,
+        label_names=data.task.label_names,
+        is_regression=data.task.is_regression,
         dtype=ds.torch_dtype,
         device=distributed.device(),
         seq_length=config.data.max_seq_length,
         trust_remote_code=config.model.trust_remote_code,
-        is_language=data.is_language,
+        is_language=data.task.is_language,
     )
-    labels.reorder_head(loaded, data.label_names)
+    labels.reorder_head(loaded, data.task.label_names)
     if not config.train.dropout:
         backbone.no_dropout(loaded.model)
     if config.train.gradient_checkpointing:
@@ -202,10 +202,10 @@ def prunable_structure(config: Config, loaded: backbone.Backbone, table: dict[st
 def rows_of(dataset: Any, config: Config, data: TaskData, loaded: backbone.Backbone) -> Rows:
     """Tokenise a split. Raises UserError for tokens that the model does not know."""
     longest = config.data.max_seq_length
-    if data.is_language:
+    if data.task.is_language:
         rows = Rows(tokenize_language(dataset, loaded.tokenizer, longest), loaded.tokenizer)
     else:
-        rows = Rows(tokenize(dataset, loaded.tokenizer, data.task, longest), loaded.tokenizer)
+        rows = Rows(tokenize(dataset, loaded.tokenizer, longest), loaded.tokenizer)
     refuse_unknown_tokens(config.model.model_name_or_path, loaded.model, rows)
     return rows
 
@@ -349,13 +349,13 @@ def tracker_of(
 
 def _cut_rows(session: Session) -> str | None:
     """A note on how many training rows reach the maximum length, or None if hardly any do: what is longer is truncated."""
-    if session.data.is_language and "text" in session.data.train.column_names:
+    if session.data.task.is_language and "text" in session.data.train.column_names:
         return None  # a text is cut into blocks, and all of it is used
     longest, rows = session.config.data.max_seq_length, session.train_rows
     full = sum(length >= longest for length in rows.lengths)
     if full < len(rows) / 100:
         return None
-    what = "the beginnings of prompts, then the ends of answers" if session.data.is_language else "what follows"
+    what = "the beginnings of prompts, then the ends of answers" if session.data.task.is_language else "what follows"
     return f"{full} of {len(rows)} training rows fill --max_seq_length {longest}; longer ones lose {what}"
 
 
@@ -367,8 +367,8 @@ def announce(session: Session) -> None:
             "No task was named, so this is the built-in sample, a generated one: for real work name --model_name_or_path and "
             "--task_name (with --data_dir for local GLUE files), or --train_file and --validation_file."
         )
-    if config.data.train_file and not session.data.is_language:
-        names = session.data.label_names
+    if config.data.train_file and not session.data.task.is_language:
+        names = session.data.task.label_names
         kind = f"{len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
         regression = "labels with decimal points, so this is a regression (for classes, pass --problem_type)"
         stated = "a regression" if config.data.problem_type else regression

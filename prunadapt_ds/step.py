@@ -52,8 +52,10 @@ def train_step(
     seen: StepLosses = []
     for positions, weight in session.sampler.micro_batches(step):
         batch = session.train_rows.batch(positions, weight).to(session.device)
+        # Before the forward pass: copied behind it, they would keep the host from launching the backward pass.
+        teacher = teacher_answers(session, batch) if distill_weight else None
         with saved.watch() if saved else contextlib.nullcontext():
-            losses, distillation = forward_backward(session, batch, recorder, distill_weight)
+            losses, distillation = forward_backward(session, batch, recorder, teacher, distill_weight)
         parts = (losses, distillation) if distillation is not None else (losses,)
         for place, values in enumerate(parts):
             means[place] += (values * batch.weights).sum() / session.sampler.accumulation_steps
@@ -65,7 +67,11 @@ def train_step(
 
 
 def forward_backward(
-    session: Session, batch: Batch, recorder: Recorder | None, distill_weight: float
+    session: Session,
+    batch: Batch,
+    recorder: Recorder | None,
+    teacher: Tensor | TopTokens | None = None,
+    distill_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Run forward and backward pass of one micro-batch; returns each sample's loss and distance from the teacher.
 
@@ -81,8 +87,8 @@ def forward_backward(
     losses, distillation = losses_and_distillation(
         logits,
         batch.labels,
-        teacher_answers(session, batch) if distill_weight else None,
-        is_regression=session.data.is_regression,
+        teacher,
+        is_regression=session.data.task.is_regression,
         distill_weight=distill_weight,
     )
     engine.backward((losses * batch.weights).sum())

@@ -50,6 +50,7 @@ def run(config: Config) -> dict[str, Any]:
         except UserError as error:
             raise error.beside(lambda: read_inputs(config)) from error
         if start.finished is not None:
+            token_teacher.remove(Path(config.output.output_dir) / token_teacher.FOLDER)  # if it was killed in between
             say_finished(config, start.finished)
             return start.finished
         session = setup(config, start.saved)
@@ -65,10 +66,10 @@ def run(config: Config) -> dict[str, Any]:
         try:
             fit(session, keeper)
             finish(session, keeper.stop_if_asked)
-            token_teacher.remove(session.output_dir / token_teacher.FOLDER)
         except PrunadaptError as error:
             report_unfinished(session, error)
             raise
+        token_teacher.remove(session.output_dir / token_teacher.FOLDER)
     return session.report
 
 

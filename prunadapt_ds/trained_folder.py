@@ -67,6 +67,9 @@ def _load_model(name: str, folder: Path, trust: bool, *, is_language: bool) -> A
         )
     else:
         loader, options = pruned, {}
+        pruned.register_for_auto_class(
+            auto_classes.name_of(is_language)
+        )  # `save_pretrained` then writes its code as well
     with backbone.quiet():
         model, info = loader.from_pretrained(
             str(folder),
@@ -107,8 +110,14 @@ def _load_adapter(name: str, folder: Path, num_labels: int | None, *, is_languag
         remedy = "the adapter has no adapter_model.safetensors; pickled ones are never loaded, save it again with PEFT"
         raise _refuse(name, remedy)
     config = files.read_object(folder / "adapter_config.json", lambda remedy: _refuse(name, remedy))
-    base = config["base_model_name_or_path"]
-    model_folder.check(base, to_train=False)
+    base = config.get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise _refuse(name, "its adapter_config.json names no model; set base_model_name_or_path to the adapter's base")
+    try:
+        model_folder.check(base, to_train=False)
+    except UserError as error:
+        remedy = f"its base model {base}: {error.problems[0].remedy}; base_model_name_or_path in adapter_config.json names it"
+        raise _refuse(name, remedy) from error
     count = adapter_outputs(folder) if num_labels is None and not is_language else num_labels
     with backbone.quiet():
         model = auto_classes.auto_class(is_language).from_pretrained(

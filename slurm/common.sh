@@ -16,6 +16,8 @@ site_setup() {
     if [[ -f "$environment/bin/activate" ]]; then
         # shellcheck source=/dev/null
         source "$environment/bin/activate"
+    elif [[ -n "${VENV:-}" && "$VENV" != none ]]; then
+        fail "VENV=$VENV: has no bin/activate; of conda, activate it in site_setup and set VENV=none"
     fi
 }
 
@@ -50,6 +52,7 @@ job_setup() {
     # If they are unset, the program uses the step's first host and a port derived from the ids of job and step.
     if [[ -n "${MASTER_ADDR:-}" ]]; then export MASTER_ADDR; else unset MASTER_ADDR; fi
     if [[ -n "${MASTER_PORT:-}" ]]; then export MASTER_PORT; else unset MASTER_PORT; fi
+    unset SLURM_GPUS_PER_NODE # the template's, not the job's: a step would not take more, even where --gres gave more
     split_words "${SRUN_OPTIONS:-}"
     srun_options=("${words[@]}")
     # TERM and USR1 are meant for the ranks; the script lets the ranks end, then decides whether to requeue the job.

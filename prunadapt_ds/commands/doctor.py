@@ -11,6 +11,7 @@ import shutil
 import socket
 import statistics
 import subprocess
+import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,6 +103,10 @@ def compiler_problems() -> list[str]:
     if shutil.which(compiler) is None:
         found.append(
             f"no C++ compiler ({compiler}): DeepSpeed compiles operators on first use; install one, e.g. apt-get install g++"
+        )
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        found.append(
+            "Python's headers are missing: DeepSpeed's operators include Python.h; install them, e.g. apt-get install python3-dev"
         )
     if shutil.which("ninja") is None:
         found.append("ninja is not on the PATH: run `pip install ninja`, and start python from its environment")

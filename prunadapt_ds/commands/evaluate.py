@@ -15,8 +15,8 @@ from prunadapt_ds import labels as labels_of
 from prunadapt_ds.batches import Rows, refuse_unknown_tokens
 from prunadapt_ds.config import Config, parse
 from prunadapt_ds.data import (
-    load_language,
-    load_task,
+    Task,
+    load_validation,
     measures_of,
     tokenize,
     tokenize_language,
@@ -41,7 +41,7 @@ OPTIONS = frozenset(
     }
 )
 USAGE = Usage(
-    "Score an exported folder, or any stock model, on a task's development set. Prints one line of JSON.",
+    "Score an exported folder, or any stock model, on a task's development set or on a file with labels. Prints one line of JSON.",
     "prunadapt evaluate --model_name_or_path outputs/exports/compact --task_name mrpc --data_dir glue_data",
     OPTIONS,
 )
@@ -49,7 +49,7 @@ USAGE = Usage(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Score what `argv` names; rank 0 prints the measures as one line of JSON. Returns the exit code."""
-    return guarded(lambda: run(parse(argv, USAGE)))
+    return guarded(lambda: run(parse(argv, USAGE, trains=False)))
 
 
 def run(config: Config) -> dict[str, float]:
@@ -63,37 +63,38 @@ def run(config: Config) -> dict[str, float]:
     distributed.init()
     if config.uses_sample and distributed.rank() == 0:
         print(
-            "no task was named, so these are scores on the built-in sample; see --task_name, --train_file",
+            "no task was named, so these are scores on the built-in sample; see --task_name, --validation_file",
             file=sys.stderr,
         )
     is_language = config.is_language
-    data = distributed.together(lambda: load_language(config.data) if is_language else load_task(config.data, 0))
+    by_model = bool(config.data.validation_file) and not config.data.train_file and not is_language
+    task: Task | None = None
+    if not by_model:
+        task, sets = distributed.together(lambda: load_validation(config.data, None))
     model, tokenizer = distributed.together(
         lambda: load_folder(
             config.model.model_name_or_path,
             config.model.trust_remote_code,
-            task=None if is_language else data.task,
+            task=None if is_language else task,
             is_language=is_language,
         )
     )
+    if task is None:  # the model's outputs say which classes the file's labels name
+        task, sets = distributed.together(lambda: load_validation(config.data, labels_of.of_outputs(model.config)))
     model.to(distributed.device()).eval()
     is_given = "max_seq_length" in config.given
     longest = config.data.max_seq_length if is_given else scored_length(config.model.model_name_or_path)
     logits, labels = {}, {}
-    for name, split in data.validation.items():
-        tokens = (
-            tokenize_language(split, tokenizer, longest)
-            if is_language
-            else tokenize(split, tokenizer, data.task, longest)
-        )
+    for name, split in sets.items():
+        tokens = tokenize_language(split, tokenizer, longest) if is_language else tokenize(split, tokenizer, longest)
         rows = Rows(tokens, tokenizer)
         refuse_unknown_tokens(config.model.model_name_or_path, model, rows)
         found = predict(model, rows, config.train.per_device_eval_batch_size, distributed.device())
         if not is_language:
-            found = labels_of.in_order(found, backbone.class_names(model.config), data.label_names)
+            found = labels_of.in_order(found, backbone.class_names(model.config), task.label_names)
         logits[name] = found.numpy()
         labels[name] = rows.labels.numpy()
-    measures = distributed.on_rank_0("measuring", lambda: measures_of(data, logits, labels))
+    measures = distributed.on_rank_0("measuring", lambda: measures_of(task, logits, labels))
     if distributed.rank() == 0:
         print(json.dumps(measures))
     if "output_dir" in config.given:

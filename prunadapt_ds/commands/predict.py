@@ -182,8 +182,9 @@ def shared_input(path: str) -> Iterator[Columns]:
     """Yield the input's texts on every rank, chunk by chunk. Raises UserError for an invalid row and if there are no rows."""
     source: Iterator[Columns] = iter(())
     if distributed.rank() == 0:
-        rows = standard_rows(sys.stdin) if path == STANDARD else file_rows(path)
-        source = answers.chunks(checked(rows, path))
+        # A file's rows are all checked before the first is predicted; standard input may never end.
+        rows = checked(standard_rows(sys.stdin), path) if path == STANDARD else list(checked(file_rows(path), path))
+        source = answers.chunks(rows)
     return answers.shared("reading the input", source)
 
 
@@ -202,15 +203,18 @@ def file_rows(path: str) -> Iterator[dict[str, Any]]:
 def standard_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of standard input: JSON objects if the first line is one, otherwise every line, even if empty, is a text.
 
-    Raises UserError for a line that is not a JSON object although the first one was, and for bytes that are not UTF-8.
+    Raises UserError for a JSON row after a text or the reverse, and for bytes that are not UTF-8.
     """
     is_json: bool | None = None
     try:
         for number, line in enumerate(lines, start=1):
-            text = line.rstrip("\r\n")
-            record = _object(text) if is_json is not False else None
+            text = line.rstrip("\r\n").removeprefix("\ufeff" if number == 1 else "")
+            record = _object(text)
             is_json = record is not None if is_json is None else is_json
             if not is_json:
+                if record is not None and record.keys() & {"sentence1", "text"}:
+                    remedy = f"line {number} is a JSON object, but the first line was not; give one kind"
+                    raise UserError(Problem("input_file", STANDARD, remedy))
                 yield {"sentence1": text}
             elif record is not None:
                 rename_text(record)

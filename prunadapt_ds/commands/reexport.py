@@ -124,13 +124,16 @@ def make(run_dir: Path, kind: str, dtype: str | None, status: str) -> None:
     folder = run_dir / "exports" / kind
     kept = formats.read_plan(plan, compact)
     more: dict[str, Any] = {}
+
+    def prove_and_cast(unfinished: Path) -> None:
+        prove(compact, unfinished)
+        if dtype is not None:
+            formats.cast(unfinished, getattr(torch, dtype))
+
     if kind in graphs.KINDS:
         more = graphs.convert(kind, compact, folder)
     else:
-        formats.convert(kind, compact, kept, folder)
-        prove(compact, folder)
-        if dtype is not None:
-            formats.cast(folder, getattr(torch, dtype))
+        formats.convert(kind, compact, kept, folder, prove_and_cast)
     if (compact / "README.md").is_file():
         text = (compact / "README.md").read_text(encoding="utf-8")
         files.replace(folder / "README.md", card.remade(text, kind))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def run(
     sources = distributed.on_rank_0("looking for runs", lambda: _as_json(find_sources(run_root, task_models)))
     by_task = {name: Source(TASKS[name], folder, remark) for name, folder, remark in sources}
     present = distributed.on_rank_0("reading the test sets", lambda: check_files(by_task, data_dir))
+    distributed.on_rank_0(f"writing {output}", lambda: check_writable(output))
     contents: dict[str, str] = {}
     for source in by_task.values():
         sets = [blind for blind in source.task.blind_sets if blind.submission in present]
@@ -236,6 +238,20 @@ def _is_answer(task: Task, word: str) -> bool:
     return math.isfinite(value) and task.submitted_range[0] <= value <= task.submitted_range[1]
 
 
+def check_writable(output: Path) -> None:
+    """Raise UserError if no file can be made there: better now than after hours of predictions."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(output, error) from error
+
+
+def _unwritable(output: Path, error: OSError) -> UserError:
+    return UserError(Problem("output_file", str(output), f"cannot be written ({error.strerror})"))
+
+
 def write_zip(output: Path, contents: dict[str, str]) -> None:
     """Write the files to the top level of a zip, sorted by name; complete or not at all.
 
@@ -248,7 +264,7 @@ def write_zip(output: Path, contents: dict[str, str]) -> None:
                 entry.external_attr = 0o644 << 16
                 archive.writestr(entry, contents[name], zipfile.ZIP_DEFLATED)
     except OSError as error:
-        raise UserError(Problem("output_file", str(output), f"cannot be written ({error.strerror})")) from error
+        raise _unwritable(output, error) from error
 
 
 def remarks(sources: dict[str, Any], present: dict[str, int]) -> list[str]:

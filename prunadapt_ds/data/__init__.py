@@ -2,7 +2,7 @@
 
 from prunadapt_ds.data.glue import stream_blind
 from prunadapt_ds.data.language import load_language, tokenize_language
-from prunadapt_ds.data.loading import load_task, tokenize
+from prunadapt_ds.data.loading import load_task, load_validation, tokenize
 from prunadapt_ds.data.metrics import MEASURES, compute_metrics, compute_perplexity, load_metric, measures_of
 from prunadapt_ds.data.readers import Columns, read_columns, rename_text
 from prunadapt_ds.data.sample import generate
@@ -35,6 +35,7 @@ __all__ = [
     "load_language",
     "load_metric",
     "load_task",
+    "load_validation",
     "measures_of",
     "read_columns",
     "rename_text",

@@ -11,19 +11,22 @@ from typing import Any
 
 from prunadapt_ds import hub
 from prunadapt_ds.data.readers import Columns, read_official_tsv, stream_official_tsv
-from prunadapt_ds.data.tasks import HUB_DATASET, BlindSet, Task
+from prunadapt_ds.data.tasks import HUB_DATASET, TRAIN, BlindSet, Task
 from prunadapt_ds.errors import Problem, UserError
 
 MAX_CORRUPT_FRACTION = 0.01
 """A few rows of the official QQP files are truncated; they are skipped, as on the hub. A larger share is an error."""
 
 
-def load_tsv(task: Task, data_dir: str) -> tuple[Columns, dict[str, Columns]]:
-    """Load (train, {validation key: columns}) from `data_dir/<task.folder>`. Raises UserError with the problems of all files."""
+def load_tsv(task: Task, data_dir: str, *, trains: bool) -> dict[str, Columns]:
+    """Load the development sets, by key, and the training set if `trains`, from `data_dir/<task.folder>`.
+
+    Raises UserError with the problems of all files."""
     assert task.folder is not None, f"{task.name} has no official files"
     problems: list[Problem] = []
     loaded: dict[str, Columns] = {}
-    files = {"train": "train.tsv", **{split.key: split.tsv for split in task.validation_splits}}
+    files = {TRAIN: "train.tsv"} if trains else {}
+    files |= {split.key: split.tsv for split in task.validation_splits}
     for key, name in files.items():
         try:
             loaded[key] = _tsv_columns(task, Path(data_dir) / task.folder / name)
@@ -31,7 +34,7 @@ def load_tsv(task: Task, data_dir: str) -> tuple[Columns, dict[str, Columns]]:
             problems.extend(error.problems)
     if problems:
         raise UserError(problems)
-    return loaded.pop("train"), loaded
+    return loaded
 
 
 def _tsv_columns(task: Task, path: Path) -> Columns:
@@ -110,8 +113,9 @@ def _file_problem(path: Path, remedy: str) -> UserError:
     return UserError(Problem("data_dir", str(path), remedy))
 
 
-def load_hub(task: Task) -> tuple[Any, dict[str, Any]]:
-    """Load (train, {validation key: Dataset}) from the hub, or from the local cache if the hub cannot be reached.
+def load_hub(task: Task, *, trains: bool) -> dict[str, Any]:
+    """Load the development sets, by key, and the training set if `trains`, from the hub, or from the local cache if the hub
+    cannot be reached.
 
     Raises UserError within 5 seconds if neither is available. The datasets library locks its cache, so any number of
     processes may call this at once."""
@@ -122,8 +126,9 @@ def load_hub(task: Task) -> tuple[Any, dict[str, Any]]:
         reason = hub.unreachable(lambda api, timeout: api.dataset_info(HUB_DATASET, timeout=timeout))
     try:
         with _offline() if reason else contextlib.nullcontext():
-            names = ["train", *(split.hub for split in task.validation_splits)]
-            train, *validation = datasets.load_dataset(HUB_DATASET, task.name, split=names)
+            names = {TRAIN: "train"} if trains else {}
+            names |= {split.key: split.hub for split in task.validation_splits}
+            sets = datasets.load_dataset(HUB_DATASET, task.name, split=list(names.values()))
     # Three libraries and the network raise a dozen unrelated types here; the remedy is the same for all.
     except Exception as error:
         reason = reason or f"{type(error).__name__}: {hub.first_line(error)}"
@@ -132,7 +137,7 @@ def load_hub(task: Task) -> tuple[Any, dict[str, Any]]:
             "GLUE files, --train_file and --validation_file with your own, or --task_name sample"
         )
         raise UserError(Problem("task_name", task.name, remedy)) from None
-    return train, {split.key: data for split, data in zip(task.validation_splits, validation, strict=True)}
+    return dict(zip(names, sets, strict=True))
 
 
 @contextlib.contextmanager

@@ -32,22 +32,35 @@ def load_language(config: Any) -> TaskData:
     or output), messages (lists of {"role", "content"} that end with the assistant's), or text. Raises UserError with the
     problems of both files.
     """
+    task, (train, validation) = _read(config, "train_file", "validation_file")
+    return TaskData(task, train, {"validation": validation})
+
+
+def load_language_validation(config: Any) -> tuple[Task, dict[str, Dataset]]:
+    """The task and the validation set alone, by key. As `load_language`."""
+    task, (validation,) = _read(config, "validation_file")
+    return task, {"validation": validation}
+
+
+def _read(config: Any, *fields: str) -> tuple[Task, list[Dataset]]:
+    """The task and the dataset of each of the options `fields`, the last of which is validation_file."""
     from datasets import Dataset
 
     problems: list[Problem] = []
     splits: dict[str, Columns] = {}
-    for field in ("train_file", "validation_file"):
+    limits = {"train_file": "max_train_samples", "validation_file": "max_eval_samples"}
+    for field in fields:
         try:
             splits[field] = _columns(field, getattr(config, field))
         except UserError as error:
             problems += error.problems
-    if not problems and splits["train_file"].keys() != splits["validation_file"].keys():
+    if not problems and splits[fields[0]].keys() != splits["validation_file"].keys():
         remedy = (
             f"has columns {', '.join(splits['validation_file'])}, but train_file has {', '.join(splits['train_file'])}"
         )
         problems.append(Problem("validation_file", config.validation_file, remedy))
-    for name in ("max_train_samples", "max_eval_samples"):
-        of = "train_file" if name == "max_train_samples" else "validation_file"
+    for of in fields:
+        name = limits[of]
         if getattr(config, name) is not None and Path(getattr(config, of)).suffix.lower() == ".txt":
             problems.append(
                 Problem(name, getattr(config, name), f"{of} is a single text; drop this option, or shorten the file")
@@ -59,10 +72,8 @@ def load_language(config: Any) -> TaskData:
         rows = {name: values[:most] for name, values in columns.items()}
         return Dataset.from_dict({**rows, "index": list(range(len(next(iter(rows.values())))))})
 
-    train = dataset(splits["train_file"], config.max_train_samples)
-    validation = {"validation": dataset(splits["validation_file"], config.max_eval_samples)}
-    task = Task(NAME, None, next(iter(splits["train_file"])), None, (), ("perplexity",))
-    return TaskData(task, train, validation, (), 0, is_regression=False, is_language=True)
+    task = Task(NAME, None, next(iter(splits["validation_file"])), None, (), ("perplexity",), is_language=True)
+    return task, [dataset(splits[field], getattr(config, limits[field])) for field in fields]
 
 
 def _columns(field: str, path: str) -> Columns:
@@ -145,6 +156,11 @@ def _conversation(field: str, path: str, row: int, messages: Any) -> str:
             f"row {row}: messages must end with an assistant's, which is what is learnt, and begin with another; add it"
         )
         raise UserError(Problem(field, path, remedy))
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str | list) or (message is messages[-1] and not str(content or "").strip()):
+            remedy = f"row {row}: the content of a message ({message['role']}) is {content!r}; write some text"
+            raise UserError(Problem(field, path, remedy))
     text = json.dumps(messages)
     if has_surrogate("".join(str(m["content"]) for m in messages)):
         raise UserError(Problem(field, path, f"row {row}: messages holds half a surrogate pair; remove the character"))

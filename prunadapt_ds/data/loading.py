@@ -8,10 +8,11 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from prunadapt_ds.data.glue import load_hub, load_tsv
+from prunadapt_ds.data.language import load_language_validation
 from prunadapt_ds.data.own import load_files
 from prunadapt_ds.data.readers import Columns
 from prunadapt_ds.data.sample import generate
-from prunadapt_ds.data.tasks import Task, TaskData, get_task
+from prunadapt_ds.data.tasks import TRAIN, Task, TaskData, get_task
 from prunadapt_ds.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -25,31 +26,47 @@ def load_task(config: Any, seed: int) -> TaskData:
     `config`: the data options task_name, data_dir, train_file, validation_file, max_train_samples and max_eval_samples;
     config.py has checked that they do not contradict each other. `seed` picks the `max_train_samples` rows for training;
     development sets keep their first `max_eval_samples`. Raises UserError with every problem found."""
-    if config.train_file:
-        task, columns = load_files(config.train_file, config.validation_file, config.problem_type)
-        train = _from_columns(columns["train"], task)
-        validation = {"validation": _from_columns(columns["validation"], task)}
-    else:
-        task = get_task(config.task_name or "sample")
-        train, validation = _load_named(task, config.data_dir)
-
+    task, sets = _read(config, trains=True)
+    train = sets.pop(TRAIN)
     if config.max_train_samples is not None and config.max_train_samples < len(train):
         kept = random.Random(seed).sample(range(len(train)), config.max_train_samples)
         train = train.select(sorted(kept), keep_in_memory=True)
-    if config.max_eval_samples is not None:
-        validation = {key: _first(data, config.max_eval_samples) for key, data in validation.items()}
-    num_labels = 1 if task.is_regression else len(task.label_names)
-    return TaskData(task, train, validation, task.label_names, num_labels, task.is_regression)
+    return TaskData(task, train, _limited(sets, config))
 
 
-def _load_named(task: Task, data_dir: str | None) -> tuple[Dataset, dict[str, Dataset]]:
-    if task.name == "sample":
-        return _from_columns(generate("train"), task), {"validation": _from_columns(generate("validation"), task)}
-    if data_dir:
-        columns, others = load_tsv(task, data_dir)
-        return _from_columns(columns, task), {key: _from_columns(rows, task) for key, rows in others.items()}
-    train, validation = load_hub(task)
-    return _from_hub(train, task), {key: _from_hub(data, task) for key, data in validation.items()}
+def load_validation(config: Any, classes: tuple[str, ...] | None) -> tuple[Task, dict[str, Dataset]]:
+    """Load only the development sets, by key, to score a model. `config`: as for `load_task` or `load_language`.
+
+    `classes`: for a --validation_file without a --train_file, whose labels would name the classes: the names of the model's
+    outputs in their order, () for regression. Raises UserError with every problem found."""
+    if config.task_type == "causal_lm":
+        return load_language_validation(config)
+    task, sets = _read(config, trains=False, classes=classes)
+    sets.pop(TRAIN, None)
+    return task, _limited(sets, config)
+
+
+def _limited(validation: dict[str, Dataset], config: Any) -> dict[str, Dataset]:
+    most = config.max_eval_samples
+    return validation if most is None else {key: _first(data, most) for key, data in validation.items()}
+
+
+def _read(config: Any, *, trains: bool, classes: tuple[str, ...] | None = None) -> tuple[Task, dict[str, Dataset]]:
+    """The task and its sets by key, the training set among them if the run `trains` or its labels name the classes."""
+    if config.validation_file:
+        names = ("train_file", "validation_file")
+        paths = {name: getattr(config, name) for name in names if getattr(config, name)}
+        task, found = load_files(paths, config.problem_type, classes)
+    else:
+        task = get_task(config.task_name or "sample")
+        if task.name != "sample" and not config.data_dir:
+            return task, {key: _from_hub(data, task) for key, data in load_hub(task, trains=trains).items()}
+        found = load_tsv(task, config.data_dir, trains=trains) if config.data_dir else _sample(trains)
+    return task, {key: _from_columns(columns, task) for key, columns in found.items()}
+
+
+def _sample(trains: bool) -> dict[str, Columns]:
+    return {key: generate(key) for key in ([TRAIN] if trains else []) + ["validation"]}
 
 
 def _features(task: Task) -> Any:
@@ -81,13 +98,13 @@ def _first(data: Dataset, count: int) -> Dataset:
     return data.select(range(min(count, len(data))))
 
 
-def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_seq_length: int) -> Dataset:
-    """Tokenize into the columns input_ids, attention_mask[, token_type_ids], labels, index.
+def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
+    """Tokenize the columns sentence1[, sentence2] and label into input_ids, attention_mask[, token_type_ids] and labels.
 
     Texts are truncated to `max_seq_length` tokens (the longer of a pair first) and not padded. The result stays in memory, so
     processes share no cache file. Raises UserError if `max_seq_length` leaves no room for text or is more than the model
     accepts."""
-    fields = ("sentence1", "sentence2") if task.sentence2 else ("sentence1",)
+    fields = [name for name in ("sentence1", "sentence2") if name in dataset.column_names]
     special = tokenizer.num_special_tokens_to_add(pair=len(fields) == 2)
     shortest, longest = special + len(fields), tokenizer.model_max_length
     if not shortest <= max_seq_length <= longest:

@@ -18,7 +18,7 @@ import numpy as np
 from prunadapt_ds.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    from prunadapt_ds.data.tasks import TaskData
+    from prunadapt_ds.data.tasks import Task
 
 SCRIPT = Path(__file__).parent / "glue_metric"
 Measure = Callable[[np.ndarray, np.ndarray], float]
@@ -84,31 +84,31 @@ def load_metric(config_name: str) -> Any:
     return evaluate.load(str(SCRIPT), config_name, keep_in_memory=True, experiment_id=experiment)
 
 
-def compute_metrics(data: TaskData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Compute the task's measures and "score", their mean.
 
     `logits` [N, C] fp32 (C=1 for regression) and `labels` [N] hold every example of one development set exactly once; MNLI's
     two sets need one call each. Raises UserError if the set is empty or any logit is not finite."""
     logits, labels = np.asarray(logits), np.asarray(labels)
-    assert logits.shape == (len(labels), data.num_labels), f"{logits.shape} logits for {labels.shape} labels"
+    assert logits.shape == (len(labels), task.num_labels), f"{logits.shape} logits for {labels.shape} labels"
     broken = int((~np.isfinite(logits)).any(axis=1).sum())
     if broken or not len(labels):
         value = f"not finite for {broken} of {len(labels)} examples" if broken else "none"
         raise UserError(Problem("logits", value, "the run diverged; try a lower --learning_rate"))
-    predictions = logits[:, 0] if data.is_regression else logits.argmax(axis=1)
-    measured = load_metric(data.task.name).compute(predictions=predictions, references=labels)
-    measures = {name: float(measured[name]) for name in data.task.metrics}
+    predictions = logits[:, 0] if task.is_regression else logits.argmax(axis=1)
+    measured = load_metric(task.name).compute(predictions=predictions, references=labels)
+    measures = {name: float(measured[name]) for name in task.metrics}
     return {**measures, "score": float(np.mean(list(measures.values())))}
 
 
-def measures_of(data: TaskData, logits: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, float]:
+def measures_of(task: Task, logits: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Compute all measures of all development sets and "score", their mean. Names get the set's as prefix if there are several.
 
     `logits` and `labels` by set, as in `compute_metrics`; for a language model, `logits` holds the sums that
     `compute_perplexity` takes, and `labels` is not used."""
     merged: dict[str, float] = {}
     for name, values in logits.items():
-        found = compute_perplexity(values) if data.is_language else compute_metrics(data, values, labels[name])
+        found = compute_perplexity(values) if task.is_language else compute_metrics(task, values, labels[name])
         merged |= {f"{name}/{k}" if len(logits) > 1 else k: v for k, v in found.items() if k != "score"}
     return {**merged, "score": sum(merged.values()) / len(merged)}
 

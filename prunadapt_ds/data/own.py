@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from prunadapt_ds.data.readers import Columns, has_surrogate, read_columns, rena
 from prunadapt_ds.data.tasks import OWN_METRICS, Task
 from prunadapt_ds.errors import Problem, UserError
 
-INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
+WHOLE = re.compile(r"([+-]?[0-9]{1,1000})(\.0*)?")
 FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
 
 
@@ -25,13 +27,15 @@ class _File:
         return Problem(self.field, self.path, remedy)
 
 
-def load_files(train: str, validation: str, problem_type: str | None = None) -> tuple[Task, dict[str, Columns]]:
-    """Read both files and infer the task, unless `problem_type` ("regression" or "single_label_classification") states it:
+def load_files(
+    paths: Mapping[str, str], problem_type: str | None = None, classes: tuple[str, ...] | None = None
+) -> tuple[Task, dict[str, Columns]]:
+    """Read the files and infer the task, unless `problem_type` ("regression" or "single_label_classification") states it:
     regression if the training labels are floats, otherwise classification.
 
-    Class names are sorted, integers by value. Returns the task and the columns of "train" and "validation", with labels
-    encoded as int or float. Raises UserError with the problems of both files."""
-    paths = {"train_file": train, "validation_file": validation}
+    `paths`: by option, "train_file" first. Class names are sorted, integers by value. `classes`: for a validation file
+    alone, the names of the model's outputs in their order, () for regression. Returns the task and the columns of "train" and
+    "validation", with labels encoded as int or float. Raises UserError with the problems of all files."""
     files: list[_File] = []
     problems: list[Problem] = []
     for field, path in paths.items():
@@ -57,9 +61,11 @@ def load_files(train: str, validation: str, problem_type: str | None = None) -> 
         for file in files:
             file.columns["label"] = _whole_numbers(file.columns["label"])
     kinds = [_kind(file.columns["label"]) for file in files]
-    regression = problem_type == "regression" or (problem_type is None and kinds[0] == "float")
-    encode = _scores if regression else _classes
-    label_names, encoded = encode(files, kinds, problems)
+    if classes is not None:
+        regression = not classes
+    else:
+        regression = problem_type == "regression" or (problem_type is None and kinds[0] == "float")
+    label_names, encoded = _scores(files, kinds, problems) if regression else _classes(files, kinds, problems, classes)
     if problems:
         raise UserError(problems)
 
@@ -75,10 +81,8 @@ def load_files(train: str, validation: str, problem_type: str | None = None) -> 
 
 def _whole_numbers(labels: list[Any]) -> list[Any]:
     """Rewrite class numbers with a decimal point ("1.0", as pandas writes them if one is missing) as whole numbers ("1")."""
-    if any(label is None or not FLOAT.fullmatch(_text(label)) for label in labels):
-        return labels
-    values = [float(_text(label)) for label in labels]
-    return [str(int(value)) for value in values] if all(value.is_integer() for value in values) else labels
+    found = [WHOLE.fullmatch(_text(label)) for label in labels]
+    return [match[1] for match in found if match] if all(found) else labels
 
 
 def _column_problems(file: _File) -> list[Problem]:
@@ -97,7 +101,7 @@ def _column_problems(file: _File) -> list[Problem]:
                 problems.append(file.problem(f"row {row}: {name} holds half a surrogate pair; remove the character"))
                 break
     labels = file.columns["label"]
-    without = [row for row, label in enumerate(labels, start=1) if label is None or str(label).strip() == ""]
+    without = [row for row, label in enumerate(labels, start=1) if _is_missing(label)]
     if without:
         first = f"the first is row {without[0]}"
         remedy = f"{len(without)} of {len(labels)} rows have no label, {first}; label or drop them"
@@ -110,6 +114,11 @@ def _column_problems(file: _File) -> list[Problem]:
     if halved:
         problems.append(file.problem(f"row {halved}: the label holds half a surrogate pair; remove the character"))
     return problems
+
+
+def _is_missing(label: Any) -> bool:
+    """Whether a row has no label: an empty cell, null, or the NaN that pandas writes for it."""
+    return label is None or str(label).strip() == "" or (isinstance(label, float) and math.isnan(label))
 
 
 def _text(label: Any) -> str:
@@ -130,7 +139,7 @@ def _scores(files: list[_File], kinds: list[str], problems: list[Problem]) -> tu
     for file, kind in zip(files, kinds, strict=True):
         if kind == "name":
             odd = next(text for text in map(_text, file.columns["label"]) if not FLOAT.fullmatch(text))
-            theirs = "this is a regression" if file.field == "train_file" else "labels in train_file are numbers"
+            theirs = "this is a regression" if file is files[0] else "labels in train_file are numbers"
             problems.append(file.problem(f"label {odd!r} is a name, but {theirs}; write numbers"))
             encoded.append([0.0])
             continue
@@ -144,19 +153,28 @@ def _scores(files: list[_File], kinds: list[str], problems: list[Problem]) -> tu
     return (), encoded
 
 
-def _classes(files: list[_File], kinds: list[str], problems: list[Problem]) -> tuple[tuple[str, ...], list[list[Any]]]:
-    """Encode labels as 0..C-1, in the sorted order of train_file's names. Appends to `problems`."""
-    numeric = kinds[0] == "integer"
+def _classes(
+    files: list[_File], kinds: list[str], problems: list[Problem], known: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], list[list[Any]]]:
+    """Encode labels as 0..C-1, in the order of the `known` names, or else in the sorted order of train_file's.
+
+    Appends to `problems`.
+    """
+    source = "train_file" if known is None else "the model"
+    defining = list(map(_text, files[0].columns["label"])) if known is None else list(known)
+    numeric = all(INTEGER.fullmatch(text) for text in defining)
+    # Codes such as 0111 keep their spelling; otherwise +1 and 1 are the same class.
+    has_codes = any(re.match(r"[+-]?0[0-9]", text) for text in defining)
 
     def name_of(label: Any) -> str:
-        return str(int(_text(label))) if numeric and INTEGER.fullmatch(_text(label)) else _text(label)
+        text = _text(label)
+        return str(int(text)) if numeric and not has_codes and INTEGER.fullmatch(text) else text
 
-    train, *others = files
-    seen = set(map(name_of, train.columns["label"]))
-    names = tuple(sorted(seen, key=int) if numeric else sorted(seen))
+    seen = set(map(name_of, defining))
+    names = known or tuple(sorted(seen, key=lambda name: (int(name), name)) if numeric else sorted(seen))
     if len(names) == 1:
-        problems.append(train.problem(f"every label is {names[0]!r}: one class only; give at least two"))
-    for file, kind in zip(others, kinds[1:], strict=True):
+        problems.append(files[0].problem(f"every label is {names[0]!r}: one class only; give at least two"))
+    for file, kind in zip(files, kinds, strict=True):
         unseen = sorted(set(map(name_of, file.columns["label"])) - seen)
         if not unseen:
             continue
@@ -164,10 +182,10 @@ def _classes(files: list[_File], kinds: list[str], problems: list[Problem]) -> t
         if kind == "float" or (numeric and kind == "name"):
             theirs = "integers" if numeric else "names"
             what = "floats" if kind == "float" else "names"
-            remedy = f"labels are {what} ({shown}), but {theirs} in train_file; use one kind"
+            remedy = f"labels are {what} ({shown}), but {theirs} in {source}; use one kind"
         else:
-            known = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-            remedy = f"labels never seen in train_file: {shown}; known are {known}"
+            theirs = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+            remedy = f"labels never seen in {source}: {shown}; known are {theirs}"
         problems.append(file.problem(remedy))
-    place = {name: i for i, name in enumerate(names)}
+    place = {name_of(name): i for i, name in enumerate(names)}
     return names, [[place.get(name_of(label), -1) for label in file.columns["label"]] for file in files]

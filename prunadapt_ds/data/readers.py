@@ -7,6 +7,7 @@ share no cache and need no lock.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import io
@@ -14,7 +15,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def check_exists(field: str, path: Path) -> None:
     if os.path.isdir(path):
         problem = "is a folder; give a file"
     elif not os.path.isfile(path):  # Path.is_file raises for some names, such as one that is too long
-        siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+        siblings: list[str] = []
+        with contextlib.suppress(OSError):  # the folder may be missing, or not ours to list
+            siblings = os.listdir(path.parent)
         close = difflib.get_close_matches(path.name, siblings, n=1)
         problem = "no such file" + (f"; did you mean {str(path.parent / close[0])!r}?" if close else "; check the path")
     elif path.stat().st_size == 0:
@@ -189,7 +192,10 @@ def _parquet(field: str, path: Path) -> Columns:
     check_duplicates(field, path, table.column_names)
     columns: Columns = {name: table[name].to_pylist() for name in table.column_names}
     # Files written by `datasets` store class numbers, and the names in the schema; -1 means "no label".
-    for name, feature in datasets.Features.from_arrow_schema(table.schema).items():
+    features: Mapping[str, Any] = {}
+    with contextlib.suppress(ValueError):  # a type that `datasets` does not have, so it did not write the file
+        features = datasets.Features.from_arrow_schema(table.schema)
+    for name, feature in features.items():
         if isinstance(feature, datasets.ClassLabel):
             names = feature.names
             columns[name] = [None if v is None or v < 0 else names[v] for v in columns[name]]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 HUB_DATASET = "nyu-mll/glue"
+TRAIN = "train"  # key of the training set among a task's sets
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,17 @@ class Task:
     """How the leaderboard spells the labels, in the order of `label_names`; () if it uses the same names."""
     submitted_range: tuple[float, float] | None = None
     """For regression: the range to which submitted numbers are clipped."""
+    is_language: bool = False
+    """Rows are token sequences with a label for each token; see `language.py`."""
 
     @property
     def is_regression(self) -> bool:
-        return not self.label_names
+        return not self.label_names and not self.is_language
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the head: the number of classes, 1 for regression, 0 for a language model, which has none."""
+        return 0 if self.is_language else len(self.label_names) or 1
 
     @property
     def has_header(self) -> bool:
@@ -139,12 +147,6 @@ class TaskData:
     train: Dataset
     validation: dict[str, Dataset]
     """Key "validation"; MNLI has "matched" and "mismatched"."""
-    label_names: tuple[str, ...]
-    num_labels: int
-    """Outputs of the head: the number of classes, 1 for regression."""
-    is_regression: bool
-    is_language: bool = False
-    """Rows are token sequences with a label for each token; see `language.py`."""
 
 
 def unknown_task(name: str) -> Problem:

@@ -193,7 +193,7 @@ def gradients(argvs):
                 with train.engines.gathered([parameter], write_from=0):
                     parameter.data.copy_(torch.randn(parameter.shape) * 0.1)
         ((positions, weight),) = session.sampler.micro_batches(0)
-        forward_backward(session, session.train_rows.batch(positions, weight), None, 0.0)
+        forward_backward(session, session.train_rows.batch(positions, weight), None)
         trained = [(n, p) for n, p in session.model.named_parameters() if p.requires_grad]
         whole = safe_get_full_grad if session.ds.stage else lambda p: p.grad
         found.append(

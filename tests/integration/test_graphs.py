@@ -161,7 +161,7 @@ def test_a_missing_extra_and_a_dtype_are_said_at_once(monkeypatch):
     monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda n: None if n == "onnxscript" else find_spec(n))
     found = graphs.problems(["padded", "onnx"], "bfloat16")
     assert [p.field for p in found] == ["export_formats", "export_dtype"]
-    assert "onnxscript is not installed; run `pip install 'prunadapt_ds[onnx]'`" in found[0].remedy
+    assert "onnxscript is not installed; run `pip install onnx onnxscript onnxruntime`" in found[0].remedy
     assert not graphs.problems(["torch_export"], None) and not graphs.problems(["padded"], "bfloat16")
 
 

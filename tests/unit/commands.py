@@ -51,6 +51,9 @@ ELSEWHERE = frozenset(  # options of programs whose parsers are not at hand: sba
     [
         "nodes",
         "gpus-per-node",
+        "gpus",
+        "gpus-per-task",
+        "gres",
         "cpus-per-task",
         "array",
         "signal",

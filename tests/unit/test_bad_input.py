@@ -18,6 +18,7 @@ from prunadapt_ds import export, gates
 from prunadapt_ds import report as reports
 from prunadapt_ds.commands import compare, evaluate, glue_table, reexport
 from prunadapt_ds.config import OPTIONS
+from prunadapt_ds.errors import ParityError
 from prunadapt_ds.files import OwnedFolder
 from prunadapt_ds.options import MOST
 from prunadapt_ds.train import main
@@ -597,6 +598,7 @@ def remove(folder, *patterns):
 
 
 MODEL_CASES = {
+    "quantised": (lambda f: change(f / "config.json", quantization_config={"quant_method": "fp8"}), "is quantised"),
     "no config": (lambda f: remove(f, "config.json"), "has no config.json"),
     "an adapter": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "is the folder of an adapter"),
     "an adapter beside a model": (lambda f: cut(f / "adapter_config.json", "{}"), "is the folder of an adapter"),
@@ -754,7 +756,7 @@ SCORED_CASES = {
     "a structure of no class": (lambda f: edit(f, pruned_structure={}, architectures=["json"]), "cannot be loaded"),
     "code of its own": (lambda f: edit(f, model_type="odd", auto_map=REMOTE), "pass --trust_remote_code to run it"),
     "a pickled adapter": (lambda f: cut(f / "adapter_config.json", "{}"), "pickled ones are never loaded"),
-    "an adapter of nothing": (lambda f: adapter(f, "{}"), "cannot be loaded: 'base_model_name_or_path'"),
+    "an adapter of nothing": (lambda f: adapter(f, "{}"), "names no model; set base_model_name_or_path"),
     "an adapter that is not JSON": (lambda f: adapter(f, "{"), "adapter_config.json cannot be read"),
     "an adapter of nowhere": (
         lambda f: adapter(f, '{"base_model_name_or_path": "./nowhere"}'),
@@ -859,6 +861,20 @@ def test_runs_to_export(place, finished, case):
     spoil(place / "run")
     argv = ["--run_dir", "run", "--export_formats", "padded"]
     refused(place, argv, ("run_dir", words), program=reexport.main)
+
+
+def test_an_export_that_cannot_be_proven_leaves_nothing(place, finished, monkeypatch):
+    shutil.copytree(finished, place / "run")
+
+    def wrong(*folders):
+        raise ParityError("logits differ")
+
+    argv = ["--run_dir", "run", "--export_formats", "padded"]
+    assert reexport.main(argv) == 0
+    before = tree(place / "run")
+    monkeypatch.setattr(reexport, "prove", wrong)
+    assert reexport.main(argv) == 3
+    assert tree(place / "run") == before
 
 
 def test_a_format_that_cannot_say_the_plan(place, finished):

@@ -64,7 +64,9 @@ def good(tmp_path):
 def test_reads_each_kind_as_it_stands(kind, tmp_path):
     train, dev = (write(tmp_path / f"{name}.{kind}", ROWS) for name in ("train", "dev"))
     data = load(train, dev)
-    assert data.task.name == "own_classification" and data.label_names == ("no", "yes") and data.num_labels == 2
+    assert (
+        data.task.name == "own_classification" and data.task.label_names == ("no", "yes") and data.task.num_labels == 2
+    )
     for split in (data.train, data.validation["validation"]):
         assert split.column_names == ["sentence1", "sentence2", "label", "index"]
         assert split["sentence1"][:] == [row["sentence1"] for row in ROWS]
@@ -106,6 +108,9 @@ def test_byte_order_mark_windows_lines_blank_lines_and_spaced_header(tmp_path):
     [
         (["b", "a", "C"], ("C", "a", "b"), [2, 1, 0]),
         ([10, 9, -1, 9], ("-1", "9", "10"), [2, 1, 0, 1]),  # by value, not by spelling
+        (["0111", "111", "0200"], ("0111", "111", "0200"), [0, 1, 2]),  # codes: no zero is lost
+        (["+1", "-1"], ("-1", "1"), [1, 0]),
+        (["12345678901234567891", "12345678901234567890"], ("12345678901234567890", "12345678901234567891"), [1, 0]),
         ([True, False], ("false", "true"), [1, 0]),
         (["1", "x", "2.5"], ("1", "2.5", "x"), [0, 2, 1]),
         (list(range(150)), tuple(map(str, range(150))), list(range(150))),
@@ -117,8 +122,8 @@ def test_classes_of_any_number_and_names(labels, names, encoded, kind, tmp_path)
     if kind == "csv" and labels == [True, False]:
         names = ("False", "True")
     data = load(path, path)
-    assert data.label_names == names and data.num_labels == len(names)
-    assert data.train["label"][:] == encoded and not data.is_regression
+    assert data.task.label_names == names and data.task.num_labels == len(names)
+    assert data.train["label"][:] == encoded and not data.task.is_regression
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet"])
@@ -126,7 +131,7 @@ def test_float_labels_mean_regression(kind, tmp_path):
     train = write(tmp_path / f"train.{kind}", labelled(0.5, 2.0, 1e-3, -4.25))
     dev = write(tmp_path / f"dev.{kind}", labelled(3, 1))  # whole numbers are scores too
     data = load(train, dev)
-    assert data.is_regression and data.num_labels == 1 and data.label_names == ()
+    assert data.task.is_regression and data.task.num_labels == 1 and data.task.label_names == ()
     assert data.task.metrics == ("pearson", "spearmanr")
     assert data.train["label"][:] == [0.5, 2.0, 1e-3, -4.25]
     assert data.validation["validation"]["label"][:] == [3.0, 1.0]
@@ -151,6 +156,8 @@ def test_a_text_column_is_the_sentence(tmp_path):
     [
         ([1.0, 0.0, 10.0], "single_label_classification", ("0", "1", "10"), [1, 0, 2]),
         (["1.0", 0], "single_label_classification", ("0", "1"), [1, 0]),
+        (["12345678901234567890.0", "12345678901234567891.0"],)
+        + ("single_label_classification", ("12345678901234567890", "12345678901234567891"), [0, 1]),
         ([0.5, 1.0], "single_label_classification", ("0.5", "1.0"), [0, 1]),
         ([3, 1, 2], "regression", (), [3.0, 1.0, 2.0]),
     ],
@@ -159,8 +166,33 @@ def test_a_text_column_is_the_sentence(tmp_path):
 def test_the_kind_of_problem_can_be_said(labels, problem_type, names, encoded, kind, tmp_path):
     path = write(tmp_path / f"train.{kind}", labelled(*labels))
     data = load(path, path, problem_type=problem_type)
-    assert data.label_names == names and data.train["label"][:] == encoded
-    assert data.is_regression == (problem_type == "regression")
+    assert data.task.label_names == names and data.train["label"][:] == encoded
+    assert data.task.is_regression == (problem_type == "regression")
+
+
+def test_pandas_missing_label_in_json(tmp_path, good):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"sentence1": "x", "label": 0}\n{"sentence1": "y", "label": NaN}\n')
+    for kind in (None, "single_label_classification"):
+        assert "1 of 2 rows have no label, the first is row 2" in refused(path, path, problem_type=kind)[0]
+
+
+def test_a_parquet_column_of_a_type_that_datasets_lacks(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "train.parquet"
+    meta = pa.array([[("a", "b")], []], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"sentence1": ["x", "y"], "label": ["a", "b"], "meta": meta}), path)
+    assert load(path, path).train["sentence1"][:] == ["x", "y"]
+
+
+def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", denied)
+    assert "no such file; check the path" in refused(tmp_path / "a.csv", tmp_path / "b.csv")[0]
 
 
 def test_names_are_no_numbers_of_a_regression(good):
@@ -174,7 +206,7 @@ def test_class_labels_that_datasets_wrote_keep_their_names(tmp_path):
     path = tmp_path / "train.parquet"
     Dataset.from_dict({"sentence1": ["x", "y"], "label": [1, 0]}, features=features).to_parquet(path)
     data = load(path, path)
-    assert data.label_names == ("neg", "pos") and data.train["label"][:] == [1, 0]
+    assert data.task.label_names == ("neg", "pos") and data.train["label"][:] == [1, 0]
     Dataset.from_dict({"sentence1": ["x", "y"], "label": [1, -1]}, features=features).to_parquet(path)
     assert "1 of 2 rows have no label" in refused(path, path)[0]
 

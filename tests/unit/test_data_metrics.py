@@ -14,7 +14,7 @@ from datasets import Dataset
 from scipy import stats
 from sklearn import metrics as sk
 
-from prunadapt_ds.data import OWN_METRICS, TASKS, Task, TaskData, compute_metrics, load_metric, tokenize
+from prunadapt_ds.data import OWN_METRICS, TASKS, Task, compute_metrics, load_metric, tokenize
 from prunadapt_ds.data.metrics import SCRIPT
 from prunadapt_ds.errors import UserError
 
@@ -34,20 +34,14 @@ REFERENCE = {
 }
 
 
-def data_of(task):
-    nothing = Dataset.from_dict({})
-    num_labels = len(task.label_names) or 1
-    return TaskData(task, nothing, {}, task.label_names, num_labels, task.is_regression)
-
-
-def drawn(data, n, seed):
+def drawn(task, n, seed):
     """Logits [n, C] that know something of the labels [n]."""
     rng = np.random.default_rng(seed)
-    if data.is_regression:
+    if task.is_regression:
         labels = rng.uniform(0, 5, n).round(2)
         return (labels + rng.normal(0, 2, n)).astype(np.float32)[:, None], labels
-    labels = rng.integers(0, data.num_labels, n)
-    return (rng.normal(size=(n, data.num_labels)) + np.eye(data.num_labels)[labels]).astype(np.float32), labels
+    labels = rng.integers(0, task.num_labels, n)
+    return (rng.normal(size=(n, task.num_labels)) + np.eye(task.num_labels)[labels]).astype(np.float32), labels
 
 
 def test_glues_own_measures():
@@ -66,11 +60,10 @@ def test_glues_own_measures():
 @pytest.mark.parametrize("task", [*TASKS.values(), *OWN.values()], ids=lambda task: task.name)
 @pytest.mark.parametrize("n", [7, 257])
 def test_agrees_with_scikit_learn(task, n):
-    data = data_of(task)
-    logits, labels = drawn(data, n, seed=n)
-    predictions = logits[:, 0].astype(np.float64) if data.is_regression else logits.argmax(1)
+    logits, labels = drawn(task, n, seed=n)
+    predictions = logits[:, 0].astype(np.float64) if task.is_regression else logits.argmax(1)
     expected = {name: REFERENCE[name](labels, predictions) for name in task.metrics}
-    found = compute_metrics(data, logits, labels)
+    found = compute_metrics(task, logits, labels)
     assert found.pop("score") == pytest.approx(np.mean(list(expected.values())), abs=1e-12)
     assert found == pytest.approx(expected, abs=1e-12) and list(found) == list(task.metrics)
 
@@ -78,18 +71,17 @@ def test_agrees_with_scikit_learn(task, n):
 def test_known_values():
     """By hand: 3 of 4 right; one true positive, one false positive, no false negative."""
     logits = np.array([[0, 1], [0, 1], [1, 0], [1, 0]], dtype=np.float32)
-    found = compute_metrics(data_of(TASKS["mrpc"]), logits, np.array([1, 0, 0, 0]))
+    found = compute_metrics(TASKS["mrpc"], logits, np.array([1, 0, 0, 0]))
     assert found == pytest.approx({"accuracy": 0.75, "f1": 2 / 3, "score": (0.75 + 2 / 3) / 2})
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 @pytest.mark.parametrize("task", [*TASKS.values(), *OWN.values()], ids=lambda task: task.name)
 def test_constant_predictions_and_labels_give_a_number_and_no_warning(task, n):
-    data = data_of(task)
-    logits = np.ones((n, data.num_labels), dtype=np.float32)  # argmax 0
+    logits = np.ones((n, task.num_labels), dtype=np.float32)  # argmax 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        wrong = compute_metrics(data, logits, np.arange(n) if data.is_regression else np.ones(n, dtype=np.int64))
+        wrong = compute_metrics(task, logits, np.arange(n) if task.is_regression else np.ones(n, dtype=np.int64))
     assert all(np.isfinite(value) for value in wrong.values())
     assert wrong["score"] == 0.0
 
@@ -98,12 +90,12 @@ def test_outputs_that_are_not_finite_are_not_scored():
     logits = np.zeros((4, 2), dtype=np.float32)
     logits[1, 0] = np.nan
     with pytest.raises(UserError, match=r"not finite for 1 of 4 examples.*diverged"):
-        compute_metrics(data_of(TASKS["rte"]), logits, np.zeros(4, dtype=np.int64))
+        compute_metrics(TASKS["rte"], logits, np.zeros(4, dtype=np.int64))
 
 
 def test_shapes_are_checked():
     with pytest.raises(AssertionError):
-        compute_metrics(data_of(TASKS["mnli"]), np.zeros((4, 2)), np.zeros(4))
+        compute_metrics(TASKS["mnli"], np.zeros((4, 2)), np.zeros(4))
 
 
 def test_the_script_knows_its_configurations():
@@ -147,12 +139,9 @@ def numbered(*lengths):
     return [" ".join(f"w{i}" for i in range(length)) for length in lengths]
 
 
-PAIR, SINGLE = TASKS["rte"], TASKS["sst2"]
-
-
 def test_tokenize_keeps_labels_and_index_and_does_not_pad(tokenizer):
     rows = {"sentence1": numbered(3, 1), "sentence2": numbered(2, 5), "label": [1, 0], "index": [40, 7]}
-    out = tokenize(Dataset.from_dict(rows), tokenizer, PAIR, 32)
+    out = tokenize(Dataset.from_dict(rows), tokenizer, 32)
     assert set(out.column_names) == {"input_ids", "token_type_ids", "attention_mask", "labels", "index"}
     assert out["labels"][:] == [1, 0] and out["index"][:] == [40, 7]
     assert [len(ids) for ids in out["input_ids"]] == [3 + 2 + 3, 1 + 5 + 3]
@@ -163,7 +152,7 @@ def test_tokenize_keeps_labels_and_index_and_does_not_pad(tokenizer):
 
 def test_tokenize_cuts_the_longer_of_a_pair(tokenizer):
     rows = {"sentence1": numbered(12), "sentence2": numbered(2), "label": [0], "index": [0]}
-    out = tokenize(Dataset.from_dict(rows), tokenizer, PAIR, 10)
+    out = tokenize(Dataset.from_dict(rows), tokenizer, 10)
     assert tokenizer.decode(out[0]["input_ids"]).split() == [
         "[CLS]",
         *numbered(5)[0].split(),
@@ -176,23 +165,23 @@ def test_tokenize_cuts_the_longer_of_a_pair(tokenizer):
 
 def test_tokenize_single_sentences_and_float_labels(tokenizer):
     rows = {"sentence1": numbered(4), "label": [2.5], "index": [0]}
-    out = tokenize(Dataset.from_dict(rows), tokenizer, SINGLE, 32)
+    out = tokenize(Dataset.from_dict(rows), tokenizer, 32)
     assert out["labels"][:] == [2.5] and len(out[0]["input_ids"]) == 6
 
 
-@pytest.mark.parametrize(("task", "length"), [(PAIR, 4), (SINGLE, 2), (PAIR, 33), (PAIR, 0), (PAIR, -1)])
-def test_lengths_the_model_cannot_take(task, length, tokenizer):
-    rows = {"sentence1": numbered(4), "sentence2": numbered(4), "label": [0], "index": [0]}
+@pytest.mark.parametrize(("texts", "length"), [(2, 4), (1, 2), (2, 33), (2, 0), (2, -1)])
+def test_lengths_the_model_cannot_take(texts, length, tokenizer):
+    rows = {**{f"sentence{i + 1}": numbered(4) for i in range(texts)}, "label": [0], "index": [0]}
     with pytest.raises(UserError, match=f"max_seq_length={length}: must be at least"):
-        tokenize(Dataset.from_dict(rows), tokenizer, task, length)
+        tokenize(Dataset.from_dict(rows), tokenizer, length)
 
 
 def test_tokenize_leaves_nothing_in_the_cache(tokenizer):
     rows = {"sentence1": numbered(4), "sentence2": numbered(4), "label": [0], "index": [0]}
-    assert tokenize(Dataset.from_dict(rows), tokenizer, PAIR, 32).cache_files == []
+    assert tokenize(Dataset.from_dict(rows), tokenizer, 32).cache_files == []
 
 
 def test_same_input_same_output(tokenizer):
     config = SimpleNamespace(rows={"sentence1": numbered(4, 2), "label": [0, 1], "index": [0, 1]})
-    first, second = (tokenize(Dataset.from_dict(config.rows), tokenizer, SINGLE, 16).to_dict() for _ in range(2))
+    first, second = (tokenize(Dataset.from_dict(config.rows), tokenizer, 16).to_dict() for _ in range(2))
     assert first == second

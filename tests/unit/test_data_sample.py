@@ -88,6 +88,6 @@ def test_it_is_what_an_empty_configuration_loads():
     names = "task_name data_dir train_file validation_file max_train_samples max_eval_samples"
     config = SimpleNamespace(**dict.fromkeys(names.split()))
     data = load_task(config, seed=3)
-    assert data.task.name == "sample" and data.num_labels == 2
+    assert data.task.name == "sample" and data.task.num_labels == 2
     assert data.train["sentence1"][:] == generate("train")["sentence1"]
     assert data.validation["validation"]["label"][:] == generate("validation")["label"]

@@ -105,8 +105,8 @@ def test_official_files(task, tmp_path):
     write_official(tmp_path, task.name)
     data = load_task(options(task_name=task.name, data_dir=str(tmp_path)), seed=0)
     classes = len(OFFICIAL[task.name][2])
-    assert data.label_names == task.label_names
-    assert (data.num_labels, data.is_regression) == ((1, True) if task.name == "stsb" else (classes, False))
+    assert data.task.label_names == task.label_names
+    assert (data.task.num_labels, data.task.is_regression) == ((1, True) if task.name == "stsb" else (classes, False))
     assert list(data.validation) == (["matched", "mismatched"] if task.name == "mnli" else ["validation"])
     texts = ["sentence1", "sentence2"] if task.sentence2 else ["sentence1"]
     for split in (data.train, *data.validation.values()):
@@ -129,7 +129,7 @@ def test_real_glue(name):
     data = load_task(options(task_name=name, data_dir=str(GLUE)), seed=0)
     assert (len(data.train), len(data.validation["validation"])) == REAL_ROWS[name]
     labels = data.validation["validation"]["label"][:]
-    if data.is_regression:
+    if data.task.is_regression:
         assert min(labels) == 0 and max(labels) == 5
     else:
         assert set(labels) == {0, 1}
@@ -226,5 +226,5 @@ def test_a_subset_larger_than_the_data_is_the_data(tmp_path):
 
 def test_tsv_loader_encodes_by_the_tables_order(tmp_path):
     write_official(tmp_path, "wnli")
-    train, _ = load_tsv(TASKS["wnli"], str(tmp_path))
+    train = load_tsv(TASKS["wnli"], str(tmp_path), trains=True)["train"]
     assert train["label"] == [0, 1] * 3 and TASKS["wnli"].label_names == ("not_entailment", "entailment")

@@ -9,13 +9,12 @@ from prunadapt_ds.batches import Rows
 from prunadapt_ds.budget import decide, max_sparsity
 from prunadapt_ds.config import parse
 from prunadapt_ds.data.loading import tokenize
-from prunadapt_ds.data.tasks import TASKS
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.layouts import family_of, representable_heads, uniform_floors, with_floors
 from prunadapt_ds.models.table import updated
 from tests.conftest import ROOT
-from tests.tiny import layout_and_structure, tiny_config, tiny_folder, tiny_model
+from tests.tiny import layout_and_structure, tiny_config, tiny_folder, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.fast
 DECODERS = [name for name, family in FAMILIES.items() if family.is_decoder]
@@ -42,12 +41,22 @@ def test_logits_of_a_decoder_do_not_depend_on_the_padding(no_pad_token, model_ty
     if model_type != "qwen2":  # its tokenizer class brings one of its own
         assert tokenizer.pad_token_id == tokenizer.eos_token_id
     data = Dataset.from_dict({"sentence1": TEXTS, "label": [0] * 4})
-    rows = Rows(tokenize(data, tokenizer, TASKS["sst2"], 32), tokenizer)
+    rows = Rows(tokenize(data, tokenizer, 32), tokenizer)
     together = model(**rows.inputs(range(4))).logits
     for i in range(4):
         alone = {k: torch.tensor([numbers]) for k, numbers in rows.row(i).items()}
         torch.testing.assert_close(model(**alone).logits[0], together[i], rtol=1e-4, atol=1e-5)
     assert len({tuple(row.tolist()) for row in together}) > 2
+
+
+def test_an_encoder_whose_tokenizer_has_no_padding_token(no_pad_token, tmp_path):
+    folder = no_pad_token("bert")
+    (tmp_path / "of_decoder").mkdir()
+    tokenizer = tiny_tokenizer(tmp_path / "of_decoder", of_decoder=True)
+    assert tokenizer.pad_token is None
+    tokenizer.save_pretrained(folder)
+    loaded = backbone.load(str(folder), num_labels=2)
+    assert loaded.tokenizer.pad_token_id == loaded.model.config.pad_token_id is not None
 
 
 def test_a_decoder_learns_the_padding_token_of_its_tokenizer(tmp_path):

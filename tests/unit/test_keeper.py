@@ -33,6 +33,7 @@ def run(monkeypatch):
                 total_steps=1000,
                 device=torch.device("cpu"),
                 tracker=SimpleNamespace(problem=""),
+                engine=SimpleNamespace(was_step_applied=lambda: True),
                 config=SimpleNamespace(output=output, prune=SimpleNamespace(score_only=False)),
                 train_rows=SimpleNamespace(places=range(100, 200)),  # a subset's, in the whole split
             )
@@ -65,6 +66,21 @@ def test_by_default_saving_takes_a_hundredth_of_the_time_at_most(run):
     before = len(run.saved)
     run.steps(499)
     assert len(run.saved) - before == 2, "once to find out, then 400 seconds apart"
+
+
+def test_a_step_that_deepspeed_left_out_ends_the_run(run):
+    run.steps(3)
+    run.session.engine.was_step_applied = lambda: False
+    with pytest.raises(PrunadaptError, match="a gradient is not a finite number at step 4, although the losses are"):
+        run.step(settle=True)
+
+
+def test_a_metrics_file_that_could_not_be_written_at_the_last_step(run):
+    run.session.total_steps = 3
+    run.steps(3)
+    run.session.tracker.problem = "metrics.jsonl: the disk is full"
+    with pytest.raises(PrunadaptError, match="the disk is full"):
+        run.keeper.stop_if_asked()
 
 
 def test_at_the_steps_that_were_asked_for_and_at_the_end(run):

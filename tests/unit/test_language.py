@@ -174,6 +174,16 @@ def test_conversations_that_cannot_be_spelt_out(tmp_path, template, words):
         tokenize_language(conversations(tmp_path), conversational(template), 64)
 
 
+@pytest.mark.parametrize("content", [None, "", " \n"])
+def test_an_answer_without_words(tmp_path, content):
+    """As in the rows of a tool call."""
+    messages = [*CONVERSATIONS[0][:-1], {"role": "assistant", "content": content, "tool_calls": []}]
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(UserError, match=r"row 1: the content of a message \(assistant\) is .*; write some text"):
+        load_language(data_options(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["response", "completion", "output"])
 def test_names_of_the_response(tmp_path, name):
     for file in ("train", "validation"):

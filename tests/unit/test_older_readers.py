@@ -56,6 +56,17 @@ def test_long_inputs_of_phi3(tmp_path):
     assert {name: found[name] for name in LONG} == LONG
 
 
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [("llama", {"factor": 4.0}), ("llama", {"attention_factor": 1.5}), ("phi3", {"attention_factor": 1.5})],
+)
+def test_long_inputs_keep_their_factors(tmp_path, model_type, more):
+    own = {"original_max_position_embeddings": 64} if model_type == "phi3" else {}
+    saved(tiny_config(model_type, rope_parameters=LONG | more, **own), tmp_path)
+    found = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert {name: found.get(name) for name in LONG | more} == LONG | more
+
+
 @pytest.mark.parametrize("model_type", CASES)
 def test_positions_turn_as_fast_for_an_older_version(tmp_path, model_type):
     rope, expected = CASES[model_type]

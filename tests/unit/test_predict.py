@@ -12,6 +12,7 @@ import torch
 from prunadapt_ds import answers, distributed, trained_folder
 from prunadapt_ds.batches import evaluation_batches
 from prunadapt_ds.commands import evaluate, predict
+from prunadapt_ds.config import parse
 from prunadapt_ds.errors import Problem, UserError
 from tests.tiny import tiny_data, tiny_model, tiny_tokenizer
 
@@ -139,13 +140,48 @@ def test_where_the_length_of_a_run_stands(exported, tmp_path, monkeypatch):
     assert trained_folder.run_length(tmp_path) is None and trained_folder.run_length(Path("org/model")) is None
 
 
+def scores(base, model, **files):
+    argv = [f"--model_name_or_path={base / model}", "--max_seq_length=32"]
+    argv += [f"--{name}_file={path}" for name, path in files.items()]
+    return evaluate.run(parse(argv, evaluate.USAGE, trains=False))
+
+
+def test_a_file_is_scored_without_training_data(base, tmp_path):
+    """The model's own class names say what its labels mean; a model without any counts them."""
+    names, words = ["no", "perhaps", "yes"], ["sun", "rain", "joy", "pain", "tree", "road"] * 4
+
+    def file(name, labels):
+        rows = [f"{word},{word} sun,{labels[i % 3]}\n" for i, word in enumerate(words)]
+        (tmp_path / name).write_text("sentence1,sentence2,label\n" + "".join(rows))
+        return tmp_path / name
+
+    named, numbered = file("named.csv", names), file("numbered.csv", range(3))
+    expected = scores(base, "model", train=named, validation=named)
+    assert scores(base, "model", validation=named) == expected and 0 < expected["accuracy"] < 1
+    shutil.copytree(base / "model", tmp_path / "unnamed")
+    config = json.loads((tmp_path / "unnamed" / "config.json").read_text())
+    config["id2label"] = {i: f"LABEL_{i}" for i in range(3)}
+    (tmp_path / "unnamed" / "config.json").write_text(json.dumps(config))
+    assert scores(tmp_path, "unnamed", validation=numbered) == expected
+    with pytest.raises(UserError, match=r"labels are integers|labels never seen in the model: .*known are"):
+        scores(base, "model", validation=numbered)
+
+
+def test_a_regressor_is_scored_without_training_data(base, tmp_path):
+    """Whole numbers, which a training file would make classes, are scores to it."""
+    (tmp_path / "scores.csv").write_text("sentence1,sentence2,label\nsun,joy,3\nrain,pain,1\nsun,rain,2\n")
+    assert scores(base, "number", validation=tmp_path / "scores.csv").keys() == {"pearson", "spearmanr", "score"}
+    with pytest.raises(UserError, match="is a name, but this is a regression"):
+        scores(base, "number", validation=base / "validation.csv")
+
+
 def test_a_score_reads_as_much_as_the_run_did(exported, tmp_path):
     (tmp_path / "own.csv").write_text("sentence1,label\nsun,no\nrain,perhaps\njoy,yes\n")
     data = [f"--{name}_file={tmp_path / 'own.csv'}" for name in ("train", "validation")]
     seen = []
 
     def score(*more):
-        def remember(split, tokenizer, task, longest):
+        def remember(split, tokenizer, longest):
             seen.append(longest)
             raise UserError(Problem("seen", longest, "enough"))
 
@@ -178,6 +214,8 @@ def test_standard_input_and_output(base, tmp_path, monkeypatch, capfd):
     [
         ("", "has no rows"),
         ('{"sentence1": "a"}\nsun\n', "line 2 is not a JSON object"),
+        ('\n{"sentence1": "a"}\n', "line 2 is a JSON object, but the first line was not"),
+        ('\ufeff{"sentence1": "a"}\nsun\n', "line 2 is not a JSON object"),
         ('{"sentence1": "a"}\n{"sentence1": "a", "sentence2": "b"}\n', "row 2: has sentence1 and sentence2"),
         ('{"sentence1": "a"}\n{"sentence1": null}\n', "row 2: sentence1 is None"),
         ('{"sentence2": "a"}\n', "row 1: has no sentence1"),
@@ -189,6 +227,14 @@ def test_bad_standard_input(base, tmp_path, monkeypatch, text, what):
     with pytest.raises(UserError, match=what):
         run(base, tmp_path, "--input_file", "-")
     assert not list(tmp_path.iterdir())
+
+
+def test_all_rows_of_a_file_are_checked_before_the_first_is_predicted(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "CHUNK", 2)
+    monkeypatch.setattr(answers, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    (tmp_path / "rows.jsonl").write_text('{"sentence1": "a"}\n' * 4 + '{"sentence1": 3}\n')
+    with pytest.raises(UserError, match="row 5"):
+        run(base, tmp_path, "--input_file", str(tmp_path / "rows.jsonl"))
 
 
 def test_a_late_mistake_leaves_nothing(base, tmp_path, monkeypatch):

@@ -373,6 +373,19 @@ def test_a_node_that_reports_no_gpu_gets_one_rank(shell):
     assert "--ntasks-per-node=1" in calls["srun"]
 
 
+def test_gpus_requested_as_gres_are_not_limited_by_the_template(shell):
+    """A step would take SLURM_GPUS_PER_NODE GPUs of a node, which is the template's default."""
+    shell.put("srun", 'printf "%s" "${SLURM_GPUS_PER_NODE-unset}" > "$CALLS/step"')
+    shell("train.sh", SLURM_GPUS_PER_NODE="1")
+    assert (shell.project.parent / "calls" / "step").read_text() == "unset"
+
+
+def test_an_environment_that_is_not_there(shell):
+    done, calls = shell("train.sh", VENV="/no/such/venv")
+    assert done.returncode == 2 and "VENV=/no/such/venv: has no bin/activate" in done.stderr and "srun" not in calls
+    assert shell("train.sh", VENV="none")[0].returncode == 0
+
+
 def test_the_gathering_job_has_the_array_s_quality_of_service(shell):
     _, calls = shell("glue_all.sh", TASKS="rte", **array(0, 1))
     assert not any(word.startswith("--qos") for word in calls["sbatch"])
