@@ -117,6 +117,7 @@ def resolve_ds_config(
     ]
     _leave_out(values, problems)
     problems += _schema_problems(values, path)
+    problems += fields.sum_problems(values)
     if problems:
         raise UserError(problems)
     values.setdefault("steps_per_print", 2**31 - 1)  # we print progress ourselves

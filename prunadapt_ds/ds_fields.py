@@ -227,3 +227,18 @@ def _need_a_gpu(zero: dict[str, Any]) -> list[Problem]:
 
     names = () if torch.cuda.is_available() else NEED_A_GPU
     return [Problem(f"zero_optimization.{name}", zero[name], "needs a CUDA device") for name in names if zero.get(name)]
+
+
+def sum_problems(values: dict[str, Any]) -> list[Problem]:
+    """A dtype of summed gradients that DeepSpeed would refuse only once the model is loaded."""
+    name, wanted = "data_types.grad_accum_dtype", values.get("data_types", {}).get("grad_accum_dtype")
+    if wanted not in (None, "fp32", "bf16"):
+        return [Problem(name, wanted, "must be fp32 or bf16")]
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if wanted == "fp32" and stage == 0 and values.get("bf16", {}).get("enabled"):
+        return [
+            Problem(
+                name, wanted, "DeepSpeed has no such sum in bf16 without ZeRO; take a stage of 1 to 3, or remove it"
+            )
+        ]
+    return []

@@ -183,3 +183,10 @@ def test_what_the_hub_does_not_give_comes_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
     with pytest.raises(hub.UnavailableError, match=r"Permission denied.*nor is it in the local cache"):
         hub.snapshot("some/other")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_no_memory_is_no_fault_of_the_folder(error):
+    """Other ranks are in the middle of loading: this one has to end at once, not to meet them for a common answer."""
+    with pytest.raises(type(error)), backbone.refusals("model"):
+        raise error

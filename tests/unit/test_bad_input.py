@@ -336,6 +336,18 @@ DS_CASES = {
         {"gradient_clipping": 0.3},
         ("gradient_clipping", 'contradicts --max_grad_norm 0.5; write "auto" in the file'),
     ),
+    "a sum in no dtype": (
+        {"data_types": {"grad_accum_dtype": "banana"}},
+        ("data_types.grad_accum_dtype", "must be fp32 or bf16"),
+    ),
+    "a sum that is not there": (
+        {
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 0},
+        },
+        ("data_types.grad_accum_dtype", "take a stage of 1 to 3"),
+    ),
     "rate against the option": (
         {"optimizer": {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": "auto"}}},
         ("optimizer.params.lr", "contradicts --learning_rate 0.001"),
@@ -870,11 +882,12 @@ def test_an_export_that_cannot_be_proven_leaves_nothing(place, finished, monkeyp
         raise ParityError("logits differ")
 
     argv = ["--run_dir", "run", "--export_formats", "padded"]
-    assert reexport.main(argv) == 0
     before = tree(place / "run")
-    monkeypatch.setattr(reexport, "prove", wrong)
-    assert reexport.main(argv) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(reexport, "prove", wrong)
+        assert reexport.main(argv) == 3
     assert tree(place / "run") == before
+    assert reexport.main(argv) == 0 and (place / "run" / "exports" / "padded").is_dir()
 
 
 def test_a_format_that_cannot_say_the_plan(place, finished):
