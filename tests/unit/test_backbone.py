@@ -1,5 +1,6 @@
 """Loading: what is frozen, what trains, nothing at random."""
 
+import io
 import json
 
 import huggingface_hub
@@ -190,3 +191,28 @@ def test_no_memory_is_no_fault_of_the_folder(error):
     """Other ranks are in the middle of loading: this one has to end at once, not to meet them for a common answer."""
     with pytest.raises(type(error)), backbone.refusals("model"):
         raise error
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone(tmp_path):
+    """As DeBERTa-v3's on the hub; transformers needs a library for it, which it does not require itself."""
+    import sentencepiece
+
+    folder, model = tiny_folder(tmp_path, "deberta-v2"), io.BytesIO()
+    for file in folder.glob("*token*"):
+        file.unlink()
+    pieces = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "unk": "[UNK]"}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"the sun is warm and the road is near {i}" for i in range(50)]),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{f"{name}_piece": piece for name, piece in pieces.items()},
+        **{f"{name}_id": i for i, name in enumerate(pieces)},
+    )
+    (folder / "spm.model").write_bytes(model.getvalue())
+    cut = json.dumps({"tokenizer_class": "DebertaV2Tokenizer", "vocab_type": "spm"})
+    (folder / "tokenizer_config.json").write_text(cut)
+    tokenizer = backbone.load(str(folder), num_labels=2).tokenizer
+    ids = tokenizer("the sun is near")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the sun is near" and tokenizer.unk_token_id not in ids
