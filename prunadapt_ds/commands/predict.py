@@ -182,10 +182,14 @@ def shared_input(path: str) -> Iterator[Columns]:
     """Yield the input's texts on every rank, chunk by chunk. Raises UserError for an invalid row and if there are no rows."""
     source: Iterator[Columns] = iter(())
     if distributed.rank() == 0:
-        # A file's rows are all checked before the first is predicted; standard input may never end.
-        rows = checked(standard_rows(sys.stdin), path) if path == STANDARD else list(checked(file_rows(path), path))
+        rows = checked(standard_rows(sys.stdin), path) if path == STANDARD else all_checked(path)
         source = answers.chunks(rows)
     return answers.shared("reading the input", source)
+
+
+def all_checked(path: str) -> Iterator[dict[str, str]]:
+    """Yield the rows of a file once all of them were checked (standard input, which may never end, cannot wait for that)."""
+    yield from list(checked(file_rows(path), path))
 
 
 def file_rows(path: str) -> Iterator[dict[str, Any]]:

@@ -213,6 +213,9 @@ def check_predictions(base, tmp_path):
     assert len((tmp_path / "std.csv").read_text().splitlines()) == 71
     (tmp_path / "std.csv").unlink()
     assert run_ranks(runs.predicted, 2, words, '{"sentence1": "sun"}\n' * 60 + "rain\n") == [2, 2]  # late, on one rank
+    (tmp_path / "rows.jsonl").write_text('{"sentence1": "sun"}\n{"sentence1": null}\n')
+    words[words.index("--input_file") + 1] = str(tmp_path / "rows.jsonl")
+    assert run_ranks(runs.predicted, 2, words) == [2, 2], "rank 0 alone reads"
     assert not list(tmp_path.glob("*std.csv*")) and not list(tmp_path.glob(".*"))
 
 
