@@ -67,9 +67,8 @@ def _load_model(name: str, folder: Path, trust: bool, *, is_language: bool) -> A
         )
     else:
         loader, options = pruned, {}
-        pruned.register_for_auto_class(
-            auto_classes.name_of(is_language)
-        )  # `save_pretrained` then writes its code as well
+        # `save_pretrained` then writes its code as well.
+        pruned.register_for_auto_class(auto_classes.name_of(is_language))
     with backbone.quiet():
         model, info = loader.from_pretrained(
             str(folder),

@@ -6,8 +6,10 @@ Every file has the header "index<TAB>prediction" and a line for each row of the 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 import tempfile
 import zipfile
@@ -241,6 +243,8 @@ def _is_answer(task: Task, word: str) -> bool:
 def check_writable(output: Path) -> None:
     """Raise UserError if no file can be made there: better now than after hours of predictions."""
     try:
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output.parent):
             pass

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from prunadapt_ds import export, formats, proof, weight_files
+from prunadapt_ds import export, formats, gates, proof, trained_folder, weight_files
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from tests.tiny import layout_and_structure, tiny_model, tiny_tokenizer
@@ -88,3 +88,19 @@ def test_a_proof_that_a_signal_ends_says_nothing_of_the_export(number, kind, wor
         proof.raise_if_stopped(subprocess.CompletedProcess([], -number, "", "its last words"))
     assert not isinstance(raised.value, ParityError)
     proof.raise_if_stopped(subprocess.CompletedProcess([], 1, "", ""))
+
+
+def test_a_model_that_our_loader_opened_can_be_saved(dense, tmp_path):
+    """With the code that its configuration names."""
+    model, layout, plan, tokenizer = dense
+    mask = plan.mask()
+    mask[0] = False
+    gates.attach(model, layout, plan.structure)
+    cut = PruningPlan.from_mask(plan.structure, mask)
+    gates.apply_mask(model, cut.mask())
+    export.export(model, layout, cut, tokenizer, tmp_path / "first")
+    loaded, _ = trained_folder.load_folder(str(tmp_path / "first"), False)
+    loaded.save_pretrained(tmp_path / "second")
+    assert (tmp_path / "second" / formats.MODELING_FILE).is_file()
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second", trust_remote_code=True)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())

@@ -235,6 +235,18 @@ def test_everything_wrong_is_said_before_a_model_is_loaded(tmp_path):
     assert not (tmp_path / "s.zip").exists()
 
 
+@pytest.mark.parametrize("output", ["file/x.zip", "folder.zip"])
+def test_a_zip_that_cannot_be_written_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, output):
+    monkeypatch.setattr(answers, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.zip").mkdir()
+    write_set(tmp_path / "data", "RTE.tsv")
+    model = write_model(tmp_path / "rte", TASKS["rte"])
+    words = ["--glue_submission", "--data_dir", tmp_path / "data", "--task_models", f"rte={model}"]
+    with pytest.raises(UserError, match=r"output_file=.*cannot be written"):
+        predict.run([*map(str, words), "--output_file", str(tmp_path / output)])
+
+
 def test_a_model_of_another_task_is_refused(tmp_path):
     data = write_set(tmp_path / "data", "MNLI-m.tsv")
     with pytest.raises(UserError, match="has 2 outputs, the task mnli needs 3"):
