@@ -103,12 +103,12 @@ def test_what_must_stay_stays_at_the_highest_sparsity(model_type):
 @pytest.mark.parametrize(
     "model_type, counts",
     [
-        ("llama-mha", (1, 2, 4)),
-        ("llama", (1, 2)),
-        ("llama-mqa", (1, 2, 4)),
-        ("qwen2", (1, 2)),
-        ("bert", (4,)),
-        ("opt", (4,)),
+        pytest.param("llama-mha", (1, 2, 4), id="llama-mha"),
+        pytest.param("llama", (1, 2), id="llama"),
+        pytest.param("llama-mqa", (1, 2, 4), id="llama-mqa"),
+        pytest.param("qwen2", (1, 2), id="qwen2"),
+        pytest.param("bert", (4,), id="bert"),
+        pytest.param("opt", (4,), id="opt"),
     ],
 )
 def test_numbers_of_heads_that_a_stock_configuration_takes(model_type, counts):
