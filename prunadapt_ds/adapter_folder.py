@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunadapt_ds import labels
+from prunadapt_ds import hub, labels
 from prunadapt_ds.adapters import ADAPTER, PREFIX, is_lora
 from prunadapt_ds.backbone import Backbone
 from prunadapt_ds.distributed import on_rank_0, rank
@@ -20,10 +20,9 @@ from prunadapt_ds.models import auto_classes
 def write(backbone: Backbone, base: str, targets: list[str], lora: Any, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` (fp32) to `folder`, complete or not at all.
 
-    Collective; rank 0 writes. base: folder or hub ID of the base model; a folder is stored with its absolute path. lora: the
-    run's LoRA options.
+    Collective; rank 0 writes. base: folder or hub ID of the base model; a folder is stored with its absolute path, an ID with
+    its revision. lora: the run's LoRA options.
     """
-    base = str(Path(base).resolve()) if Path(base).is_dir() else base
     tensors = {PREFIX + name: value for name, value in _trained(backbone)}
     on_rank_0(f"writing the export {folder}", lambda: _write(backbone, base, targets, lora, folder, tensors))
 
@@ -34,6 +33,7 @@ def _write(
     from peft import LoraConfig
     from safetensors.torch import save_file
 
+    repository, revision = (str(Path(base).resolve()), None) if Path(base).is_dir() else hub.split(base)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -41,7 +41,8 @@ def _write(
         target_modules=list(targets),
         fan_in_fan_out=any(m.fan_in_fan_out for m in backbone.model.modules() if is_lora(m)),
         modules_to_save=saved_modules(backbone) or None,
-        base_model_name_or_path=base,
+        base_model_name_or_path=repository,
+        revision=revision,
         inference_mode=True,
     )
     with whole_folder(folder) as unfinished:

@@ -28,7 +28,8 @@ def stated(model_name_or_path: str) -> dict[str, Any]:
     if Path(source).is_dir():
         path: Any = Path(source) / "README.md"
     else:
-        path = try_to_load_from_cache(source, "README.md")
+        repository, revision = hub.split(source)
+        path = try_to_load_from_cache(repository, "README.md", revision=revision)
     values: dict[str, Any] = {}
     if isinstance(path, str | Path) and Path(path).is_file():
         try:
@@ -37,7 +38,9 @@ def stated(model_name_or_path: str) -> dict[str, Any]:
             return {}
     elif not Path(source).is_dir() and not constants.HF_HUB_OFFLINE:
         found: list[Any] = []
-        hub.unreachable(lambda api, timeout: found.append(api.model_info(source, timeout=timeout).card_data))
+        hub.unreachable(
+            lambda api, timeout: found.append(api.model_info(repository, revision=revision, timeout=timeout).card_data)
+        )
         values = found[0].to_dict() if found and found[0] is not None else {}
     return {name: values[name] for name in STATED if _is_text(values.get(name))}
 
@@ -71,7 +74,7 @@ def metadata(report: dict[str, Any], model: str, task: Task, base: dict[str, Any
         if is_glue and value is not None
     ]
     name = f"{task.name}-{report['method']}"
-    own = SAMPLE_MODEL if model == "sample" else None if is_local else model
+    own = SAMPLE_MODEL if model == "sample" else None if is_local else hub.split(model)[0]
     licence = {key: base[key] for key in ("license", "license_name", "license_link") if key in base}
     return ModelCardData(
         language="en" if is_glue or task.name == "sample" else base.get("language"),
@@ -157,6 +160,8 @@ def _adapter_text(report: dict[str, Any], task: Task, base_model: Any, base: dic
     auto_class = auto_classes.name_of(is_language)
     labels = "" if is_language else f", num_labels={len(task.label_names) or 1}"
     name = base_model if isinstance(base_model, str) else "BASE"
+    _, revision = hub.split(report["model"])
+    pinned = f', revision="{revision}"' if revision else ""
     where = "" if isinstance(base_model, str) else " BASE is the model it was trained on."
     merged = "The results below were measured after `model.merge_and_unload()`, which gives the same answers faster."
     head = f" and classifier ({', '.join(task.label_names)})" if task.label_names else ""
@@ -170,7 +175,7 @@ of this folder.
 from peft import PeftModel
 from transformers import AutoTokenizer, {auto_class}
 
-base = {auto_class}.from_pretrained("{name}"{labels})
+base = {auto_class}.from_pretrained("{name}"{pinned}{labels})
 model = PeftModel.from_pretrained(base, "PATH").eval()
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```

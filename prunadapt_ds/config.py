@@ -37,7 +37,10 @@ with_lora = functools.partial(option, needs={"method": ("prunadapt", "tmp", "lor
 class ModelOptions:
     """Backbone."""
 
-    model_name_or_path: str = option("sample", "hub id, local folder, or `sample`, the encoder of the `sample` extra")
+    model_name_or_path: str = option(
+        "sample",
+        "hub id (`id@revision`: a commit, branch or tag of it), folder, or `sample`, the encoder of the `sample` extra",
+    )
     trust_remote_code: bool = option(False, "run modelling code that comes with the model")
 
 

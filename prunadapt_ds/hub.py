@@ -21,9 +21,16 @@ class UnavailableError(Exception):
     """Neither the hub nor its cache on this host has the model; says why, and what helps."""
 
 
+def split(name: str) -> tuple[str, str | None]:
+    """Split `owner/model@revision` into the repository and its commit, branch or tag; without one: None, the main branch."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
 def could_be_id(name: str) -> bool:
-    """Whether `name` can be a hub id, `model` or `owner/model`; anything else is taken for a path."""
-    return not name.startswith((".", "/", "~")) and not name.endswith("/") and name.count("/") < 2
+    """Whether `name` can be a hub id, `model` or `owner/model`, also with `@revision`; anything else is taken for a path."""
+    repository, _ = split(name)
+    return not name.startswith((".", "/", "~")) and not name.endswith(("/", "@")) and repository.count("/") < 2
 
 
 def unreachable(ask: Callable[[Any, float], Any]) -> str | None:
@@ -54,7 +61,8 @@ def why_offline(name: str) -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    return unreachable(lambda api, timeout: api.model_info(name, timeout=timeout))
+    repository, revision = split(name)
+    return unreachable(lambda api, timeout: api.model_info(repository, revision=revision, timeout=timeout))
 
 
 @functools.cache
@@ -81,17 +89,20 @@ def snapshot(name: str) -> Path:
 def _fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    def fetch(*patterns: str, revision: str | None = None) -> Path:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns="*/*"))
+    repository, revision = split(name)
 
-    folder = fetch(*SMALL_FILES)
-    revision = folder.name  # the commit, whatever is pushed meanwhile
+    def fetch(revision: str | None, *patterns: str) -> Path:
+        found = snapshot_download(repository, revision=revision, allow_patterns=list(patterns), ignore_patterns="*/*")
+        return Path(found)
+
+    folder = fetch(revision, *SMALL_FILES)
+    commit = folder.name  # whatever is pushed meanwhile
     kind = "adapter_model" if (folder / "adapter_config.json").is_file() else "model"
     weights, index = f"{kind}.safetensors", folder / f"{kind}.safetensors.index.json"
-    fetch(weights, revision=revision)
+    fetch(commit, weights)
     if index.is_file() and not (folder / weights).is_file():
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        fetch(*sorted(set(shards)), revision=revision)
+        fetch(commit, *sorted(set(shards)))
     return folder
 
 
@@ -99,7 +110,9 @@ def _cached(name: str) -> Path | None:
     """The cached folder of a model with weights, whoever fetched it; it may be incomplete."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = (try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json"))
+    repository, revision = split(name)
+    files = ("config.json", "adapter_config.json")
+    found = (try_to_load_from_cache(repository, file, revision=revision) for file in files)
     folders = (Path(path).parent for path in found if isinstance(path, str))
     return next((folder for folder in folders if any(folder.glob("*.safetensors"))), None)
 

@@ -193,9 +193,12 @@ def conversion(source: str, config: Mapping[str, Any]) -> str:
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     kinds, folder = [name if isinstance(name, str) and hasattr(transformers, name) else "AutoModel"], source
+    arguments = repr(source)
     if not os.path.isdir(source):
-        kinds, folder = [*kinds, "AutoTokenizer"], f"{source.rpartition('/')[2]}-safetensors"
-    lines = [f"t.{kind}.from_pretrained({source!r}).save_pretrained({folder!r})" for kind in kinds]
+        repository, revision = hub.split(source)
+        kinds, folder = [*kinds, "AutoTokenizer"], f"{repository.rpartition('/')[2]}-safetensors"
+        arguments = f"{repository!r}, revision={revision!r}" if revision else repr(repository)
+    lines = [f"t.{kind}.from_pretrained({arguments}).save_pretrained({folder!r})" for kind in kinds]
     return f"python -c {shlex.quote('; '.join(['import transformers as t', *lines]))}"
 
 

@@ -112,6 +112,8 @@ def _load_adapter(name: str, folder: Path, num_labels: int | None, *, is_languag
     base = config.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise _refuse(name, "its adapter_config.json names no model; set base_model_name_or_path to the adapter's base")
+    if config.get("revision") and not Path(base).is_dir():
+        base = f"{base}@{config['revision']}"
     try:
         model_folder.check(base, to_train=False)
     except UserError as error:

@@ -43,13 +43,15 @@ def read_config(name: str, num_labels: int, *, is_language: bool, trust_remote_c
     if not path.exists() and (path.suffix == ".json" or not hub.could_be_id(name)):
         raise UserError(Problem("model_name_or_path", name, "there is no such file or folder"))
     offline = None if path.exists() else hub.why_offline(name)
+    repository, revision = (str(path), None) if path.exists() else hub.split(name)
     try:
         if path.is_file():
             values = json.loads(path.read_text(encoding="utf-8"))
             found = AutoConfig.for_model(values.pop("model_type"), **{**values, **labels})
         else:
             found = AutoConfig.from_pretrained(
-                str(path) if path.exists() else name,
+                repository,
+                revision=revision or "main",
                 trust_remote_code=trust_remote_code,
                 local_files_only=bool(offline),
                 **labels,

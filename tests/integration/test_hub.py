@@ -36,6 +36,8 @@ pytestmark = pytest.mark.ci
 
 REPO = "nyu-mll/glue"
 COMMIT = hashlib.sha1(b"stand-in").hexdigest()
+TAGGED = hashlib.sha1(b"stand-in, as it was at its tag").hexdigest()
+COMMITS = {"main": COMMIT, COMMIT: COMMIT, "v1": TAGGED, TAGGED: TAGGED}
 ROWS = {
     "rte": {
         "columns": ("sentence1", "sentence2"),
@@ -146,6 +148,7 @@ def models(folder: Path) -> dict[str, dict[str, bytes]]:
     lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"])
     adapter = get_peft_model(AutoModelForSequenceClassification.from_pretrained(whole), lora)
     adapter.peft_config["default"].base_model_name_or_path = "some/whole"
+    adapter.peft_config["default"].revision = "v1"
     adapter.save_pretrained(folder / "adapter")
     (page := folder / "README.md").write_text("A model.")
     model = tiny_model("bert")
@@ -180,6 +183,9 @@ class StandIn(BaseHTTPRequestHandler):
 
     def missing(self) -> None:
         self.answer(status=404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
+
+    def no_revision(self) -> None:
+        self.answer(status=404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
 
     def entries(self, files: dict[str, bytes], folder: str, recursive: bool) -> list[dict]:
         """Files and folders under `folder`, as the tree endpoint lists them."""
@@ -217,20 +223,25 @@ class StandIn(BaseHTTPRequestHandler):
         for name, files in self.repositories.items():
             api, resolve = f"/api/{name}", f"/{name.removeprefix('models/')}/resolve/"
             if path == api or path.startswith(f"{api}/revision/"):
+                commit = COMMITS.get(path[len(f"{api}/revision/") :] or "main")
                 siblings = [{"rfilename": file} for file in files]
+                if commit is None:
+                    return self.no_revision()
                 return self.json(
-                    {"id": name.split("/", 1)[1], "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
+                    {"id": name.split("/", 1)[1], "sha": commit, "private": False, "tags": [], "siblings": siblings}
                 )
             if path.startswith(f"{api}/tree/"):
                 _, _, folder = path[len(f"{api}/tree/") :].partition("/")
                 listed = self.entries(files, folder, "recursive=True" in url.query or "recursive=true" in url.query)
                 return self.json(listed) if listed else self.missing()
             if path.startswith(resolve):
-                _, _, file = path[len(resolve) :].partition("/")
+                revision, _, file = path[len(resolve) :].partition("/")
+                if revision not in COMMITS:
+                    return self.no_revision()
                 if file in files:
                     body = files[file]
                     etag = f'"{hashlib.sha1(body).hexdigest()}"'
-                    return self.answer(body, ETag=etag, X_Repo_Commit=COMMIT)
+                    return self.answer(body, ETag=etag, X_Repo_Commit=COMMITS[revision])
         return self.missing()
 
     do_HEAD = do_GET
@@ -393,6 +404,16 @@ def test_a_host_that_alone_lacks_a_file_ends_all_ranks(tmp_path, missing, said):
     assert "model_name_or_path='some/encoder'" in ranks[0]["error"] and said in ranks[0]["error"]
 
 
+def test_a_revision_is_what_is_loaded_and_again_when_the_hub_is_gone(hub, tmp_path):
+    for name in ("some/whole@v1", f"some/whole@{TAGGED}"):
+        assert load_model(name, hub, tmp_path).get("layers") == 3
+        assert [folder.name for folder in tmp_path.glob("hub/*/snapshots/*")] == [TAGGED], "and no other"
+        assert load_model(name, "http://127.0.0.1:9", tmp_path).get("layers") == 3
+    for endpoint in (hub, "http://127.0.0.1:9"):
+        for name in ("some/whole@v2", "some/whole@"):
+            assert f"model_name_or_path='{name}'" in load_model(name, endpoint, tmp_path)["error"]
+
+
 LOAD_OTHERS = """
 import json
 from prunadapt_ds import initial_adapter, trained_folder
@@ -418,6 +439,7 @@ def test_adapters_and_pruned_models_of_the_hub_are_scored_as_such(hub, home, end
         2,
         ["PeftModelForSequenceClassification", "PrunedBertForSequenceClassification"],
     )
+    assert list(home.glob(f"hub/models--some--whole/snapshots/{TAGGED}/*.safetensors")), "the base at its revision"
     adapter, pruned = found["refused"]
     assert "is the folder of an adapter" in adapter and "is pruned already" in pruned
 

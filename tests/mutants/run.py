@@ -465,6 +465,8 @@ MUTANTS = (
            "tests/unit/test_older_readers.py::test_long_inputs_keep_their_factors"),
     Mutant("answers without words are learnt", "data/language.py", 'not str(content or "").strip()', "False",
            "tests/unit/test_language.py::test_an_answer_without_words"),
+    Mutant("the revision is forgotten", "hub.py", "return repository, revision or None", "return repository, None",
+           "tests/unit/test_initial_adapter.py::test_an_adapter_names_the_revision_of_its_base[some/encoder@v1-v1]"),
 )  # fmt: skip
 
 

@@ -85,6 +85,9 @@ def test_an_adapter_says_what_it_belongs_to(task):
         f'{head}.from_pretrained("some/encoder"{labels})' in code and 'PeftModel.from_pretrained(base, "PATH")' in code
     )
     assert "trust_remote_code" not in text and "## Limits" in text
+    pinned = card.render({**r, "method": "lora", "model": "some/encoder@v1"}, "some/encoder@v1", task, "adapter")
+    assert f'from_pretrained("some/encoder", revision="v1"{labels})' in pinned
+    assert ModelCard(pinned).data.base_model == "some/encoder"
     assert ("--label_names not_equivalent equivalent" in text) == (task.name == "mrpc")
 
 
@@ -140,15 +143,16 @@ def test_what_the_hub_s_card_states(monkeypatch):
     asked = []
 
     class Api:
-        def model_info(self, name, timeout):
-            asked.append(name)
+        def model_info(self, name, revision, timeout):
+            asked.append((name, revision))
             return SimpleNamespace(card_data=ModelCardData(license="mit", language="en"))
 
     monkeypatch.setattr(hub, "unreachable", lambda ask: ask(Api(), 1.0))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert card.stated("some/encoder-that-nobody-cached") == {"license": "mit", "language": "en"} and len(asked) == 1
+    assert card.stated("some/encoder-that-nobody-cached@v1") == {"license": "mit", "language": "en"}
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert card.stated("some/encoder-that-nobody-cached") == {} and len(asked) == 1
+    assert card.stated("some/encoder-that-nobody-cached") == {}
+    assert asked == [("some/encoder-that-nobody-cached", "v1")]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "unreachable", lambda ask: "no answer")
     assert card.stated("some/encoder-that-nobody-cached") == {}

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from prunadapt_ds import adapters, backbone, initial_adapter, labels
+from prunadapt_ds import adapter_folder, adapters, backbone, initial_adapter, labels
 from prunadapt_ds.config import LoraOptions, parse
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.setup import refuse_changed
@@ -53,6 +53,15 @@ def test_the_model_answers_as_peft_s(tmp_path, model_type, targets, saved):
         torch.testing.assert_close(loaded.model.eval()(**inputs()).logits, expected, rtol=1e-5, atol=1e-6)
     trains = {n for n, p in loaded.model.named_parameters() if p.requires_grad}
     assert any("lora_A" in n for n in trains) and loaded.task_head_names <= trains
+
+
+@pytest.mark.parametrize("name, revision", [("some/encoder@v1", "v1"), ("some/encoder", None)])
+def test_an_adapter_names_the_revision_of_its_base(tmp_path, name, revision):
+    loaded, lora = backbone.load(str(tiny_folder(tmp_path / "base", "bert")), num_labels=2), LoraOptions()
+    adapters.add_lora(loaded.model, loaded.layout, ["query"], r=2, lora_alpha=4)
+    adapter_folder.write(loaded, name, ["query"], lora, tmp_path / "adapter")
+    written = PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert (written.base_model_name_or_path, written.revision) == ("some/encoder", revision)
 
 
 def test_a_head_for_other_labels_begins_anew(tmp_path):
