@@ -25,7 +25,6 @@ value.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,7 +63,7 @@ class ProjectionLayout:
 class AttributeLayout:
     """A size that a module stores as an attribute, equal to `per_unit` times its number of units.
 
-    `name` may be "config.<field>": the module then gets its own copy of the configuration.
+    `name` may be "config.<field>": the module then gets a `LayerConfig`.
     """
 
     path: str
@@ -133,6 +132,18 @@ class Layout:
             for s in values["sublayers"]
         )
         return cls(values["layers"], values["num_layers"], sublayers, values["passes"], values.get("skips", False))
+
+
+class LayerConfig:
+    """A model's configuration with fields that differ in one layer. The others stay shared, as users may set them later."""
+
+    def __init__(self, shared: Any):
+        self.shared = shared
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "shared":  # of a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self.shared, name)
 
 
 class RemovedProjection(nn.Module):
@@ -240,9 +251,11 @@ def remove_sublayer(layer: nn.Module, sublayer: SubLayerLayout) -> None:
 def update_attributes(layer: nn.Module, sublayer: SubLayerLayout, num_kept: int) -> None:
     """Set the sizes that modules store as attributes to those of `num_kept` units, in place."""
     for attribute in sublayer.attributes:
-        module, value = layer.get_submodule(attribute.path), attribute.per_unit * num_kept
+        module: Any = layer.get_submodule(attribute.path)
+        value = attribute.per_unit * num_kept
         if attribute.name.startswith("config."):
-            module.config = copy.deepcopy(module.config)
+            if not isinstance(module.config, LayerConfig):
+                module.config = LayerConfig(module.config)
             setattr(module.config, attribute.name[len("config.") :], value)
         else:
             setattr(module, attribute.name, value)
@@ -275,6 +288,11 @@ class _Pruned:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         structure = config.pruned_structure
         narrow(self, Layout.from_dict(structure["layout"]), structure["kept"])  # type: ignore[arg-type]
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """What holds for the stock class: transformers reads the file of the class to tell, and this one has no attention."""
+        return bool(cls.__mro__[cls.__mro__.index(_Pruned) + 1]._can_set_attn_implementation())  # type: ignore[attr-defined]
 
 
 def __getattr__(name: str) -> type:

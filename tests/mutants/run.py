@@ -467,6 +467,12 @@ MUTANTS = (
            "tests/unit/test_language.py::test_an_answer_without_words"),
     Mutant("the revision is forgotten", "hub.py", "return repository, revision or None", "return repository, None",
            "tests/unit/test_initial_adapter.py::test_an_adapter_names_the_revision_of_its_base[some/encoder@v1-v1]"),
+    Mutant("an export's attention cannot be set", "models/modeling_prunadapt.py",
+           "return bool(cls.__mro__[cls.__mro__.index(_Pruned) + 1]._can_set_attn_implementation())", "return False",
+           "tests/unit/test_generation.py::test_another_attention_can_be_set_on_an_export[llama]"),
+    Mutant("a layer's configuration is a copy", "models/modeling_prunadapt.py",
+           "module.config = LayerConfig(module.config)", 'module.config = __import__("copy").deepcopy(module.config)',
+           "tests/unit/test_generation.py::test_another_attention_can_be_set_on_an_export[phi3]"),
 )  # fmt: skip
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from prunadapt_ds import gates
+from prunadapt_ds import export, gates, trained_folder
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.resize import resize
-from tests.tiny import layout_and_structure, tiny_config
+from tests.tiny import layout_and_structure, tiny_config, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.fast
 DECODERS = [name for name, family in FAMILIES.items() if family.is_decoder]
@@ -43,3 +43,24 @@ def test_the_cache_of_a_cut_decoder(model_type):
     )
     assert found.tolist() == said.tolist()
     assert len(set(said[0, 4:].tolist())) > 1, "one token over and over tells little"
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "phi3"]
+)  # phi3's attention reads its number of heads from the configuration
+@torch.no_grad()
+def test_another_attention_can_be_set_on_an_export(tmp_path, model_type):
+    model = tiny_model(model_type)
+    layout, structure = layout_and_structure(model, 16)
+    keep = torch.arange(structure.num_units) % 2 == 0
+    keep[structure.sublayers[-2].span] = False  # the last layer's attention is gone
+    plan = PruningPlan.from_mask(structure, keep)
+    export.export(model, layout, plan, tiny_tokenizer(tmp_path / "tokenizer", of_decoder=True), tmp_path / "out")
+    loaded, _ = trained_folder.load_folder(str(tmp_path / "out"), trust=False)
+    expected = loaded(PROMPTS).logits
+    loaded.set_attn_implementation("eager")
+    found = loaded(PROMPTS, output_attentions=True)
+    torch.testing.assert_close(found.logits, expected)
+    first = loaded.get_submodule(layout.layers)[0].self_attn.config
+    assert loaded.config._attn_implementation == first._attn_implementation == "eager"
+    assert all(weights is not None for weights in found.attentions[:-1])
