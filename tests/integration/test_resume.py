@@ -216,10 +216,20 @@ def test_a_speed_is_met_and_a_resumed_run_keeps_its_table(base, tmp_path):
 
 def test_killed_within_a_window(base, tmp_path, uninterrupted):
     """Step 5 lies between two decisions: every rank goes on with its own sums, and none with those of all."""
-    arguments = argv(base, tmp_path / "out", checkpoint_steps=5)
+    whole, arguments = (
+        argv(base, tmp_path / name, checkpoint_steps=5, save_scores="true") for name in ("whole", "out")
+    )
+    assert complete(whole)[0] == uninterrupted[1]
     run(arguments, fault="SIGKILL@step-6@all")
     assert [path.name for path in (tmp_path / "out" / "checkpoints").glob("step-*")] == ["step-5"]
     assert complete(arguments)[0] == uninterrupted[1]
+    # The decisions of so small a model are the same for many scores: the sums behind them are compared, too.
+    sums, expected = (files_of(tmp_path / name / "scores") for name in ("out", "whole"))
+    assert set(sums) == {f"{step}.safetensors" for step in (4, 6, 7)} and sums == expected
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name, rank", [("SIGUSR1", "1"), ("SIGTERM", "all")])
