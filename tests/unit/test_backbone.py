@@ -179,9 +179,9 @@ def test_what_the_hub_does_not_give_comes_from_the_cache(tmp_path, monkeypatch):
     folder = tiny_folder(tmp_path / "cached", "bert")
     monkeypatch.setattr(hub, "why_offline", lambda name: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(folder / file))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file, revision: str(folder / file))
     assert hub.snapshot("some/cached") == folder
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file, revision: None)
     with pytest.raises(hub.UnavailableError, match=r"Permission denied.*nor is it in the local cache"):
         hub.snapshot("some/other")
 
