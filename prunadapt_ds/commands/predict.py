@@ -167,12 +167,17 @@ def predict_rows(options: PredictOptions) -> None:
             logits = answerer.logits(chunk)
             start = count
 
-            def write_chunk(start: int = start, logits: Tensor = logits) -> None:
-                write(sink[0], answered(logits, answerer, start), start == 0)
+            def write_chunk(start: int = start, logits: Tensor = logits) -> bool:
+                try:
+                    write(sink[0], answered(logits, answerer, start), start == 0)
+                except BrokenPipeError:  # `head`, for one, has read all that it wanted
+                    _discard(sink[0])
+                    return False
+                return True
 
-            distributed.on_rank_0(f"writing {output}", write_chunk)
+            is_read = distributed.on_rank_0(f"writing {output}", write_chunk)
             count += len(logits)
-            chunk = next(rows, None)
+            chunk = next(rows, None) if is_read else None
         distributed.on_rank_0(f"writing {output}", stack.close)
     if distributed.rank() == 0:
         print(f"answered {count} rows", file=sys.stderr)
@@ -299,6 +304,12 @@ def write_csv(file: IO[str], rows: Iterable[dict[str, Any]], first: bool) -> Non
 
 
 WRITERS = {".csv": write_csv, ".jsonl": write_jsonl}
+
+
+def _discard(file: IO[str]) -> None:
+    """Send what `file` still holds to nowhere: it could not be closed otherwise once its reader is gone."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), file.fileno())
 
 
 @contextlib.contextmanager

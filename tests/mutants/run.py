@@ -473,6 +473,8 @@ MUTANTS = (
     Mutant("a layer's configuration is a copy", "models/modeling_prunadapt.py",
            "module.config = LayerConfig(module.config)", 'module.config = __import__("copy").deepcopy(module.config)',
            "tests/unit/test_generation.py::test_another_attention_can_be_set_on_an_export[phi3]"),
+    Mutant("a reader that has enough is a failure", "commands/predict.py", "except BrokenPipeError:", "except ZeroDivisionError:",
+           "tests/unit/test_predict.py::test_a_reader_that_has_enough_is_no_failure"),
 )  # fmt: skip
 
 

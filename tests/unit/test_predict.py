@@ -2,7 +2,9 @@
 
 import csv
 import io
+import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -207,6 +209,23 @@ def test_standard_input_and_output(base, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("sys.stdin", io.StringIO('{"sentence1": "sun", "sentence2": "joy", "label": 1}\n'))
     predict.run(argv)
     assert len(capfd.readouterr().out.splitlines()) == 1
+
+
+def test_a_reader_that_has_enough_is_no_failure(base, monkeypatch, capfd):
+    """As in `predict | head`: it ends at once, although the input goes on."""
+    lines = itertools.repeat("sun joy\n", 10_000)
+    monkeypatch.setattr("sys.stdin", lines)
+    reader, writer = os.pipe()
+    os.close(reader)
+    kept = os.dup(1)
+    os.dup2(writer, 1)
+    try:
+        predict.run(["--model_name_or_path", str(base / "model"), "--max_seq_length", "32", "--input_file", "-"])
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(writer)
+    assert next(lines, None) is not None
 
 
 @pytest.mark.parametrize(
