@@ -25,6 +25,7 @@ import compare_table
 from ranks import ROOT, deepspeed
 
 METHODS = ("peft", "fisher@0.6", "ours@0.6", "fisher@0.8", "ours@0.8", "ours@0.5", "ours@0.9", "ours@0.95")
+METHODS += ("ours@0.8+5-epochs",)
 METHODS += ("lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
 BASE_LEARNING_RATE = 1e-3  # the best of the trials in results/tuning, of which ours had as many
 VARIANTS = {  # "ours@0.6+teacher": the defaults with one ingredient changed
