@@ -15,7 +15,9 @@ import argparse
 import json
 import os
 import queue
+import re
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +29,7 @@ from ranks import ROOT, deepspeed
 METHODS = ("peft", "fisher@0.6", "ours@0.6", "fisher@0.8", "ours@0.8", "ours@0.5", "ours@0.9", "ours@0.95")
 METHODS += ("ours@0.8+5-epochs",)
 METHODS += ("lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
-BASE_LEARNING_RATE = 1e-3  # the best of the trials in results/tuning, of which ours had as many
+BASE_LEARNING_RATE = 1e-3  # the better of the two that were tried for plain LoRA, in results/tuning
 VARIANTS = {  # "ours@0.6+teacher": the defaults with one ingredient changed
     "teacher": ["--distill_weight", "0.5"],
     "any-teacher": ["--distill_weight", "0.5", "--distill_min_r2", "-1000"],
@@ -47,6 +49,18 @@ ONE_CUT: dict[str, object] = {  # plain LoRA, one cut, plain LoRA
     "train_norms": "false",
 }
 ROWS = {"cola": 8551, "mrpc": 3668, "rte": 2490, "stsb": 5749, "sst2": 67349, "wnli": 635}  # training examples
+ROWS |= {"qnli": 104743, "qqp": 363846, "mnli": 392702}
+
+
+def mistakes(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the arguments: found before the first of many runs."""
+    plain = {m for m in METHODS if "@" not in m}
+    cut = re.compile(rf"(ours|{'|'.join(ORDERS)})@0?\.\d+|ours@0?\.\d+\+({'|'.join(VARIANTS)})")
+    found = [f"--methods {m}: unknown" for m in args.methods if m not in plain and not cut.fullmatch(m)]
+    found += [f"--tasks {t}: not one of {' '.join(ROWS)}" for t in args.tasks if t not in ROWS]
+    if not (args.data_dir or args.dry_run or args.table_only):
+        found.append("--data_dir: name the folder of the official GLUE TSVs")
+    return found
 
 
 def options_of(method: str) -> list[str]:
@@ -85,9 +99,6 @@ def collect(method: str, output: Path) -> dict:
     if method in ("peft", "trainer-full"):
         found = json.loads((output / "result.json").read_text())
         predictions = next(iter(found.pop("predictions").values()))
-        for clock in ("_s", "_cpu_s"):
-            whole = found[f"train{clock}"]
-            found[f"step{clock}"] = found[f"last_step{clock}"] = whole and whole / found["steps"]
         return {**found, "live_after": found["live_bytes"], "predictions": predictions[0], "labels": predictions[1]}
     report = json.loads((output / "report.json").read_text())
     lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
@@ -98,8 +109,8 @@ def collect(method: str, output: Path) -> dict:
         "metric": report["metric"]["exported"],
         "train_s": report["time"]["train_s"],
         "train_cpu_s": report["time"]["train_cpu_s"],
-        **{f"step{clock}": report["time"][f"dense_step{clock}"] for clock in ("_s", "_cpu_s")},
-        **{f"last_step{clock}": report["time"][f"last_step{clock}"] for clock in ("_s", "_cpu_s")},
+        "step_s": report["time"]["dense_step_s"],
+        "last_step_s": report["time"]["last_step_s"],
         "device": report["device"],
         "scores": [
             [x["step"], x["time/train(s)"], x["eval/score"]]
@@ -127,8 +138,8 @@ def commit() -> str:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def run(seed: int, task: str, method: str, args: argparse.Namespace, ports: queue.SimpleQueue[int]) -> None:
-    """Run one cell of the grid, on a port of its own. A failure is printed, and the other cells continue."""
+def run(seed: int, task: str, method: str, args: argparse.Namespace, ports: queue.SimpleQueue[int]) -> bool:
+    """Run one cell of the grid, on a port of its own; whether it ended well. A failure is printed, and the other cells continue."""
     name = f"{task}-{method}-{seed}"
     output, port = args.work_dir / name, ports.get()
     output.mkdir(parents=True, exist_ok=True)
@@ -140,13 +151,14 @@ def run(seed: int, task: str, method: str, args: argparse.Namespace, ports: queu
     ports.put(port)
     if code:
         print(f"{name}: failed with exit code {code}, see {output / 'log.txt'}", flush=True)
-        return
+        return False
     epochs = float(dict(pairwise(line))["--num_train_epochs"])  # the last one given wins
     result = {"task": task, "method": method, "seed": seed, "epochs": epochs, "ranks": args.ranks}
     result |= {"batch_size": args.batch_size, "dtype": args.dtype, "commit": commit(), "workers": args.workers}
     result |= collect(method, output)
     (args.results / f"{name}.json").write_text(json.dumps(result) + "\n")
     print(f"{name}: {100 * result['metric']['score']:.1f} in {result['train_s']:.0f} s", flush=True)
+    return True
 
 
 def write_ds_config(args: argparse.Namespace) -> None:
@@ -186,6 +198,8 @@ def main() -> None:
     parser.add_argument("--table_only", action="store_true")
     parser.add_argument("--readme", action="store_true", help="write the averages into README.md, between the marks")
     args = parser.parse_args()
+    if problems := mistakes(args):
+        parser.error("; ".join(problems))
     args.work_dir = args.work_dir.resolve()  # each run has its own working directory
     if args.data_dir:
         args.data_dir = str(Path(args.data_dir).resolve())
@@ -202,7 +216,7 @@ def main() -> None:
         ports.put(args.master_port + worker)
     write_ds_config(args)
     with ThreadPoolExecutor(args.workers) as workers:
-        list(workers.map(lambda cell: run(*cell, args, ports), [] if args.table_only else todo))
+        ended = list(workers.map(lambda cell: run(*cell, args, ports), [] if args.table_only else todo))
     results = compare_table.load(args.results, args.tasks, args.methods)
     text, headline = compare_table.tables(results, args.methods)
     (args.results / "table.md").write_text(text)
@@ -210,6 +224,8 @@ def main() -> None:
     if args.readme:
         into_readme(headline)
     print(text)
+    if not all(ended):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Draws the results of compare.py: a table with bootstrap intervals, and the trade-off picture.
 
-Ratios are a method's value over the base's, task by task. Training time is given in CPU seconds of the busiest rank, which
-other jobs on the machine do not affect (on GPUs there are none), and in wall seconds, which is what a user waits for. Times of
-runs that shared a machine with each other are left out.
+Ratios are a method's value over the base's, task by task. Training time is given in CPU seconds, which other jobs on the machine
+affect little (on GPUs there are none), and in wall seconds, which is what a user waits for; a step is the median in wall
+seconds. Times of runs that shared a machine with each other are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BOOTSTRAPS = 2000
 Results = dict[str, dict[str, list[dict]]]  # by task and method, a dictionary per seed
 
 
-TIMES = ("train_s", "train_cpu_s", "step_s", "step_cpu_s", "last_step_s", "last_step_cpu_s", "latency", "scores")
+TIMES = ("train_s", "train_cpu_s", "step_s", "last_step_s", "latency", "scores")
 
 
 def load(folder: Path, tasks: Sequence[str], methods: Sequence[str]) -> Results:
@@ -32,6 +32,8 @@ def load(folder: Path, tasks: Sequence[str], methods: Sequence[str]) -> Results:
 
 def _read(path: Path) -> dict:
     run = json.loads(path.read_text())
+    if "steady_step_s" in run:  # of HF Trainer: the median of its steps, which ours is of ours
+        run |= dict.fromkeys(("step_s", "last_step_s"), run["steady_step_s"])
     shared = run.get("workers", 1) > 1
     return {name: value for name, value in run.items() if not (shared and name in TIMES)}
 
@@ -147,8 +149,7 @@ def _row(task: str, method: str, found: list[dict], base: list[dict], both: np.n
     scores = [100 * r["metric"]["score"] for r in found]
     spread = f" ± {np.std(scores):.1f}" if len(scores) > 1 else ""
     cells = [task, method, str(len(found)), f"{mean(scores):.1f}{spread}", *_of_base(scores, base, both)]
-    step = ratio("last_step_cpu_s", "step_cpu_s")
-    cells += [ratio("train_cpu_s"), ratio("train_s"), ratio("last_step_s", "step_s") if step == "-" else step]
+    cells += [ratio("train_cpu_s"), ratio("train_s"), ratio("last_step_s", "step_s")]
     cells += [_until(found, base)]
     cells += [f"{ratio('live_after', 'live_bytes')} / {ratio('live_bytes')}", ratio("peak_bytes")]
     return [*cells, share("params"), share("macs"), share("latency")]
@@ -199,8 +200,7 @@ def _average(method: str, pairs: list[tuple[list[dict], list[dict]]], parts: lis
     ours, base = mean(scores(a) for a, _ in pairs), mean(scores(b) for _, b in pairs)
     seeds = str(min(len(a) for a, _ in pairs))
     cells = ["**average**", method, seeds, f"{ours:.1f}", f"{ours / base:.3f}", _interval(np.mean(parts, axis=0))]
-    step = ratio("last_step_cpu_s", "step_cpu_s")
-    cells += [ratio("train_cpu_s"), ratio("train_s"), ratio("last_step_s", "step_s") if step == "-" else step, "-"]
+    cells += [ratio("train_cpu_s"), ratio("train_s"), ratio("last_step_s", "step_s"), "-"]
     cells += [f"{ratio('live_after', 'live_bytes')} / {ratio('live_bytes')}", ratio("peak_bytes")]
     return [*cells, share("params"), share("macs"), share("latency")]
 

@@ -52,7 +52,8 @@ def _now(device: torch.device) -> float:
 def exports(args: argparse.Namespace) -> dict[str, Path]:
     """A random model and its exports at each sparsity, by name. One rank trains each for a few steps."""
     dense = args.work_dir / "dense"
-    dense.mkdir(parents=True)
+    args.work_dir.mkdir(parents=True)  # new, as it is removed at the end
+    dense.mkdir()
     random_llama.write(dense, random_llama.SHAPES[args.shape])
     text = args.work_dir / "text.txt"
     text.write_text("the cat sat near the house and the sun was bright . " * 600)

@@ -11,6 +11,7 @@ from prunadapt_ds import board, distributed, gates, tmp, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds.batches import Sampler
 from prunadapt_ds.budget import PruningPlan
+from prunadapt_ds.errors import PrunadaptError
 from prunadapt_ds.faults import fault_point
 from prunadapt_ds.importance import WindowSums, save_sums
 from prunadapt_ds.session import Session, attach_gates, build_engine
@@ -37,7 +38,10 @@ def score_samples(session: Session, samples: list[int], stop_if_asked: Callable[
         watchdog.beat()
         stop_if_asked()
     watchdog.rest()  # what follows is slow: writing the scores, or cutting and building an engine
-    return session.recorder.all_reduce()
+    window = session.recorder.all_reduce()
+    if not all(bool(sums.isfinite().all()) for sums in window.sums.values()):
+        raise PrunadaptError("the statistics of the initial weights are not finite: a loss or a gradient overflowed")
+    return window
 
 
 def score_only(session: Session, stop_if_asked: Callable[[], None]) -> None:

@@ -475,6 +475,8 @@ MUTANTS = (
            "tests/unit/test_generation.py::test_another_attention_can_be_set_on_an_export[phi3]"),
     Mutant("a reader that has enough is a failure", "commands/predict.py", "except BrokenPipeError:", "except ZeroDivisionError:",
            "tests/unit/test_predict.py::test_a_reader_that_has_enough_is_no_failure"),
+    Mutant("scores of initial weights that are not finite", "one_shot.py", "sums.isfinite().all()", "sums.sum() is not None",
+           "tests/unit/test_tmp.py::test_scores_that_are_not_finite_end_the_run"),
 )  # fmt: skip
 
 

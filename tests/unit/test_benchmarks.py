@@ -77,9 +77,25 @@ def test_time_until_is_the_first_crossing():
     assert compare_table.seconds_until(followed, 0.9) is None and compare_table.seconds_until({}, 0.1) is None
 
 
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--methods", "fischer@0.6"], "--methods fischer@0.6: unknown"),
+        (["--methods", "peft+teacher", "ours@0.6+typo"], "peft+teacher: unknown; --methods ours@0.6+typo: unknown"),
+        (["--tasks", "mnly"], "--tasks mnly: not one of cola"),
+        (["--tasks", "mrpc"], "--data_dir: name the folder"),
+    ],
+)
+def test_mistakes_are_said_before_the_first_run(argv, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *argv, "--results", str(tmp_path / "results")])
+    with pytest.raises(SystemExit) as ended:
+        compare.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
 def test_table_and_picture_from_a_results_folder(tmp_path):
-    base = run(train_cpu_s=8.0, scores=[[1, 1.0, 0.9]], last_step_cpu_s=0.5, step_cpu_s=0.5)
-    ours = run(train_cpu_s=4.0, scores=[[1, 0.5, 0.9]], last_step_cpu_s=0.2, step_cpu_s=0.4)
+    base = run(train_cpu_s=8.0, scores=[[1, 1.0, 0.9]], steady_step_s=0.5)
+    ours = run(train_cpu_s=4.0, scores=[[1, 0.5, 0.9]], last_step_s=0.2)
     ours |= {"params": 0.4, "macs": 0.42, "latency": 0.5}
     for method, found in (("peft", base), ("ours@0.6", ours)):
         (tmp_path / f"rte-{method}-0.json").write_text(json.dumps(found))

@@ -1,9 +1,14 @@
-"""TMP's selection rule."""
+"""TMP's selection rule, and the scores that it is given."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from prunadapt_ds import tmp
+from prunadapt_ds import one_shot, tmp
+from prunadapt_ds.batches import Sampler
+from prunadapt_ds.errors import PrunadaptError
+from prunadapt_ds.importance import WindowSums
 
 pytestmark = pytest.mark.fast
 
@@ -57,3 +62,17 @@ def test_a_layer_keeps_the_heads_it_must():
     assert tmp.select_from_ranks(ranks).keep.sum(1).tolist() == [0, 4, 4]
     keep = tmp.select_from_ranks(ranks, [1, 0, 0]).keep
     assert keep.sum(1).tolist() == [1, 3, 4] and keep[0].tolist() == [False, False, False, True]
+
+
+def test_scores_that_are_not_finite_end_the_run(monkeypatch):
+    monkeypatch.setattr(one_shot, "train_step", lambda *args, **options: None)
+    monkeypatch.setattr(one_shot.engines, "set_learning_rates", lambda engine, factor: None)
+    sums = {"grad_sq": torch.ones(3), "grad_abs": torch.tensor([1.0, float("nan"), 1.0])}
+    session = SimpleNamespace(
+        recorder=SimpleNamespace(all_reduce=lambda: WindowSums(sums, 4, seed=0)),
+        sampler=Sampler(4, 2, 1, 0, 1, 0),
+        train_rows=SimpleNamespace(pick=list),
+        engine=None,
+    )
+    with pytest.raises(PrunadaptError, match="not finite"):
+        one_shot.score_samples(session, list(range(4)), lambda: None)
