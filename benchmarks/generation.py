@@ -52,8 +52,7 @@ def _now(device: torch.device) -> float:
 def exports(args: argparse.Namespace) -> dict[str, Path]:
     """A random model and its exports at each sparsity, by name. One rank trains each for a few steps."""
     dense = args.work_dir / "dense"
-    args.work_dir.mkdir(parents=True)  # new, as it is removed at the end
-    dense.mkdir()
+    dense.mkdir(parents=True)
     random_llama.write(dense, random_llama.SHAPES[args.shape])
     text = args.work_dir / "text.txt"
     text.write_text("the cat sat near the house and the sun was bright . " * 600)
@@ -101,6 +100,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/generation")
     args = parser.parse_args()
+    if not args.models and args.work_dir.exists():
+        parser.error(
+            f"--work_dir {args.work_dir} exists, and what is there would be removed at the end; name a new folder"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folders = dict(model.split("=", 1) for model in args.models) if args.models else exports(args)
     models = {}
