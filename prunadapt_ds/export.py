@@ -195,9 +195,12 @@ def export(
     for name, tensor in pruned_tensors(model, layout, plan, present):
         tensor.write(weights.room_for(name, tensor.shape) if rank() == 0 else None)
     config = exported_config(model, layout, plan, needs_remote_code)
-    generation = None
+    generation, tokenizer = None, copy.deepcopy(tokenizer)
+    if getattr(tokenizer, "is_fast", False):  # what our last call asked for is no part of the tokenizer
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
     if auto_classes.name_for(type(model).__name__) == auto_classes.LANGUAGE_MODEL:
-        generation, tokenizer = model.generation_config, copy.deepcopy(tokenizer)
+        generation = model.generation_config
         tokenizer.padding_side = "left"  # generation appends on the right
     parts = [part for part in (config, generation, tokenizer) if part is not None]
     on_rank_0(f"writing the export {folder}", lambda: write_folder(folder, weights, parts, needs_remote_code))
@@ -227,6 +230,8 @@ def exported_config(model: Any, layout: Layout, plan: PruningPlan, needs_remote_
     if FAMILIES[config.model_type].is_decoder:
         config.use_cache = True  # it was off for training
     config.architectures = [f"Pruned{stock}" if needs_remote_code else stock]
+    if type(model).__module__.startswith("transformers."):
+        config.__dict__.pop("auto_map", None)  # of code that comes with the base model, and was not used
     if needs_remote_code:
         kept = [len(units) for units in plan.kept]
         width = len(layout.sublayers)

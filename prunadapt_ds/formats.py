@@ -249,6 +249,8 @@ def copy_others(source: Path, target: Path) -> None:
     for file in source.iterdir():
         if file.is_file() and file.name not in ours and file.suffix != ".safetensors":
             shutil.copyfile(file, target / file.name)
+        elif file.is_dir():  # chat templates with names
+            shutil.copytree(file, target / file.name)
 
 
 def _rewrite_weights(source: Path, target: Path, change: Change, shapes: Shapes) -> None:

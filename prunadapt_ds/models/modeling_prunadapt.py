@@ -289,6 +289,9 @@ class _Pruned:
         structure = config.pruned_structure
         narrow(self, Layout.from_dict(structure["layout"]), structure["kept"])  # type: ignore[arg-type]
 
+    def _get_static_cache_init_shape(self) -> None:
+        """Layers differ in heads: a static cache learns their numbers from the first tokens, not from the configuration."""
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         """What holds for the stock class: transformers reads the file of the class to tell, and this one has no attention."""

@@ -477,6 +477,15 @@ MUTANTS = (
            "tests/unit/test_predict.py::test_a_reader_that_has_enough_is_no_failure"),
     Mutant("scores of initial weights that are not finite", "one_shot.py", "sums.isfinite().all()", "sums.sum() is not None",
            "tests/unit/test_tmp.py::test_scores_that_are_not_finite_end_the_run"),
+    Mutant("a tokenizer's last call is exported", "export.py", "tokenizer.backend_tokenizer.no_truncation()", "pass",
+           "tests/unit/test_export.py::test_what_a_call_asked_of_the_tokenizer_is_not_in_its_file"),
+    Mutant("an export names code that was not used", "export.py", 'config.__dict__.pop("auto_map", None)', "pass",
+           "tests/unit/test_export.py::test_code_that_was_not_used_is_not_named"),
+    Mutant("named chat templates are lost", "formats.py", "shutil.copytree(file, target / file.name)", "pass",
+           "tests/unit/test_export.py::test_all_chat_templates_are_copied"),
+    Mutant("a static cache takes the dense heads", "models/modeling_prunadapt.py",
+           "def _get_static_cache_init_shape(self)", "def _unused(self)",
+           "tests/unit/test_generation.py::test_a_static_cache_is_filled_in_pieces"),
 )  # fmt: skip
 
 

@@ -104,3 +104,24 @@ def test_a_model_that_our_loader_opened_can_be_saved(dense, tmp_path):
     assert (tmp_path / "second" / formats.MODELING_FILE).is_file()
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second", trust_remote_code=True)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_what_a_call_asked_of_the_tokenizer_is_not_in_its_file(dense, tmp_path):
+    dense[3]("a text", truncation=True, max_length=4)
+    export.export(*dense, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert written["truncation"] is None
+
+
+def test_code_that_was_not_used_is_not_named(dense, tmp_path):
+    dense[0].config.auto_map = {"AutoConfig": "configuration_own.Config"}
+    export.export(*dense, tmp_path / "out")
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_all_chat_templates_are_copied(tmp_path):
+    (tmp_path / "compact" / "additional_chat_templates").mkdir(parents=True)
+    (tmp_path / "compact" / "additional_chat_templates" / "tool_use.jinja").write_text("a template")
+    (tmp_path / "padded").mkdir()
+    formats.copy_others(tmp_path / "compact", tmp_path / "padded")
+    assert (tmp_path / "padded" / "additional_chat_templates" / "tool_use.jinja").read_text() == "a template"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from prunadapt_ds import export, gates, trained_folder
 from prunadapt_ds.budget import PruningPlan
@@ -18,8 +19,6 @@ PROMPTS, NEW_TOKENS = torch.tensor([[6, 9, 12, 7], [20, 7, 31, 8]]), 9
 @torch.no_grad()
 def test_the_cache_of_a_cut_decoder(model_type):
     """Whole attentions are gone wherever they may go: the cache must still know its length."""
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(1)
     changes = {"init_std": 0.3} if model_type.startswith("opt") else {}
     config = tiny_config(model_type, initializer_range=0.3, tie_word_embeddings=False, **changes)
@@ -64,3 +63,20 @@ def test_another_attention_can_be_set_on_an_export(tmp_path, model_type):
     first = loaded.get_submodule(layout.layers)[0].self_attn.config
     assert loaded.config._attn_implementation == first._attn_implementation == "eager"
     assert all(weights is not None for weights in found.attentions[:-1])
+
+
+@torch.no_grad()
+def test_a_static_cache_is_filled_in_pieces(tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+    layout, structure = layout_and_structure(model, 16)
+    plan = PruningPlan.from_mask(structure, torch.arange(structure.num_units) % 2 == 0)
+    export.export(model, layout, plan, tiny_tokenizer(tmp_path / "tokenizer", of_decoder=True), tmp_path / "out")
+    loaded, _ = trained_folder.load_folder(str(tmp_path / "out"), trust=False, is_language=True)
+    options = {
+        "attention_mask": torch.ones_like(PROMPTS),
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
+    expected = loaded.generate(PROMPTS, **options)
+    assert loaded.generate(PROMPTS, **options, cache_implementation="static", prefill_chunk_size=2).equal(expected)
