@@ -11,6 +11,7 @@ Legend: B batch size, T tokens, V vocabulary size, N rows, C outputs per row.
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import sys
 import time
@@ -206,5 +207,7 @@ def answer_on(device_name: str, request: dict[str, Any], why: str = "") -> None:
 
 
 if __name__ == "__main__":
+    # Ctrl-C ends this process by the signal: as an exception, an import that it meets would call it a missing module.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     for path in sys.argv[1:]:
         answer(json.loads(Path(path).read_text()))

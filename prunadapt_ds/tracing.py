@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -175,4 +176,6 @@ def answer(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    # Ctrl-C ends this process by the signal: as an exception, an import that it meets would call it a missing module.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     answer(json.loads(Path(sys.argv[1]).read_text()))
