@@ -27,8 +27,7 @@ import compare_table
 from ranks import ROOT, deepspeed
 
 METHODS = ("peft", "fisher@0.6", "ours@0.6", "fisher@0.8", "ours@0.8", "ours@0.5", "ours@0.9", "ours@0.95")
-METHODS += ("ours@0.8+5-epochs",)
-METHODS += ("lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
+METHODS += ("ours@0.8+5-epochs", "lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
 BASE_LEARNING_RATE = 1e-3  # the better of the two that were tried for plain LoRA, in results/tuning
 VARIANTS = {  # "ours@0.6+teacher": the defaults with one ingredient changed
     "teacher": ["--distill_weight", "0.5"],
@@ -145,10 +144,12 @@ def run(seed: int, task: str, method: str, args: argparse.Namespace, ports: queu
     output.mkdir(parents=True, exist_ok=True)
     # On a busy machine, importing a trainer may take longer than the default timeout for a missing rank.
     environment = {"PRUNADAPT_RENDEZVOUS_SECONDS": "180", **os.environ, "PYTHONPATH": str(ROOT)}
-    with (output / "log.txt").open("w") as log:
-        line = command(method, task, seed, args, output, port)
-        code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=output).returncode
-    ports.put(port)
+    try:
+        with (output / "log.txt").open("w") as log:
+            line = command(method, task, seed, args, output, port)
+            code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=output).returncode
+    finally:  # or the next cell would wait for it for ever
+        ports.put(port)
     if code:
         print(f"{name}: failed with exit code {code}, see {output / 'log.txt'}", flush=True)
         return False

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunadapt_ds import hub, labels
+from prunadapt_ds import export, hub, labels
 from prunadapt_ds.adapters import ADAPTER, PREFIX, is_lora
 from prunadapt_ds.backbone import Backbone
 from prunadapt_ds.distributed import on_rank_0, rank
@@ -48,7 +48,7 @@ def _write(
     with whole_folder(folder) as unfinished:
         config.save_pretrained(str(unfinished))
         save_file(tensors, unfinished / "adapter_model.safetensors", {"format": "pt"})
-        backbone.tokenizer.save_pretrained(unfinished)
+        export.to_save(backbone.tokenizer).save_pretrained(unfinished)
         if auto_classes.name_for(type(backbone.model).__name__) == auto_classes.CLASSIFIER:
             labels.write(backbone.model.config, unfinished)
 

@@ -195,16 +195,22 @@ def export(
     for name, tensor in pruned_tensors(model, layout, plan, present):
         tensor.write(weights.room_for(name, tensor.shape) if rank() == 0 else None)
     config = exported_config(model, layout, plan, needs_remote_code)
-    generation, tokenizer = None, copy.deepcopy(tokenizer)
-    if getattr(tokenizer, "is_fast", False):  # what our last call asked for is no part of the tokenizer
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
+    generation, tokenizer = None, to_save(tokenizer)
     if auto_classes.name_for(type(model).__name__) == auto_classes.LANGUAGE_MODEL:
         generation = model.generation_config
         tokenizer.padding_side = "left"  # generation appends on the right
     parts = [part for part in (config, generation, tokenizer) if part is not None]
     on_rank_0(f"writing the export {folder}", lambda: write_folder(folder, weights, parts, needs_remote_code))
     return needs_remote_code
+
+
+def to_save(tokenizer: Any) -> Any:
+    """A copy without the truncation and padding of the last call, which programs that read tokenizer.json would repeat."""
+    copied = copy.deepcopy(tokenizer)
+    if getattr(copied, "is_fast", False):
+        copied.backend_tokenizer.no_truncation()
+        copied.backend_tokenizer.no_padding()
+    return copied
 
 
 def write_folder(folder: Path, weights: WeightFiles, parts: list[Any], needs_remote_code: bool) -> None:

@@ -30,6 +30,7 @@ from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.older_readers import write_config
 
 MODELING_FILE = "modeling_prunadapt.py"
+CHAT_TEMPLATES = "additional_chat_templates"  # where transformers keeps all but the default one
 Shapes = dict[str, tuple[int, ...]]
 Change = Callable[[str, Tensor], tuple[str, Tensor]]
 
@@ -249,7 +250,7 @@ def copy_others(source: Path, target: Path) -> None:
     for file in source.iterdir():
         if file.is_file() and file.name not in ours and file.suffix != ".safetensors":
             shutil.copyfile(file, target / file.name)
-        elif file.is_dir():  # chat templates with names
+        elif file.name == CHAT_TEMPLATES:
             shutil.copytree(file, target / file.name)
 
 

@@ -466,7 +466,7 @@ MUTANTS = (
     Mutant("answers without words are learnt", "data/language.py", 'not str(content or "").strip()', "False",
            "tests/unit/test_language.py::test_an_answer_without_words"),
     Mutant("the revision is forgotten", "hub.py", "return repository, revision or None", "return repository, None",
-           "tests/unit/test_initial_adapter.py::test_an_adapter_names_the_revision_of_its_base[some/encoder@v1-v1]"),
+           "tests/unit/test_initial_adapter.py::test_an_adapter_names_the_revision_of_its_base_and_truncates_nothing[some/encoder@v1-v1]"),
     Mutant("an export's attention cannot be set", "models/modeling_prunadapt.py",
            "return bool(cls.__mro__[cls.__mro__.index(_Pruned) + 1]._can_set_attn_implementation())", "return False",
            "tests/unit/test_generation.py::test_another_attention_can_be_set_on_an_export[llama]"),
@@ -477,7 +477,7 @@ MUTANTS = (
            "tests/unit/test_predict.py::test_a_reader_that_has_enough_is_no_failure"),
     Mutant("scores of initial weights that are not finite", "one_shot.py", "sums.isfinite().all()", "sums.sum() is not None",
            "tests/unit/test_tmp.py::test_scores_that_are_not_finite_end_the_run"),
-    Mutant("a tokenizer's last call is exported", "export.py", "tokenizer.backend_tokenizer.no_truncation()", "pass",
+    Mutant("a tokenizer's last call is exported", "export.py", "copied.backend_tokenizer.no_truncation()", "pass",
            "tests/unit/test_export.py::test_what_a_call_asked_of_the_tokenizer_is_not_in_its_file"),
     Mutant("an export names code that was not used", "export.py", 'config.__dict__.pop("auto_map", None)', "pass",
            "tests/unit/test_export.py::test_code_that_was_not_used_is_not_named"),
@@ -486,6 +486,8 @@ MUTANTS = (
     Mutant("a static cache takes the dense heads", "models/modeling_prunadapt.py",
            "def _get_static_cache_init_shape(self)", "def _unused(self)",
            "tests/unit/test_generation.py::test_a_static_cache_is_filled_in_pieces"),
+    Mutant("Ctrl-C is an exception in a proof", "reload.py", "signal.signal(signal.SIGINT, signal.SIG_DFL)", "pass",
+           "tests/unit/test_export.py::test_ctrl_c_ends_a_process_that_helps_without_an_exception[reload]"),
 )  # fmt: skip
 
 

@@ -1,15 +1,17 @@
 """Writing an export: file by file, whole or not at all."""
 
 import json
+import os
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from prunadapt_ds import export, formats, gates, proof, trained_folder, weight_files
+from prunadapt_ds import export, formats, gates, proof, reload, trained_folder, weight_files
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from tests.tiny import layout_and_structure, tiny_model, tiny_tokenizer
@@ -122,6 +124,18 @@ def test_code_that_was_not_used_is_not_named(dense, tmp_path):
 def test_all_chat_templates_are_copied(tmp_path):
     (tmp_path / "compact" / "additional_chat_templates").mkdir(parents=True)
     (tmp_path / "compact" / "additional_chat_templates" / "tool_use.jinja").write_text("a template")
+    (tmp_path / "compact" / ".cache").mkdir()
     (tmp_path / "padded").mkdir()
     formats.copy_others(tmp_path / "compact", tmp_path / "padded")
     assert (tmp_path / "padded" / "additional_chat_templates" / "tool_use.jinja").read_text() == "a template"
+    assert len(list((tmp_path / "padded").iterdir())) == 1, "and nothing that others keep there"
+
+
+@pytest.mark.parametrize("program", [[reload.__file__], ["-m", "prunadapt_ds.tracing"]], ids=["reload", "tracing"])
+def test_ctrl_c_ends_a_process_that_helps_without_an_exception(tmp_path, program):
+    """Libraries catch exceptions where they import, and take them for a missing module."""
+    os.mkfifo(tmp_path / "request")
+    helper = subprocess.Popen([sys.executable, *program, str(tmp_path / "request")], stderr=subprocess.PIPE, text=True)
+    with (tmp_path / "request").open("w"):  # once the program has opened it, too
+        helper.send_signal(signal.SIGINT)
+        assert helper.communicate(timeout=60)[1] == "" and helper.returncode == -signal.SIGINT

@@ -44,11 +44,10 @@ def test_the_cache_of_a_cut_decoder(model_type):
     assert len(set(said[0, 4:].tolist())) > 1, "one token over and over tells little"
 
 
-@pytest.mark.parametrize(
-    "model_type", ["llama", "phi3"]
-)  # phi3's attention reads its number of heads from the configuration
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
 @torch.no_grad()
 def test_another_attention_can_be_set_on_an_export(tmp_path, model_type):
+    """Phi-3's attention reads its number of heads from the configuration."""
     model = tiny_model(model_type)
     layout, structure = layout_and_structure(model, 16)
     keep = torch.arange(structure.num_units) % 2 == 0

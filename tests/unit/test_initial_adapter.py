@@ -56,10 +56,12 @@ def test_the_model_answers_as_peft_s(tmp_path, model_type, targets, saved):
 
 
 @pytest.mark.parametrize("name, revision", [("some/encoder@v1", "v1"), ("some/encoder", None)])
-def test_an_adapter_names_the_revision_of_its_base(tmp_path, name, revision):
+def test_an_adapter_names_the_revision_of_its_base_and_truncates_nothing(tmp_path, name, revision):
     loaded, lora = backbone.load(str(tiny_folder(tmp_path / "base", "bert")), num_labels=2), LoraOptions()
     adapters.add_lora(loaded.model, loaded.layout, ["query"], r=2, lora_alpha=4)
+    loaded.tokenizer("a text", truncation=True, max_length=4)
     adapter_folder.write(loaded, name, ["query"], lora, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "tokenizer.json").read_text())["truncation"] is None
     written = PeftConfig.from_pretrained(tmp_path / "adapter")
     assert (written.base_model_name_or_path, written.revision) == ("some/encoder", revision)
 
