@@ -1,8 +1,8 @@
 """Check the installation and all ranks: `python launcher/doctor.py`, or under any launcher, like launcher/train.py."""
 
-from prunadapt_ds.environment import leave, prepare_environment
+from prunadapt_ds.environment import leave, prepare_program
 
-prepare_environment()  # before torch and deepspeed are imported
+prepare_program()  # before torch and deepspeed are imported
 
 from prunadapt_ds.commands.doctor import main  # noqa: E402
 

@@ -1,8 +1,8 @@
 """Estimate what a run needs, from the configuration alone: `python launcher/plan.py --model_name_or_path DIR --world_size 8`."""
 
-from prunadapt_ds.environment import leave, prepare_environment
+from prunadapt_ds.environment import leave, prepare_program
 
-prepare_environment()  # before torch and deepspeed are imported
+prepare_program()  # before torch and deepspeed are imported
 
 from prunadapt_ds.commands.plan import main  # noqa: E402
 

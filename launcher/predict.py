@@ -1,8 +1,8 @@
 """Predict a file: `python launcher/predict.py --model_name_or_path DIR --input_file new.csv --output_file answers.csv`."""
 
-from prunadapt_ds.environment import leave, prepare_environment
+from prunadapt_ds.environment import leave, prepare_program
 
-prepare_environment()  # before torch and deepspeed are imported
+prepare_program()  # before torch and deepspeed are imported
 
 from prunadapt_ds.commands.predict import main  # noqa: E402
 

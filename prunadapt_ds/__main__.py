@@ -3,11 +3,12 @@
 from typing import NoReturn
 
 from prunadapt_ds.console import main
-from prunadapt_ds.environment import leave
+from prunadapt_ds.environment import end_on_interrupt, leave
 
 
 def run() -> NoReturn:
     """The installed script. What `main` returns is the exit code."""
+    end_on_interrupt()
     leave(main())
 
 

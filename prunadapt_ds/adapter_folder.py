@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,24 @@ from prunadapt_ds.model_folder import folder_of
 from prunadapt_ds.models import auto_classes
 
 
-def write(backbone: Backbone, base: str, targets: list[str], lora: Any, folder: Path) -> None:
+def write(
+    backbone: Backbone,
+    base: str,
+    targets: list[str],
+    lora: Any,
+    folder: Path,
+    *,
+    head: Mapping[str, tuple[float, float]] | None = None,
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` (fp32) to `folder`, complete or not at all.
 
     Collective; rank 0 writes. base: folder or hub ID of the base model; a folder is stored with its absolute path, an ID with
-    its revision. lora: the run's LoRA options.
+    its revision. lora: the run's LoRA options. head: (factor, shift) to apply to parameters by name, see `label_scale.fold`.
     """
-    tensors = {PREFIX + name: value for name, value in _trained(backbone)}
+    tensors = {
+        PREFIX + name: export.affine(*head[name], value) if head and name in head else value
+        for name, value in _trained(backbone)
+    }
     on_rank_0(f"writing the export {folder}", lambda: _write(backbone, base, targets, lora, folder, tensors))
 
 

@@ -84,7 +84,7 @@ class Ragged:
 class Rows:
     """Tokenised examples by position, collated with dynamic padding.
 
-    labels: [N], zeros if every token has a label of its own; those are in `token_labels`. places: int64 [N].
+    labels: int64 or float64 [N], zeros if every token has a label of its own; those are in `token_labels`. places: int64 [N].
     """
 
     def __init__(self, dataset: Any, tokenizer: Any):
@@ -96,7 +96,7 @@ class Rows:
         labels = table["labels"]
         is_of_tokens = hasattr(labels.type, "value_type")
         self.token_labels = Ragged.of(labels.combine_chunks()) if is_of_tokens else None
-        self.labels = torch.zeros(len(labels)) if is_of_tokens else torch.tensor(labels.to_pylist())
+        self.labels = torch.zeros(len(labels)) if is_of_tokens else torch.tensor(labels.to_numpy())
         known = "index" in dataset.column_names
         self.places = table["index"].to_numpy() if known else np.arange(len(labels))  # positions in the whole split
 
@@ -136,6 +136,12 @@ class Rows:
         some.labels = self.labels[positions]
         some.places = self.places[positions]
         some.token_labels = None if self.token_labels is None else self.token_labels.pick(positions)
+        return some
+
+    def with_labels(self, labels: Tensor) -> Rows:
+        """The same rows with other labels, [N]."""
+        some = copy.copy(self)
+        some.labels = labels
         return some
 
     def without_labels(self) -> Rows:

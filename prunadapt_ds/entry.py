@@ -6,15 +6,21 @@ import sys
 from collections.abc import Callable
 
 from prunadapt_ds import distributed, files
+from prunadapt_ds.environment import interruptible
 from prunadapt_ds.errors import PrunadaptError, message
+
+INTERRUPTED = 130  # by Ctrl-C, as shells count it
 
 
 def guarded(work: Callable[[], object]) -> int:
     """Run `work`; returns the process's exit code (see errors.py). `distributed.speaks_of` chooses who prints an error."""
     code = 0
     try:
-        with files.owner_writes_alone():
+        with interruptible(), files.owner_writes_alone():
             work()
+    except KeyboardInterrupt:  # all ranks of a terminal get it, and what was half done is cleaned up by now
+        distributed.end_if_it_would_wait()
+        code = INTERRUPTED
     except PrunadaptError as error:
         if distributed.speaks_of(error):
             print(message(error), file=sys.stderr)

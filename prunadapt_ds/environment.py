@@ -6,9 +6,12 @@ import atexit
 import contextlib
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,6 +39,34 @@ def prepare_environment() -> None:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def prepare_program() -> None:
+    """`prepare_environment` and `end_on_interrupt`, for programs: a notebook keeps its own handler of Ctrl-C."""
+    prepare_environment()
+    end_on_interrupt()
+
+
+def end_on_interrupt() -> None:
+    """Let Ctrl-C end this process by the signal: in imports, Python would print a traceback of wherever it was.
+
+    `interruptible` brings back the exception, which lets work clean up.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt on Ctrl-C here, also after `end_on_interrupt`."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def leave(code: int) -> NoReturn:

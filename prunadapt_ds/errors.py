@@ -1,6 +1,7 @@
 """What can go wrong, and the exit code with which each error ends the process (on every rank).
 
-Exit codes: 0 done, 2 user error, 3 parity failure, 4 ranks disagree, 75 stopped with a checkpoint, 1 anything else.
+Exit codes: 0 done, 2 user error, 3 parity failure, 4 ranks disagree, 75 stopped with a checkpoint, 130 interrupted without one,
+1 anything else.
 """
 
 from __future__ import annotations

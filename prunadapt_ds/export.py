@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,13 +121,17 @@ def folded_scale(gate: Gate, cut: Cut, rows: slice) -> Tensor:
 
 
 def pruned_tensors(
-    model: nn.Module, layout: Layout, plan: PruningPlan, present: PruningPlan | None = None
+    model: nn.Module,
+    layout: Layout,
+    plan: PruningPlan,
+    present: PruningPlan | None = None,
+    head: Mapping[str, tuple[float, float]] | None = None,
 ) -> Iterator[tuple[str, Exported]]:
     """Yield (name in the stock model, tensor) for everything in the exported checkpoint.
 
     Collective: every rank must write each tensor before it requests the next. `present`: what the model physically holds
     (None: dense). Small parameters are gathered, one module at a time. A tensor that several modules share is yielded once,
-    under its first name.
+    under its first name. `head`: (factor, shift) to apply to parameters by name, see `label_scale.fold`.
     """
     cuts = cuts_of(layout, plan, present or PruningPlan.dense(plan.structure))
     inside = tuple(f"{layout.layers}.{layer}." for layer in plan.skipped)  # nothing of these is exported
@@ -143,7 +147,9 @@ def pruned_tensors(
             seen |= {id(p) for _, p in own}
             with gathered(p for _, p in own if not _comes_in_parts(p)):
                 for key, parameter in own:
-                    yield f"{name}.{key}".lstrip("."), Exported(full_shape(parameter), parameter, None, _as_it_is)
+                    full_name = f"{name}.{key}".lstrip(".")
+                    values = partial(affine, *head[full_name]) if head and full_name in head else _as_it_is
+                    yield full_name, Exported(full_shape(parameter), parameter, None, values)
             continue
         inside = (*inside, name + ".")
         gate = gate_before(model, name) if cut.side == "in" else None
@@ -156,6 +162,11 @@ def pruned_tensors(
 def _comes_in_parts(parameter: nn.Parameter) -> bool:
     """Whether a tensor is so large that its rows are fetched from its shards instead of gathering it."""
     return full_numel(parameter) > ROWS_NUMEL and own_run(parameter) is not None
+
+
+def affine(factor: float, shift: float, stored: Tensor, rows: slice = slice(None)) -> Tensor:
+    """factor * stored + shift in fp32, rounded once."""
+    return (stored.double() * factor + shift).float()
 
 
 def _as_it_is(stored: Tensor, rows: slice) -> Tensor:
@@ -184,15 +195,17 @@ def export(
     tokenizer: Any,
     folder: Path,
     present: PruningPlan | None = None,
+    *,
+    head: Mapping[str, tuple[float, float]] | None = None,
 ) -> bool:
     """Write the pruned model in fp32 to `folder`, complete or not at all. Returns whether loading it needs remote code.
 
-    Collective; rank 0 writes. `present`: what the model physically holds (None: dense). A model from which nothing was cut
+    Collective; rank 0 writes. `present`, `head`: as for `pruned_tensors`. A model from which nothing was cut
     loads with its stock class.
     """
     needs_remote_code = not bool(plan.mask().all())
     weights = WeightFiles(folder.with_name(f".{folder.name}.weights.tmp"))
-    for name, tensor in pruned_tensors(model, layout, plan, present):
+    for name, tensor in pruned_tensors(model, layout, plan, present, head):
         tensor.write(weights.room_for(name, tensor.shape) if rank() == 0 else None)
     config = exported_config(model, layout, plan, needs_remote_code)
     generation, tokenizer = None, to_save(tokenizer)

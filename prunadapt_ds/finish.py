@@ -22,6 +22,7 @@ from prunadapt_ds import (
     files,
     formats,
     graphs,
+    label_scale,
     memory,
     model_folder,
     outline,
@@ -34,9 +35,9 @@ from prunadapt_ds.batches import Rows
 from prunadapt_ds.clocks import PHASES
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.faults import fault_point
-from prunadapt_ds.logits import exact_products, predict, upcast_parameters
+from prunadapt_ds.logits import exact_products, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
-from prunadapt_ds.session import Session, evaluate, measures
+from prunadapt_ds.session import Session, answers, evaluate, measures
 
 PARITY_EXAMPLES = 512  # per validation set; fp32 runs compare all of them, except for language models
 
@@ -72,11 +73,17 @@ def finish(
         session.backbone.tokenizer,
         folder,
         session.present,
+        head=label_scale.fold(session.label_scale, session.backbone),
     )
     if "adapter" in formats_of(session):
         base = model_folder.locate(session.config.model.model_name_or_path)
         adapter_folder.write(
-            session.backbone, base, session.lora_targets, session.config.lora, folder.parent / "adapter"
+            session.backbone,
+            base,
+            session.lora_targets,
+            session.config.lora,
+            folder.parent / "adapter",
+            head=label_scale.fold(session.label_scale, session.backbone),
         )
     describe(session)
     session.report["status"] = "complete"  # before the model cards, which state it
@@ -142,10 +149,7 @@ def parity_reference(session: Session, masked: dict[str, Tensor]) -> dict[str, T
     if session.ds.dtype == "fp32" and not session.data.task.is_language:
         return masked
     with session.clocks.timed("evaluation"), upcast_parameters(session.model):
-        return {
-            name: predict(session.engine, rows, session.eval_batch_size, session.device)
-            for name, rows in compared_rows(session).items()
-        }
+        return answers(session, compared_rows(session))
 
 
 def compared_rows(session: Session) -> dict[str, Rows]:
@@ -180,10 +184,10 @@ def prove(
 
     files.replace(session.output_dir / "plan.json", json.dumps(session.plan.to_dict(), sort_keys=True))
     others = [write_format(session, kind, folder) for kind in formats_of(session)[1:]]
-    answers = proof.reload_in_fresh_process(compact("float32", latency=export_dtype == "float32"), *others)
-    found = [parity(reference, answer) for answer in answers]
+    reloaded = proof.reload_in_fresh_process(compact("float32", latency=export_dtype == "float32"), *others)
+    found = [parity(reference, one) for one in reloaded]
     result["parity"] |= max(found, key=lambda one: one["max_abs_logit_diff"])
-    exported = answers[0]
+    exported = reloaded[0]
     if export_dtype != "float32":
         for written in (folder, *(other.folder for other in others if other.adapter_of is None)):
             formats.cast(written, getattr(torch, export_dtype))

@@ -26,11 +26,12 @@ from prunadapt_ds.files import discard, whole_folder
 from prunadapt_ds.older_readers import TOKENIZER_CONFIG, write_config, write_tokenizer_config
 
 KINDS = ("onnx", "torch_export")
+ALL_KINDS = (*EXPORT_FORMATS, *KINDS)  # graphs and folders of weights
 
 
 def discard_exports(run_dir: Path, kept: Sequence[str] = ()) -> None:
-    """Remove exports/KIND for all kinds, graphs and folders of weights alike, except those `kept`."""
-    for kind in {*EXPORT_FORMATS, *KINDS} - set(kept):
+    """Remove exports/KIND for all kinds except those `kept`."""
+    for kind in set(ALL_KINDS) - set(kept):
         discard(run_dir / "exports" / kind)
 
 

@@ -192,8 +192,11 @@ def _of_other_size(adapter: InitialAdapter, loaded: Backbone) -> set[str]:
     return {name for name in heads if full_shape(parameters[name]) != adapter.shapes[name]}
 
 
-def load(adapter: InitialAdapter, loaded: Backbone) -> None:
-    """Copy the adapter's values into the model, which must already have LoRA. In place; collective if parameters are sharded."""
+def load(adapter: InitialAdapter, loaded: Backbone) -> bool:
+    """Copy the adapter's values into the model, which must already have LoRA; returns whether a head was among them.
+
+    In place; collective if parameters are sharded.
+    """
     from safetensors import safe_open
 
     parameters, skipped = dict(loaded.model.named_parameters()), _of_other_size(adapter, loaded)
@@ -207,3 +210,4 @@ def load(adapter: InitialAdapter, loaded: Backbone) -> None:
                 ours = ours.replace(matrix, matrix.replace(".weight", f".{ADAPTER}.weight"))
             with gathered([parameters[ours]], write_from=0):
                 parameters[ours].copy_(opened.get_tensor(keys[name]))
+    return bool(loaded.task_head_names & set(adapter.shapes) - skipped)

@@ -19,7 +19,7 @@ from prunadapt_ds.ds_config import DsConfig
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.faults import fault_point
 from prunadapt_ds.session import Session, add_trainables
-from prunadapt_ds.setup import agreed_ds_config
+from prunadapt_ds.setup import agreed_ds_config, content_of, refuse_changed
 
 # Options that may change when a run is resumed: because they do not change what it computes ...
 FREE = {
@@ -150,7 +150,10 @@ def _without_paths(values: Any) -> Any:
 
 
 def _find(config: Config, asked: dict[str, Any]) -> Start:
-    if config.output.resume == "never" or config.prune.score_only:
+    if config.prune.score_only:
+        return Start(asked)
+    _refuse_foreign_files(Path(config.output.output_dir))
+    if config.output.resume == "never":
         return Start(asked)
     if config.output.resume != "auto":
         _refuse_another_run(Path(config.output.output_dir), asked)
@@ -158,8 +161,9 @@ def _find(config: Config, asked: dict[str, Any]) -> Start:
         _refuse_other_inputs(Path(config.output.output_dir), found, names(config))
         start = Start(asked, found, notes=damaged)
     else:
-        finished = _finished(Path(config.output.output_dir), {**asked, **names(config)})
+        finished = _finished(Path(config.output.output_dir), asked)
         if finished is not None:
+            _refuse_other_content(Path(config.output.output_dir), config)
             return Start(asked, finished=finished)
         newest, damaged = _newest(root_of(config))
         start = Start(asked, newest, notes=damaged)
@@ -170,12 +174,42 @@ def _find(config: Config, asked: dict[str, Any]) -> Start:
     return start
 
 
+def _refuse_foreign_files(output_dir: Path) -> None:
+    """A run removes what an earlier one left, but nothing in a folder where none has been. Raises UserError."""
+    left_by_a_run = (output_dir / "run.json").is_file() or "status" in unless_damaged(output_dir / "report.json")
+    if left_by_a_run or checkpoint.listed(output_dir / "checkpoints"):
+        return
+    exports = [f"exports/{kind}" for kind in graphs.ALL_KINDS]
+    written = [name for name in (*LEFT_BEHIND, *exports) if (output_dir / name).exists()]
+    metrics = output_dir / "metrics.jsonl"
+    if metrics.is_file() and metrics.stat().st_size > 0:  # a run that could not begin leaves an empty one
+        written.append(metrics.name)
+    if written:
+        remedy = f"holds {', '.join(written)} of something else than a run, which this run would replace; name another"
+        raise UserError(Problem("output_dir", str(output_dir), remedy))
+
+
+def unless_damaged(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, or an empty one if the file is missing or damaged."""
+    with contextlib.suppress(*checkpoint.NOT_THERE, ValueError, RecursionError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _refuse_other_content(output_dir: Path, config: Config) -> None:
+    """A complete run answers for the data and the models that it was made with alone. Raises UserError."""
+    before = unless_damaged(output_dir / "run.json")
+    if "identity" in before:
+        refuse_changed(config, content_of(config), before)
+    elif problems := changes(names(config), before, str(output_dir)):  # left by an older version
+        raise UserError(problems)
+
+
 def _refuse_another_run(output_dir: Path, asked: Mapping[str, Any]) -> None:
     """A run that is resumed from elsewhere must not take over the output folder of another run. Raises UserError."""
-    with contextlib.suppress(*checkpoint.NOT_THERE, ValueError, RecursionError):
-        before = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
-        if isinstance(before, dict) and (problems := changes(asked, before, str(output_dir))):
-            raise UserError(problems)
+    if problems := changes(asked, unless_damaged(output_dir / "run.json"), str(output_dir)):
+        raise UserError(problems)
 
 
 def _refuse_other_inputs(output_dir: Path, found: Checkpoint, now: Mapping[str, Any]) -> None:
@@ -185,16 +219,14 @@ def _refuse_other_inputs(output_dir: Path, found: Checkpoint, now: Mapping[str, 
     """
     if found.run_dir.resolve() == output_dir.resolve():
         return
-    with contextlib.suppress(*checkpoint.NOT_THERE, ValueError, RecursionError):
-        before = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
-        theirs = found.state.get("names") or {}
-        remedy = "the run in {} has {!r}, the checkpoint {!r}; name another --output_dir"
-        if problems := [
-            Problem(name, value, remedy.format(output_dir, before[name], value))
-            for name, value in theirs.items()
-            if isinstance(before, dict) and name in before and before[name] not in (value, now.get(name))
-        ]:
-            raise UserError(problems)
+    before, theirs = unless_damaged(output_dir / "run.json"), found.state.get("names") or {}
+    remedy = "the run in {} has {!r}, the checkpoint {!r}; name another --output_dir"
+    if problems := [
+        Problem(name, value, remedy.format(output_dir, before[name], value))
+        for name, value in theirs.items()
+        if name in before and before[name] not in (value, now.get(name))
+    ]:
+        raise UserError(problems)
 
 
 def _newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -297,7 +329,7 @@ def begin(session: Session) -> None:
 
 def _write_options(session: Session) -> None:
     """Write run.json, by which the run is recognised. For rank 0."""
-    stated = {**asked_of(session), **names(session.config)}
+    stated = {**asked_of(session), **names(session.config), "identity": session.identity}
     files.replace(session.output_dir / "run.json", json.dumps(stated, indent=2, sort_keys=True) + "\n")
 
 

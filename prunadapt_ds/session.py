@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from prunadapt_ds import (
     gates,
     initial_adapter,
     inventory,
+    label_scale,
     memory,
     state,
     watchdog,
@@ -31,6 +33,7 @@ from prunadapt_ds.ds_config import DsConfig
 from prunadapt_ds.faults import fault_point
 from prunadapt_ds.importance import CRITERIA, FORWARD, Recorder, ScoreAverage
 from prunadapt_ds.initial_adapter import InitialAdapter
+from prunadapt_ds.label_scale import OWN_UNIT, LabelScale
 from prunadapt_ds.logits import predict
 from prunadapt_ds.memory import MemoryMarks
 from prunadapt_ds.models.structure import layers_of
@@ -76,6 +79,7 @@ class Session:
     identity: dict[str, str] = field(default_factory=dict)  # sha256: "data", "tokens", "backbone", "adapter"
     timing: dict[str, int] = field(default_factory=dict)  # how latency is measured: batch_size, seq_length, repeats
     initial_adapter: InitialAdapter | None = None  # that the run starts from
+    label_scale: LabelScale = OWN_UNIT  # in which train_rows' labels and the model's answers are
     latency: dict[str, Any] | None = None  # the table of --budget latency, see LatencyTable
 
     @property
@@ -137,7 +141,9 @@ def add_trainables(session: Session, cut_to: PruningPlan | None = None) -> None:
     targets = still_there(loaded.model, session.lora_targets)
     adapters.prepare(loaded.model, loaded.layout, targets, config, session.rank_per_layer)
     if session.initial_adapter is not None:
-        initial_adapter.load(session.initial_adapter, loaded)
+        brings_head = initial_adapter.load(session.initial_adapter, loaded)
+        if brings_head:
+            label_scale.unfold(session.label_scale, loaded)
     if config.prune.method == "prunadapt":
         attach_gates(session, config.prune.criterion)
     if cut_to is not None:
@@ -198,14 +204,19 @@ def inventory_of(session: Session) -> dict[str, inventory.Size]:
 
 
 def evaluate(session: Session) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Return the task's measures of the model as it is, and by validation set what `logits.predict` gave. Collective."""
+    """Return the task's measures of the model as it is, and what `answers` gave for the validation sets. Collective."""
     with session.clocks.timed("evaluation"):
-        logits = {
-            name: predict(session.engine, rows, session.eval_batch_size, session.device)
-            for name, rows in session.validation_rows.items()
-        }
+        logits = answers(session, session.validation_rows)
         with watchdog.resting():  # rank 0 may take long over many examples
             return distributed.on_rank_0("measuring", lambda: measures(session, logits)), logits
+
+
+def answers(session: Session, sets: Mapping[str, Rows]) -> dict[str, Tensor]:
+    """What `logits.predict` gives for the rows of each set, in the labels' own unit. Collective."""
+    found = {
+        name: predict(session.engine, rows, session.eval_batch_size, session.device) for name, rows in sets.items()
+    }
+    return {name: session.label_scale.restored(logits) for name, logits in found.items()}
 
 
 def measures(session: Session, logits: dict[str, Tensor]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from prunadapt_ds import (
     distributed,
     ds_config,
     initial_adapter,
+    label_scale,
     labels,
     latency,
     memory,
@@ -90,6 +91,10 @@ def setup(
     )
     identity |= {"tokens": agreed_tokens(config, [train_rows, *validation_rows.values()], saved)}
     distributed.together(lambda: refuse_fewer_than_ranks(len(train_rows)))
+    scale = label_scale.of_training(data, loaded, saved)
+    train_rows = train_rows.with_labels(scale.standardised(train_rows.labels))
+    if loaded.known_classes:
+        label_scale.unfold(scale, loaded)
     sampler = sampler_of(config, ds, train_rows)
     steps = config.train.max_steps
     total = steps if steps > 0 else max(1, round(config.train.num_train_epochs * sampler.steps_per_epoch))
@@ -116,6 +121,7 @@ def setup(
         timing=timing,
         latency=table,
         initial_adapter=adapter,
+        label_scale=scale,
     )
     announce(session)
     return session
@@ -148,9 +154,11 @@ def read_data(config: Config) -> TaskData:
     """Read the task's examples. Raises UserError on every rank if one of them cannot read them."""
     if distributed.rank() != 0:
         datasets.disable_progress_bars()
-    if config.is_language:
-        return distributed.together(lambda: load_language(config.data))
-    return distributed.together(lambda: load_task(config.data, config.train.seed))
+    return distributed.together(lambda: _load_data(config))
+
+
+def _load_data(config: Config) -> TaskData:
+    return load_language(config.data) if config.is_language else load_task(config.data, config.train.seed)
 
 
 def load_libraries(data: TaskData) -> None:
@@ -273,11 +281,24 @@ def agreed_data(data: TaskData) -> str:
 
     A rank that fell back to an old cache would train on something else.
     """
+    digest = _data_identity(data)
+    distributed.same_on_all_ranks("the data", digest)
+    return digest
+
+
+def _data_identity(data: TaskData) -> str:
     digest = hashlib.sha256()
     for split in (data.train, *data.validation.values()):
         digest.update(json.dumps(split.to_dict(), sort_keys=True).encode())
-    distributed.same_on_all_ranks("the data", digest.hexdigest())
     return digest.hexdigest()
+
+
+def content_of(config: Config) -> dict[str, str]:
+    """sha256 of the data, backbone and adapter that the options name now. For one rank. Raises UserError for what is not there."""
+    name = config.lora.adapter_name_or_path
+    model_folder.check(config.model.model_name_or_path)
+    adapter = initial_adapter.read(name) if name is not None else None
+    return {"data": _data_identity(_load_data(config)), **model_identity(config, adapter)}
 
 
 def agreed_tokens(config: Config, rows: Sequence[Rows], saved: Mapping[str, Any] | None) -> str:
@@ -304,7 +325,10 @@ def model_identity(config: Config, adapter: initial_adapter.InitialAdapter | Non
 
 
 def refuse_changed(config: Config, identity: dict[str, str], saved: Mapping[str, Any] | None) -> None:
-    """A resumed run needs the backbone, data and adapter it began with, wherever they are stored now. Raises UserError."""
+    """A run is the same only with the backbone, data and adapter it began with, wherever they are stored now. Raises UserError.
+
+    `identity`: theirs now, see `content_of`. `saved`: what the run has left; it says what they were.
+    """
     names = {
         "backbone": ("model_name_or_path", config.model.model_name_or_path),
         "data": _data_option(config),
@@ -314,7 +338,8 @@ def refuse_changed(config: Config, identity: dict[str, str], saved: Mapping[str,
     changed = [named for kind, named in names.items() if before.get(kind) != identity.get(kind)]
     if changed:
         remedy = (
-            "its content is not what the checkpoint was made with; bring that back, or start over with --resume never"
+            "its content is not what the run began with; bring that back, name another --output_dir, or start over with "
+            "--resume never"
         )
         raise UserError([Problem(name, value, remedy) for name, value in changed])
 

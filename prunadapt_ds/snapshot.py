@@ -7,6 +7,7 @@ each gets its own back and the run continues bit for bit; on another number, ran
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Mapping
 from typing import Any, cast
@@ -50,6 +51,7 @@ def collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {
         "identity": session.identity,
         "latency": session.latency,
+        "label_scale": dataclasses.astuple(session.label_scale),
         "world_size": distributed.world_size(),
         "place": place(session),
         "optimizer_steps": learnt.steps,

@@ -203,8 +203,8 @@ def tiny_folder(folder, model_type, seed=0, **changes):
     return folder
 
 
-def tiny_data(folder, n_train=96, n_dev=40, regression=False):
-    """train.csv and validation.csv with sentence1, sentence2, label; good and bad words decide."""
+def tiny_data(folder, n_train=96, n_dev=40, regression=False, factor=1.0, shift=0.0):
+    """train.csv and validation.csv with sentence1, sentence2, label; good and bad words decide; numbers are factor * x + shift."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
     for name, count in (("train", n_train), ("validation", n_dev)):
@@ -215,7 +215,7 @@ def tiny_data(folder, n_train=96, n_dev=40, regression=False):
                 kind = ("bad", "good")[i % 2]
                 words = draw.choices(_WORDS["plain"], k=draw.randint(2, 8)) + draw.choices(_WORDS[kind], k=3)
                 draw.shuffle(words)
-                label = round(2.5 * (i % 2) + draw.random(), 3) if regression else kind
+                label = factor * round(2.5 * (i % 2) + draw.random(), 3) + shift if regression else kind
                 writer.writerow([" ".join(words), " ".join(draw.choices(_WORDS["plain"], k=4)), label])
     return folder
 

@@ -1,7 +1,7 @@
 """Compares any number of runs in one table and one page: means and deviations over seeds, failed runs, and the Pareto front.
 
 Runs belong to one setting if they differ only in their seed: they have the same options in run.json, number of ranks, ZeRO
-stage and device.
+stage and device, and began with the same data and weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEADER = (*KEY, "options", "seeds", "status", "score", "parameters", "MACs", "la
 TEXT_COLUMNS = len(KEY) + 1
 TRADE_OFFS = (("latency", "latency / dense"), ("parameters", "parameters / dense"), ("train_s", "training seconds"))
 # Options of run.json that are not compared: the columns of KEY show them, or they do not change what is measured.
-IN_KEY = {"task_name", "method", "criterion", "model_name_or_path", "target_sparsity"}
+IN_KEY = {"task_name", "method", "criterion", "model_name_or_path", "target_sparsity", "identity"}
 UNMEASURED = {"seed", "export_formats", "save_scores"}
 # Keys of report.json that affect timings and that options do not fully determine.
 SURROUNDINGS = ("world_size", "zero_stage", "device")
@@ -127,9 +127,17 @@ def _options(path: Path, report: dict[str, Any]) -> dict[str, str] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         kept = {name: value for name, value in found.items() if name not in IN_KEY | UNMEASURED}
         kept |= {name: report.get(name) for name in SURROUNDINGS}
+        kept |= _contents(found)
         return {name: json.dumps(value, sort_keys=True) for name, value in kept.items()}
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
+
+
+def _contents(stated: Mapping[str, Any]) -> dict[str, str]:
+    """The beginnings of the sha256 of data and weights by what they are of: what run.json says and the seed does not decide."""
+    sums = stated.get("identity") or {}
+    of_seed = {"data", "tokens"} if stated.get("max_train_samples") else set()
+    return {f"{kind} (sha256)": sums[kind][:8] for kind in sorted(sums.keys() - of_seed)}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -61,6 +61,12 @@ def _correlation(name: str, labels: np.ndarray, predictions: np.ndarray) -> floa
     return value if np.isfinite(value) else 0.0
 
 
+def _r2(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """The share of the labels' variance that predictions explain: 0 for their mean, negative for worse; 0 if they do not vary."""
+    variance = float(np.var(labels))
+    return 1 - float(np.mean(np.square(labels - predictions))) / variance if variance > 0 else 0.0
+
+
 MEASURES: dict[str, Measure] = {
     "accuracy": _accuracy,
     "f1": _f1,
@@ -68,8 +74,9 @@ MEASURES: dict[str, Measure] = {
     "matthews_correlation": _matthews,
     "pearson": functools.partial(_correlation, "pearsonr"),
     "spearmanr": functools.partial(_correlation, "spearmanr"),
+    "r2": _r2,
 }
-"""Every measure by its name in GLUE: (labels [N], predictions [N]) -> a number in [-1, 1]."""
+"""Every measure by its name, GLUE's where it has one: (labels [N], predictions [N]) -> a number, at most 1."""
 
 
 @functools.cache

@@ -70,7 +70,8 @@ def load_files(
         raise UserError(problems)
 
     name = "own_regression" if regression else "own_classification"
-    task = Task(name, None, "sentence1", "sentence2" if paired[0] else None, label_names, OWN_METRICS[name])
+    sentence2 = "sentence2" if paired[0] else None
+    task = Task(name, None, "sentence1", sentence2, label_names, OWN_METRICS[name], scales_labels=regression)
     texts = ("sentence1", "sentence2") if paired[0] else ("sentence1",)
     splits: dict[str, Columns] = {}
     for file, labels in zip(files, encoded, strict=True):

@@ -62,6 +62,8 @@ class Task:
     """How the leaderboard spells the labels, in the order of `label_names`; () if it uses the same names."""
     submitted_range: tuple[float, float] | None = None
     """For regression: the range to which submitted numbers are clipped."""
+    scales_labels: bool = False
+    """For regression: learn labels in units of their spread (see `label_scale.py`). GLUE's stay in those of published results."""
     is_language: bool = False
     """Rows are token sequences with a label for each token; see `language.py`."""
 
@@ -132,8 +134,8 @@ _ROWS = (
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 assert len(TASKS) == len(_ROWS), "two rows of the task table have the same name"
 
-OWN_METRICS = {"own_classification": ("accuracy", "macro_f1"), "own_regression": _CORRELATIONS}
-"""Measures for the user's own files, by task name."""
+OWN_METRICS = {"own_classification": ("accuracy", "macro_f1"), "own_regression": (*_CORRELATIONS, "r2")}
+"""Measures for the user's own files, by task name. Correlations alone would praise predictions that are all far off."""
 
 
 @dataclass(frozen=True)

@@ -266,8 +266,41 @@ def test_what_a_run_leaves_behind(base, tmp_path):
 
 def test_regression_and_macs_budget(base, tmp_path):
     report = run(base, tmp_path / "out", data="numbers", budget="macs", criterion="taylor", world_size=1)
-    assert set(report["metric"]["masked"]) == {"pearson", "spearmanr", "score"}
+    assert set(report["metric"]["masked"]) == {"pearson", "spearmanr", "r2", "score"}
     assert report["macs"]["kept"] / report["macs"]["dense"] == pytest.approx(0.5, abs=0.05)
+
+
+FACTOR, SHIFT = 40.0, 1990.0
+
+
+def predictions_of(out):
+    lines = map(json.loads, (out / "predictions.jsonl").read_text().splitlines())
+    return torch.tensor(
+        [(line["label"], line["masked"]["prediction"], line["exported"]["prediction"]) for line in lines]
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "lora", "export_formats": "adapter"}], ids=["cut", "adapter"])
+def test_a_regression_does_not_depend_on_the_unit_of_its_labels(base, tmp_path, options):
+    """Years are learnt like numbers around 1; the export gives years, and a run that starts from its head gives them at once."""
+    tiny_data(base / "years", n_train=40, n_dev=40, regression=True, factor=FACTOR, shift=SHIFT)
+    reports = [run(base, tmp_path / data, data=data, **options) for data in ("numbers", "years")]
+    numbers, years = predictions_of(tmp_path / "numbers"), predictions_of(tmp_path / "years")
+    torch.testing.assert_close((years - SHIFT) / FACTOR, numbers, atol=2e-3, rtol=0)
+    assert reports[1]["metric"]["exported"] == pytest.approx(reports[0]["metric"]["exported"], abs=5e-3)
+    if options:
+        start = {"adapter_name_or_path": tmp_path / "years/exports/adapter", "model_name_or_path": base / "bert"}
+        check_first_answers(base, tmp_path, years[:, 1], start)
+        stock = run(base, tmp_path / "full", data="years", method="full")
+        assert not stock["exports"]["compact"]["needs_remote_code"]
+        start = {"model_name_or_path": tmp_path / "full/exports/compact"}
+        check_first_answers(base, tmp_path, predictions_of(tmp_path / "full")[:, 1], start)
+
+
+def check_first_answers(base, tmp_path, expected, start):
+    files = {name: base / "years" / f"{name.removesuffix('_file')}.csv" for name in ("train_file", "validation_file")}
+    for logits in run_ranks(runs.first_logits, 2, arguments(base, tmp_path / "next", **files, **start)):
+        torch.testing.assert_close(torch.tensor(logits)[:, 0], expected, atol=2e-2, rtol=0)
 
 
 def test_a_task_with_two_development_sets(base, tmp_path):

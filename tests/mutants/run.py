@@ -36,6 +36,7 @@ RESUME = "tests/integration/test_resume.py"
 DAMAGED = f"{RESUME}::test_killed_in_a_decision_with_a_damaged_checkpoint"
 CHECKPOINT = "tests/unit/test_checkpoint.py"
 BAD_INPUT = "tests/unit/test_bad_input.py"
+UNITS = "tests/integration/test_runs.py::test_a_regression_does_not_depend_on_the_unit_of_its_labels"
 
 MUTANTS = (
     Mutant("coefficient not undone", "importance.py", "d = self._d * inverse[:, None]", "d = self._d",
@@ -486,6 +487,27 @@ MUTANTS = (
     Mutant("a static cache takes the dense heads", "models/modeling_prunadapt.py",
            "def _get_static_cache_init_shape(self)", "def _unused(self)",
            "tests/unit/test_generation.py::test_a_static_cache_is_filled_in_pieces"),
+    Mutant("an export answers in units of training", "export.py",
+           "partial(affine, *head[full_name]) if head and full_name in head else _as_it_is", "_as_it_is", f"{UNITS}[cut]"),
+    Mutant("an adapter answers in units of training", "adapter_folder.py",
+           "export.affine(*head[name], value) if head and name in head else value", "value", f"{UNITS}[adapter]"),
+    Mutant("a given head is taken to know units of training", "session.py", "        if brings_head:\n", "        if False:\n",
+           f"{UNITS}[adapter]"),
+    Mutant("a checkpoint's head is taken to know units of training", "setup.py", "    if loaded.known_classes:\n",
+           "    if False:\n", f"{UNITS}[adapter]"),
+    Mutant("labels are learnt as they are", "label_scale.py", "if not data.task.scales_labels:", "if True:",
+           "tests/unit/test_label_scale.py::test_labels_get_mean_0_and_spread_1_as_far_as_the_head_has_a_bias[bert]"),
+    Mutant("a resumed run takes another scale", "label_scale.py", "if saved is not None:", "if False:",
+           "tests/unit/test_label_scale.py::test_a_resumed_run_keeps_the_scale_that_it_began_with"),
+    Mutant("somebody's files are cleared", "resume.py", "    if written:\n", "    if False:\n",
+           f"{CHECKPOINT}::test_a_run_replaces_nothing_where_no_run_has_been[auto-report.md]"),
+    Mutant("complete whatever the data", "resume.py", "refuse_changed(config, content_of(config), before)", "pass",
+           f"{CHECKPOINT}::test_a_complete_run_answers_for_what_it_was_made_with_alone"),
+    Mutant("other data, same setting", "commands/compare.py", "kept |= _contents(found)", "pass",
+           "tests/unit/test_compare.py::test_runs_on_other_data_under_the_same_name_are_another_setting[None-2]"),
+    Mutant("Ctrl-C prints where it was", "entry.py", "with interruptible(), files.owner_writes_alone():",
+           "with files.owner_writes_alone():",
+           "tests/unit/test_entry.py::test_ctrl_c_leaves_no_traceback_and_nothing_half_done[work-130]"),
     Mutant("Ctrl-C is an exception in a proof", "reload.py", "signal.signal(signal.SIGINT, signal.SIG_DFL)", "pass",
            "tests/unit/test_export.py::test_ctrl_c_ends_a_process_that_helps_without_an_exception[reload]"),
 )  # fmt: skip

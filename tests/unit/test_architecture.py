@@ -39,6 +39,7 @@ FLOORS = (
     {"engine", "state"},
     {"inventory", "labels"},
     {
+        "label_scale",
         "weight_average",
         "zero_costs",
         "export",

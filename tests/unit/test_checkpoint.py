@@ -23,6 +23,7 @@ from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.files import LOCK_NAME, OwnedFolder, replace
 from prunadapt_ds.importance import Recorder
 from tests.conftest import ROOT
+from tests.tiny import tiny_data, tiny_folder
 
 pytestmark = pytest.mark.fast
 
@@ -495,9 +496,52 @@ def test_other_exports_of_a_complete_run_need_no_training(tmp_path):
             resume._finished(tmp_path, {**asked, **others})
 
 
+def test_a_complete_run_answers_for_what_it_was_made_with_alone(tmp_path):
+    """Wherever that lies now: content is compared, and a path that leads to other content is refused."""
+    tiny_folder(tmp_path / "bert", "bert")
+    tiny_data(tmp_path / "data", n_train=8, n_dev=4)
+
+    def config(data):
+        files = [f"--{name}_file={tmp_path / data / name}.csv" for name in ("train", "validation")]
+        return parse([*files, f"--model_name_or_path={tmp_path / 'bert'}", f"--output_dir={tmp_path}"])
+
+    asked = {"seed": 0}
+    finished(tmp_path, **asked, **resume.names(config("data")), identity=setup.content_of(config("data")))
+    assert resume._find(config("data"), asked).finished["status"] == "complete"
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert resume._find(config("moved"), asked).finished["status"] == "complete"
+    tiny_data(tmp_path / "data", n_train=9, n_dev=4)
+    with pytest.raises(UserError, match=r"train_file='.*train.csv': its content is not what the run began with"):
+        resume._find(config("data"), asked)
+    tiny_folder(tmp_path / "bert", "bert", seed=1)
+    with pytest.raises(UserError, match=r"model_name_or_path='.*bert': its content"):
+        resume._find(config("moved"), asked)
+    finished(tmp_path, **asked, **resume.names(config("moved")))  # left by a version that wrote no identity
+    assert resume._find(config("moved"), asked).finished["status"] == "complete"
+    with pytest.raises(UserError, match=r"train_file='.*began with"):
+        resume._find(config("data"), asked)
+
+
+@pytest.mark.parametrize(
+    "name", ["report.md", "predictions.jsonl", "metrics.jsonl", "exports/padded/note.txt", "report.json"]
+)
+@pytest.mark.parametrize("how", ["auto", "never"])
+def test_a_run_replaces_nothing_where_no_run_has_been(tmp_path, ds_config, name, how):
+    """The user's own file is named, whatever --resume says; with what a run leaves beside it, it counts as that run's."""
+    config = parse(["--output_dir", str(tmp_path), "--resume", how])
+    assert resume._find(config, {}).checkpoint is None
+    (tmp_path / "metrics.jsonl").touch()  # of a run that ended while it began
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"output_dir=.*holds {'/'.join(name.split('/')[:2])} of something else"):
+        resume._find(config, {})
+    (tmp_path / "run.json").write_text("{}")
+    assert resume._find(config, {}).checkpoint is None
+
+
 def test_a_run_that_goes_on_elsewhere_leaves_its_options_there(tmp_path):
     """Once: what it began with stays."""
-    session = SimpleNamespace(config=parse([]), options={"seed": 3, "r": 4}, output_dir=tmp_path)
+    session = SimpleNamespace(config=parse([]), options={"seed": 3, "r": 4}, output_dir=tmp_path, identity={})
     resume.keep_options(session)
     session.options = {"seed": 5}
     resume.keep_options(session)

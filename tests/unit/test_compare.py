@@ -107,6 +107,17 @@ def test_runs_of_unknown_options_stand_alone(tmp_path):
     assert [row["options"] for row in rows] == [f"unknown: no run.json in {tmp_path / name}" for name in "012"]
 
 
+@pytest.mark.parametrize("subset, settings", [(None, 2), (100, 1)])
+def test_runs_on_other_data_under_the_same_name_are_another_setting(tmp_path, subset, settings):
+    """Unless the seed has picked the rows."""
+    for seed, data in ((0, "1f"), (1, "2e")):
+        options = {"identity": {"backbone": "ab" * 32, "data": data * 32}, "max_train_samples": subset}
+        run(tmp_path / str(seed), seed=seed, options=options)
+    rows = compared(tmp_path)
+    assert len(rows) == settings
+    assert subset or {row["options"] for row in rows} == {"data (sha256)=1f1f1f1f", "data (sha256)=2e2e2e2e"}
+
+
 def test_a_run_named_twice_counts_once(tmp_path, monkeypatch):
     run(tmp_path / "out" / "a", score=0.8)
     run(tmp_path / "out" / "b", score=0.9, seed=1)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.fast
 
 OWN = {
     "own_classification": Task("own_classification", None, "a", None, ("x", "y", "z"), ("accuracy", "macro_f1")),
-    "own_regression": Task("own_regression", None, "a", None, (), ("pearson", "spearmanr")),
+    "own_regression": Task("own_regression", None, "a", None, (), ("pearson", "spearmanr", "r2")),
 }
 REFERENCE = {
     "accuracy": lambda y, p: sk.accuracy_score(y, p),
@@ -31,6 +31,7 @@ REFERENCE = {
     "matthews_correlation": lambda y, p: sk.matthews_corrcoef(y, p),
     "pearson": lambda y, p: stats.pearsonr(p, y).statistic,
     "spearmanr": lambda y, p: stats.spearmanr(p, y).statistic,
+    "r2": lambda y, p: sk.r2_score(y, p),
 }
 
 
@@ -83,7 +84,8 @@ def test_constant_predictions_and_labels_give_a_number_and_no_warning(task, n):
         warnings.simplefilter("error")
         wrong = compute_metrics(task, logits, np.arange(n) if task.is_regression else np.ones(n, dtype=np.int64))
     assert all(np.isfinite(value) for value in wrong.values())
-    assert wrong["score"] == 0.0
+    assert wrong["score"] == pytest.approx(np.mean([wrong.get("r2", 0.0), *[0.0] * (len(task.metrics) - 1)]))
+    assert wrong.get("r2", 0.0) <= 0.0  # the labels' mean explains nothing, and any other constant less
 
 
 def test_outputs_that_are_not_finite_are_not_scored():

@@ -1,9 +1,14 @@
 """What a program does around its work."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from prunadapt_ds import distributed, entry, errors
 from prunadapt_ds.errors import Problem, PrunadaptError, UserError
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.fast
 
@@ -60,3 +65,45 @@ def test_a_program_of_one_process(capsys):
     assert capsys.readouterr().err == "error: folder='x': exists\n"
     with pytest.raises(ZeroDivisionError):
         errors.exit_code_of(failing(ZeroDivisionError()))
+
+
+PROGRAM = """
+import sys, tempfile, time
+from pathlib import Path
+sys.argv = ["program"]
+from prunadapt_ds.environment import leave, prepare_program
+prepare_program()
+if {moment!r} == "imports":
+    print("here", flush=True)
+    time.sleep(60)
+from prunadapt_ds import entry, files
+def work():
+    with files.whole_file(Path({output!r})) as file:
+        file.write("half")
+        print("here", flush=True)
+        time.sleep(60)
+leave(entry.guarded(work))
+"""
+
+
+@pytest.mark.parametrize("moment, code", [("imports", -signal.SIGINT), ("work", 130)])
+def test_ctrl_c_leaves_no_traceback_and_nothing_half_done(tmp_path, moment, code):
+    """In a program's imports the signal ends it; in its work an exception does, so that what was begun is removed."""
+    program = PROGRAM.format(moment=moment, output=str(tmp_path / "answers.csv"))
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said) == (code, "") and list(tmp_path.iterdir()) == []
+
+
+def test_programs_are_interrupted_so_and_libraries_keep_their_handler():
+    for file in (ROOT / "launcher").glob("*.py"):
+        assert "prepare_environment" not in file.read_text(), f"{file} is a program"
+    code = (
+        "import signal; from prunadapt_ds.environment import interruptible, prepare_environment; prepare_environment()\n"
+        "with interruptible(): assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

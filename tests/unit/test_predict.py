@@ -172,7 +172,7 @@ def test_a_file_is_scored_without_training_data(base, tmp_path):
 def test_a_regressor_is_scored_without_training_data(base, tmp_path):
     """Whole numbers, which a training file would make classes, are scores to it."""
     (tmp_path / "scores.csv").write_text("sentence1,sentence2,label\nsun,joy,3\nrain,pain,1\nsun,rain,2\n")
-    assert scores(base, "number", validation=tmp_path / "scores.csv").keys() == {"pearson", "spearmanr", "score"}
+    assert scores(base, "number", validation=tmp_path / "scores.csv").keys() == {"pearson", "spearmanr", "r2", "score"}
     with pytest.raises(UserError, match="is a name, but this is a regression"):
         scores(base, "number", validation=base / "validation.csv")
 

@@ -25,7 +25,7 @@ Args:
     predictions: class numbers, or scores for regression.
     references: the same, true.
 Returns:
-    one number in [-1, 1] for each measure of the task, e.g. "accuracy" and "f1" for mrpc.
+    one number, at most 1, for each measure of the task, e.g. "accuracy" and "f1" for mrpc.
 """
 
 
