@@ -50,6 +50,9 @@ def score_only(session: Session, stop_if_asked: Callable[[], None]) -> None:
     places = session.train_rows.places.tolist()
     save_sums(score_samples(session, samples, stop_if_asked), session.output_dir / "scores", 0, places)
     session.report["status"] = "complete"
+    session.tracker.say(
+        f"wrote the statistics of {len(samples)} samples to {session.output_dir / 'scores' / '0.safetensors'}"
+    )
     session.tracker.close()
 
 

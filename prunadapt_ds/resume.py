@@ -253,6 +253,10 @@ def _refuse_unread(asked: str, error: Unread) -> UserError:
 
 def _given(folder: Path) -> tuple[Checkpoint, list[str]]:
     """The checkpoint in `folder`, or the newest intact one below it, and a line about each that was skipped."""
+    if not folder.exists():
+        raise UserError(
+            Problem("resume", str(folder), "there is no such folder; say auto, never, or the folder of a run")
+        )
     passed_over: list[str] = []
     try:
         if (folder / checkpoint.STATE).exists():

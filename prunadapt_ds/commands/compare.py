@@ -101,11 +101,14 @@ class Line:
 
 
 def find(folders: Sequence[str]) -> list[Run]:
-    """The runs in these folders, at any depth and each once. Raises UserError if a folder does not exist."""
+    """The runs in these folders, at any depth and each once. Raises UserError if a folder does not exist, or no run can be read."""
     problems = [Problem("run", f, "there is no such folder") for f in folders if not os.path.isdir(f)]
     if problems:
         raise UserError(problems)
     found = [run for folder in folders for run in _inside(Path(folder))]
+    if all(run.report is None for run in found):
+        remedy = "holds no run with a readable report.json; name the --output_dir of a run, or a folder of such"
+        raise UserError([Problem("run", folder, remedy) for folder in folders])
     return list({run.folder.resolve(): run for run in reversed(found)}.values())[::-1]  # a run may be found twice
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from prunadapt_ds import report
 from prunadapt_ds.commands import compare
+from prunadapt_ds.errors import UserError
 from tests.conftest import ROOT
 from tests.unit.test_report import filled
 
@@ -138,8 +139,11 @@ def test_missing_runs_of_one_name_are_rows_of_their_own(tmp_path):
     folders = [tmp_path / "glue" / task / "seed0" for task in ("rte", "mrpc")]
     for folder in folders:
         folder.mkdir(parents=True)
-    rows = compared(*folders)
+    rows = compared(*folders, run(tmp_path / "glue" / "cola"))[:2]
     assert [(row["task"], row["status"]) for row in rows] == [(str(folder), "1 missing") for folder in folders]
+    (folders[0] / "report.json").write_text("{")
+    with pytest.raises(UserError, match="rte/seed0': holds no run with a readable.*\n.*mrpc/seed0': holds no run"):
+        compared(*folders)
 
 
 def test_runs_inside_the_folder_of_a_run_are_found(tmp_path):
