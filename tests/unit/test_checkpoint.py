@@ -187,7 +187,7 @@ def test_what_was_passed_over_below_a_named_folder_is_said(tmp_path):
     os.truncate(tmp_path / "step-2" / checkpoint.TENSORS, 10)
     found, passed_over = resume._given(tmp_path)
     assert found.step == 1 and len(passed_over) == 1 and "step-2" in passed_over[0]
-    with pytest.raises(UserError, match="resume='.*nowhere': there is no such folder"):
+    with pytest.raises(UserError, match=r"resume='.*nowhere': there is no such folder"):
         resume._given(tmp_path / "nowhere")
 
 

@@ -142,7 +142,7 @@ def test_missing_runs_of_one_name_are_rows_of_their_own(tmp_path):
     rows = compared(*folders, run(tmp_path / "glue" / "cola"))[:2]
     assert [(row["task"], row["status"]) for row in rows] == [(str(folder), "1 missing") for folder in folders]
     (folders[0] / "report.json").write_text("{")
-    with pytest.raises(UserError, match="rte/seed0': holds no run with a readable.*\n.*mrpc/seed0': holds no run"):
+    with pytest.raises(UserError, match=r"rte/seed0': holds no run with a readable.*\n.*mrpc/seed0': holds no run"):
         compared(*folders)
 
 
