@@ -142,7 +142,10 @@ def _same_file(one: str, other: str) -> bool:
 
 
 def predict_rows(options: PredictOptions) -> None:
-    """Predict the rows of a file on all ranks, while rank 0 reads and writes them chunk by chunk. Collective."""
+    """Predict the rows of a file on all ranks, while rank 0 reads and writes them chunk by chunk. Collective.
+
+    An empty text is answered like any other, so that there is an answer for every row; rank 0 says how many there were.
+    """
     output = options.output_file or STANDARD
     write = WRITERS[Path(output).suffix.lower() or ".jsonl"]
     with contextlib.ExitStack() as stack:
@@ -162,10 +165,14 @@ def predict_rows(options: PredictOptions) -> None:
             label_names=tuple(options.label_names or ()),
         )
         count = 0
+        blank: list[int] = []
         chunk: Columns | None = first
         while chunk is not None:
             logits = answerer.logits(chunk)
             start = count
+            blank += [
+                i for i, texts in enumerate(zip(*chunk.values(), strict=True), start) if not all(map(str.strip, texts))
+            ]
 
             def write_chunk(start: int = start, logits: Tensor = logits) -> bool:
                 try:
@@ -180,7 +187,8 @@ def predict_rows(options: PredictOptions) -> None:
             chunk = next(rows, None) if is_read else None
         distributed.on_rank_0(f"writing {output}", stack.close)
     if distributed.rank() == 0:
-        print(f"answered {count} rows", file=sys.stderr)
+        without = f", {len(blank)} of them without a text (the first has index {blank[0]})" if blank else ""
+        print(f"answered {count} rows{without}", file=sys.stderr)
 
 
 def shared_input(path: str) -> Iterator[Columns]:

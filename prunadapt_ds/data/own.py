@@ -87,7 +87,7 @@ def _whole_numbers(labels: list[Any]) -> list[Any]:
 
 
 def _column_problems(file: _File) -> list[Problem]:
-    """Report missing columns, texts that are not strings or cannot be encoded, and labels that are missing or of other types."""
+    """Report missing columns and cells, texts that are not strings or cannot be encoded, and labels of other types."""
     missing = [name for name in ("sentence1", "label") if name not in file.columns]
     if missing:
         found = ", ".join(map(repr, file.columns))
@@ -95,18 +95,19 @@ def _column_problems(file: _File) -> list[Problem]:
     problems = []
     for name in ("sentence1", "sentence2"):
         for row, text in enumerate(file.columns.get(name, ()), start=1):
-            if not isinstance(text, str):
+            if not isinstance(text, str) and not _is_missing(text):
                 problems.append(file.problem(f"row {row}: {name} is {text!r}, not a text; write it as a string"))
                 break
-            if has_surrogate(text):
+            if isinstance(text, str) and has_surrogate(text):
                 problems.append(file.problem(f"row {row}: {name} holds half a surrogate pair; remove the character"))
                 break
+    for name in ("sentence1", "sentence2", "label"):
+        cells = file.columns.get(name, [])
+        without = [row for row, cell in enumerate(cells, start=1) if _is_missing(cell)]
+        if without:
+            remedy = f"the first is row {without[0]}; fill in or drop them"
+            problems.append(file.problem(f"{len(without)} of {len(cells)} rows have no {name}, {remedy}"))
     labels = file.columns["label"]
-    without = [row for row, label in enumerate(labels, start=1) if _is_missing(label)]
-    if without:
-        first = f"the first is row {without[0]}"
-        remedy = f"{len(without)} of {len(labels)} rows have no label, {first}; label or drop them"
-        problems.append(file.problem(remedy))
     strange = next((row for row, x in enumerate(labels, start=1) if not isinstance(x, str | int | float | None)), 0)
     if strange:
         remedy = f"row {strange}: label {labels[strange - 1]!r} is neither a name nor a number; write one of these"
@@ -117,9 +118,9 @@ def _column_problems(file: _File) -> list[Problem]:
     return problems
 
 
-def _is_missing(label: Any) -> bool:
-    """Whether a row has no label: an empty cell, null, or the NaN that pandas writes for it."""
-    return label is None or str(label).strip() == "" or (isinstance(label, float) and math.isnan(label))
+def _is_missing(cell: Any) -> bool:
+    """Whether a row has no text or label there: an empty cell, null, or the NaN that pandas writes for it."""
+    return cell is None or str(cell).strip() == "" or (isinstance(cell, float) and math.isnan(cell))
 
 
 def _text(label: Any) -> str:

@@ -449,7 +449,7 @@ MUTANTS = (
            "tests/integration/test_faults.py::test_a_tokenizer_that_fails_on_one_rank_ends_all"),
     Mutant("codes lose their zeros", "data/own.py", "numeric and not has_codes and", "numeric and",
            "tests/unit/test_data_files.py::test_classes_of_any_number_and_names"),
-    Mutant("NaN is a class", "data/own.py", "or (isinstance(label, float) and math.isnan(label))", "",
+    Mutant("NaN is a class", "data/own.py", "or (isinstance(cell, float) and math.isnan(cell))", "",
            "tests/unit/test_data_files.py::test_pandas_missing_label_in_json"),
     Mutant("the model's classes do not count", "data/own.py", "if known is None else list(known)", "",
            "tests/unit/test_predict.py::test_a_file_is_scored_without_training_data"),
@@ -510,6 +510,8 @@ MUTANTS = (
            "tests/unit/test_entry.py::test_ctrl_c_leaves_no_traceback_and_nothing_half_done[work-130]"),
     Mutant("Ctrl-C is an exception in a proof", "reload.py", "signal.signal(signal.SIGINT, signal.SIG_DFL)", "pass",
            "tests/unit/test_export.py::test_ctrl_c_ends_a_process_that_helps_without_an_exception[reload]"),
+    Mutant("rows without a text are learnt", "data/own.py", 'for name in ("sentence1", "sentence2", "label"):', 'for name in ("label",):',
+           "tests/unit/test_data_files.py::test_bad_files[notexts.csv]"),
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.fast
 ROWS = [
     {"sentence1": "NA", "sentence2": "007", "label": "no"},
     {"sentence1": 'He said "stop", twice', "sentence2": "null", "label": "yes"},
-    {"sentence1": "naïve 日本", "sentence2": "", "label": "no"},
+    {"sentence1": "naïve 日本", "sentence2": "  spaced ", "label": "no"},
 ]
 
 
@@ -233,6 +233,15 @@ BAD_FILES = {
     "utf16.tsv": ("sentence1\tlabel\n".encode("utf-16"), "NUL byte"),
     "nolabel.csv": (b"sentence1,label\na,x\nb,\nc,y\nd, \n", "2 of 4 rows have no label, the first is row 2"),
     "nulllabel.jsonl": (b'{"sentence1": "a", "label": null}\n', "1 of 1 rows have no label"),
+    "notexts.csv": (
+        b"sentence1,label\na,x\n,y\n  ,x\n",
+        "2 of 3 rows have no sentence1, the first is row 2; fill in or drop",
+    ),
+    "nosecond.tsv": (
+        b"sentence1\tsentence2\tlabel\na\tb\tx\na\t\ty\n",
+        "1 of 2 rows have no sentence2, the first is row 2",
+    ),
+    "nulltext.jsonl": (b'{"sentence1": null, "label": 1}\n{"sentence1": "a"}\n', "1 of 2 rows have no sentence1"),
     "listlabel.jsonl": (
         b'{"sentence1": "a", "label": [1]}\n',
         "row 1: label [1] is neither a name nor a number",

@@ -211,6 +211,20 @@ def test_standard_input_and_output(base, tmp_path, monkeypatch, capfd):
     assert len(capfd.readouterr().out.splitlines()) == 1
 
 
+def test_empty_texts_are_answered_and_counted(base, tmp_path, monkeypatch, capsys):
+    """In a file as on standard input; in pairs too."""
+    monkeypatch.setattr(answers, "CHUNK", 2)
+    (tmp_path / "new.csv").write_text('sentence1,sentence2\nsun,joy\nrain,tree\nsun,"  "\n,joy\n')
+    assert len(run(base, tmp_path, "--input_file", tmp_path / "new.csv").splitlines()) == 4
+    assert "answered 4 rows, 2 of them without a text (the first has index 2)\n" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO("sun\nrain\n\n"))
+    assert len(run(base, tmp_path, "--input_file", "-").splitlines()) == 3
+    assert "answered 3 rows, 1 of them without a text (the first has index 2)\n" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO("sun\n"))
+    run(base, tmp_path, "--input_file", "-")
+    assert "answered 1 rows\n" in capsys.readouterr().err
+
+
 def test_a_reader_that_has_enough_is_no_failure(base, monkeypatch, capfd):
     """As in `predict | head`: it ends at once, although the input goes on."""
     lines = itertools.repeat("sun joy\n", 10_000)
