@@ -20,7 +20,7 @@ from prunadapt_ds.batches import Rows, refuse_unknown_tokens
 from prunadapt_ds.data import Columns, Task, tokenize
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.logits import predict
-from prunadapt_ds.trained_folder import load_folder, scored_length
+from prunadapt_ds.trained_folder import load_folder, refuse_other_inputs, scored_length
 
 CHUNK = 8192  # rows that are tokenised, sorted by length and predicted together; bounds the memory for any file size
 
@@ -85,6 +85,7 @@ def load(
         remedy = "gives a text several labels; only models with one label or one number per text are supported"
         raise UserError(Problem("model_name_or_path", name, remedy))
     if task is not None:
+        refuse_other_inputs(name, has_pairs=task.sentence2 is not None)
         label_names = task.label_names
     elif config.num_labels == 1:
         if label_names:

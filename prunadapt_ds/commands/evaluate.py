@@ -25,7 +25,7 @@ from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.logits import predict
 from prunadapt_ds.options import Usage
-from prunadapt_ds.trained_folder import load_folder, scored_length
+from prunadapt_ds.trained_folder import load_folder, refuse_other_inputs, scored_length
 
 OPTIONS = frozenset(
     {
@@ -81,6 +81,8 @@ def run(config: Config) -> dict[str, float]:
     )
     if task is None:  # the model's outputs say which classes the file's labels name
         task, sets = distributed.together(lambda: load_validation(config.data, labels_of.of_outputs(model.config)))
+    if not is_language:
+        refuse_other_inputs(config.model.model_name_or_path, has_pairs=task.sentence2 is not None)
     model.to(distributed.device()).eval()
     is_given = "max_seq_length" in config.given
     longest = config.data.max_seq_length if is_given else scored_length(config.model.model_name_or_path)

@@ -21,6 +21,7 @@ from prunadapt_ds.data import Columns, read_columns, rename_text
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.options import Usage, option, read
+from prunadapt_ds.trained_folder import refuse_other_inputs
 
 STANDARD = "-"  # standard input, standard output
 USAGE = Usage(
@@ -164,6 +165,7 @@ def predict_rows(options: PredictOptions) -> None:
             options.per_device_eval_batch_size,
             label_names=tuple(options.label_names or ()),
         )
+        refuse_other_inputs(str(options.model_name_or_path), has_pairs="sentence2" in first)
         count = 0
         blank: list[int] = []
         chunk: Columns | None = first

@@ -510,8 +510,12 @@ MUTANTS = (
            "tests/unit/test_entry.py::test_ctrl_c_leaves_no_traceback_and_nothing_half_done[work-130]"),
     Mutant("Ctrl-C is an exception in a proof", "reload.py", "signal.signal(signal.SIGINT, signal.SIG_DFL)", "pass",
            "tests/unit/test_export.py::test_ctrl_c_ends_a_process_that_helps_without_an_exception[reload]"),
-    Mutant("rows without a text are learnt", "data/own.py", 'for name in ("sentence1", "sentence2", "label"):', 'for name in ("label",):',
+    Mutant("rows without a text are learnt", "data/own.py",
+           'for name in ("sentence1", "sentence2", "label"):', 'for name in ("label",):',
            "tests/unit/test_data_files.py::test_bad_files[notexts.csv]"),
+    Mutant("pairs are answered by a model of single texts", "trained_folder.py",
+           "if trained_on_pairs is None or trained_on_pairs == has_pairs:", "if True:",
+           "tests/unit/test_predict.py::test_a_model_of_pairs_takes_no_single_texts_nor_the_reverse"),
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Answers for files and standard input, in process: order, names, numbers, and what is refused."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunadapt_ds import answers, distributed, trained_folder
+from prunadapt_ds import answers, card, distributed, trained_folder
 from prunadapt_ds.batches import evaluation_batches
 from prunadapt_ds.commands import evaluate, predict
 from prunadapt_ds.config import parse
+from prunadapt_ds.data import TASKS
 from prunadapt_ds.errors import Problem, UserError
 from tests.tiny import tiny_data, tiny_model, tiny_tokenizer
+from tests.unit.test_card import report_of
 
 pytestmark = pytest.mark.fast
 
@@ -175,6 +178,40 @@ def test_a_regressor_is_scored_without_training_data(base, tmp_path):
     assert scores(base, "number", validation=tmp_path / "scores.csv").keys() == {"pearson", "spearmanr", "r2", "score"}
     with pytest.raises(UserError, match="is a name, but this is a regression"):
         scores(base, "number", validation=base / "validation.csv")
+
+
+@pytest.mark.parametrize("task, said", [("sst2", "trained on single texts"), ("mrpc", "trained on pairs of texts")])
+def test_a_model_of_pairs_takes_no_single_texts_nor_the_reverse(base, tmp_path, monkeypatch, task, said):
+    """As its own card says, or that of its run's compact folder; a folder without a card of ours takes both."""
+    monkeypatch.chdir(tmp_path)
+    single, pairs = tmp_path / "single.csv", tmp_path / "pairs.csv"
+    single.write_text("sentence1,label\nsun,no\nrain,perhaps\njoy,yes\n")
+    pairs.write_text("sentence1,sentence2,label\nsun,joy,no\nrain,pain,perhaps\njoy,sun,yes\n")
+    fits, other = (single, pairs) if task == "sst2" else (pairs, single)
+    for folder in ("copied", "run/exports/compact", "run/exports/other", "stock"):
+        shutil.copytree(base / "model", folder)
+    r, _ = report_of(TASKS[task])
+    for folder in ("copied", "run/exports/compact"):
+        Path(folder, "README.md").write_text(card.render(r, "some/encoder", TASKS[task], "compact"))
+    Path("stock/README.md").write_text("Somebody's model.\n")
+    for folder in ("copied", "run/exports/compact", "run/exports/other"):
+        run(tmp_path, tmp_path / "out", "--input_file", fits, model=folder)
+        scores(tmp_path, folder, validation=fits)
+        with pytest.raises(UserError, match=said):
+            run(tmp_path, tmp_path / "out", "--input_file", other, model=folder)
+        with pytest.raises(UserError, match=said):
+            scores(tmp_path, folder, validation=other)
+    with pytest.raises(UserError, match=said):
+        answers.load(
+            "copied",
+            False,
+            32,
+            4,
+            task=dataclasses.replace(TASKS["rte" if task == "sst2" else "sst2"], label_names=("no", "perhaps", "yes")),
+        )
+    for file in (single, pairs):
+        run(tmp_path, tmp_path / "out", "--input_file", file, model="stock")
+        scores(tmp_path, "stock", validation=file)
 
 
 def test_a_score_reads_as_much_as_the_run_did(exported, tmp_path):
