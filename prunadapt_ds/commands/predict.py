@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,13 +19,15 @@ from torch import Tensor
 from prunadapt_ds import answers, distributed, files
 from prunadapt_ds.answers import Answerer
 from prunadapt_ds.commands import submission
-from prunadapt_ds.data import Columns, read_columns, rename_text
+from prunadapt_ds.data import Columns, blank_line, read_columns, rename_text
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.options import Usage, option, read
 from prunadapt_ds.trained_folder import refuse_other_inputs
 
 STANDARD = "-"  # standard input, standard output
+NOT_UTF_8 = re.compile("[\udc80-\udcff]")  # what the error handler "surrogateescape" makes of other bytes
+LIKE_JSON = re.compile(r"""[\s\[]*\{\s*["'](sentence1|sentence2|text)["']\s*:""")  # also Python's own notation
 USAGE = Usage(
     "Predict every row of a file or of standard input with a trained folder: the export of a run, or any stock "
     "classifier. With --glue_submission, predict GLUE's test sets with the folders of several runs instead.",
@@ -197,6 +201,8 @@ def shared_input(path: str) -> Iterator[Columns]:
     """Yield the input's texts on every rank, chunk by chunk. Raises UserError for an invalid row and if there are no rows."""
     source: Iterator[Columns] = iter(())
     if distributed.rank() == 0:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale is
         rows = checked(standard_rows(sys.stdin), path) if path == STANDARD else all_checked(path)
         source = answers.chunks(rows)
     return answers.shared("reading the input", source)
@@ -209,7 +215,7 @@ def all_checked(path: str) -> Iterator[dict[str, str]]:
 
 def file_rows(path: str) -> Iterator[dict[str, Any]]:
     """Yield the texts of a csv, tsv, jsonl, json or parquet file, without its other columns. Raises UserError."""
-    columns = read_columns("input_file", path)
+    columns = read_columns("input_file", path, blank_lines=False)
     rename_text(columns)
     if "sentence1" not in columns:
         found = ", ".join(map(repr, columns))
@@ -222,28 +228,37 @@ def file_rows(path: str) -> Iterator[dict[str, Any]]:
 def standard_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of standard input: JSON objects if the first line is one, otherwise every line, even if empty, is a text.
 
-    Raises UserError for a JSON row after a text or the reverse, and for bytes that are not UTF-8.
+    Raises UserError for a JSON row after a text or the reverse, for what was meant as JSON but is not one object per line, for
+    a blank line between JSON rows, and for bytes that are not UTF-8.
     """
+
+    def refuse(remedy: str) -> UserError:
+        return UserError(Problem("input_file", STANDARD, remedy))
+
     is_json: bool | None = None
-    try:
-        for number, line in enumerate(lines, start=1):
-            text = line.rstrip("\r\n").removeprefix("\ufeff" if number == 1 else "")
-            record = _object(text)
-            is_json = record is not None if is_json is None else is_json
-            if not is_json:
-                if record is not None and record.keys() & {"sentence1", "text"}:
-                    remedy = f"line {number} is a JSON object, but the first line was not; give one kind"
-                    raise UserError(Problem("input_file", STANDARD, remedy))
-                yield {"sentence1": text}
-            elif record is not None:
-                rename_text(record)
-                yield {name: record[name] for name in FIELDS if name in record}
-            elif text.strip():
-                raise UserError(
-                    Problem("input_file", STANDARD, f"line {number} is not a JSON object, but the first line was one")
-                )
-    except UnicodeDecodeError as error:
-        raise UserError(Problem("input_file", STANDARD, f"is not UTF-8 text: {error.reason}")) from None
+    blank = 0  # the first blank line behind the last JSON row
+    for number, line in enumerate(lines, start=1):
+        text = line.rstrip("\r\n").removeprefix("\ufeff" if number == 1 else "")
+        if NOT_UTF_8.search(text):
+            raise refuse(f"line {number} is not UTF-8; convert the input, e.g. iconv -f latin1 -t utf-8")
+        record = _object(text)
+        is_json = record is not None if is_json is None else is_json
+        if not is_json:
+            if record is not None and record.keys() & {"sentence1", "text"}:
+                raise refuse(f"line {number} is a JSON object, but the first line was not; give one kind")
+            if LIKE_JSON.match(text) or (number == 1 and text.strip() in ("{", "[", "[{")):
+                remedy = 'give one object per line, such as {"sentence1": "a text"}, or put JSON into a file of its own'
+                raise refuse(f"line {number} looks like a part of JSON; {remedy}")
+            yield {"sentence1": text}
+        elif record is not None:
+            if blank:
+                raise refuse(blank_line(blank))
+            rename_text(record)
+            yield {name: record[name] for name in FIELDS if name in record}
+        elif text.strip():
+            raise refuse(f"line {number} is not a JSON object, but the first line was one")
+        else:
+            blank = blank or number
 
 
 def _object(text: str) -> dict[str, Any] | None:

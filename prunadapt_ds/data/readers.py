@@ -15,29 +15,31 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prunadapt_ds.errors import Problem, UserError
 
 Columns = dict[str, list[Any]]
+LINE_END = re.compile("\r\n|\r|\n")
 SURROGATE = re.compile("[\ud800-\udfff]")
 DELIMITERS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 
 
-def read_columns(field: str, path: str | Path) -> Columns:
+def read_columns(field: str, path: str | Path, *, blank_lines: bool = True) -> Columns:
     """Read a csv, tsv, jsonl, json or parquet file, depending on its extension.
 
-    `field` is the option that the path came from; only messages use it. Raises UserError if the file is missing, empty, ragged,
-    not UTF-8, has only a header or an unknown extension, and so on."""
+    `field` is the option that the path came from; only messages use it. `blank_lines`: skip them; if False, one before the last
+    row is refused. Raises UserError if the file is missing, empty, ragged, not UTF-8, has only a header or an unknown
+    extension, and so on."""
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         known = ", ".join(READERS)
         raise UserError(Problem(field, str(path), f"unknown extension {path.suffix!r}; use one of {known}"))
     check_exists(field, path)
-    columns = reader(field, path)
+    columns = reader(field, path, blank_lines)
     if not columns or not next(iter(columns.values())):
         found = f" (columns: {', '.join(columns)})" if columns else ""
         raise UserError(Problem(field, str(path), f"has no rows{found}; give a file with data"))
@@ -79,7 +81,21 @@ def read_text(field: str, path: Path) -> str:
         raise UserError(Problem(field, str(path), remedy)) from None
 
 
-def _delimited(field: str, path: Path, delimiter: str) -> Columns:
+def blank_line(number: int) -> str:
+    """What to do about a blank line where rows are answered."""
+    return f'line {number} is blank, and answers are numbered by rows: remove it, or write a row with an empty text, "", there'
+
+
+def _refuse_blank_lines(field: str, path: Path, rows: Iterable[tuple[int, int]]) -> None:
+    """Raise UserError if there are lines that belong to no row before the last one. `rows`: (first line, last line) of each."""
+    end = 0
+    for first, last in rows:
+        if first > end + 1:
+            raise UserError(Problem(field, str(path), blank_line(end + 1)))
+        end = last
+
+
+def _delimited(field: str, path: Path, delimiter: str, blank_lines: bool) -> Columns:
     text = read_text(field, path)
     rows = _quoted_rows(text, delimiter)
     if isinstance(rows, str):
@@ -107,6 +123,10 @@ def _delimited(field: str, path: Path, delimiter: str) -> Columns:
         if len(row) != len(header):
             remedy = f"line {line} has {len(row)} columns, the header has {len(header)}; fix or quote it"
             raise UserError(Problem(field, str(path), remedy))
+    if not blank_lines:
+        inside = [sum(len(LINE_END.findall(cell)) for cell in row) for _, row in rows]
+        spans = ((line - more, line) for (line, _), more in zip(rows, inside, strict=True))
+        _refuse_blank_lines(field, path, spans)
     return {name: [row[i] for _, row in rows[1:]] for i, name in enumerate(header)}
 
 
@@ -148,22 +168,24 @@ def stream_official_tsv(field: str, path: Path) -> Iterator[tuple[int, list[str]
         raise UserError(Problem(field, str(path), f"cannot be read ({error.strerror}); check its mode")) from None
 
 
-def _csv(field: str, path: Path) -> Columns:
-    return _delimited(field, path, ",")
+def _csv(field: str, path: Path, blank_lines: bool) -> Columns:
+    return _delimited(field, path, ",", blank_lines)
 
 
-def _tsv(field: str, path: Path) -> Columns:
-    return _delimited(field, path, "\t")
+def _tsv(field: str, path: Path, blank_lines: bool) -> Columns:
+    return _delimited(field, path, "\t", blank_lines)
 
 
-def _json(field: str, path: Path) -> Columns:
+def _json(field: str, path: Path, blank_lines: bool) -> Columns:
     """An array of objects, or an object on each line."""
     text = read_text(field, path)
     if text.lstrip().startswith("["):
         numbered = [(f"entry {i}", entry) for i, entry in enumerate(_parsed(field, path, "it", text), start=1)]
     else:
-        lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        numbered = [(place, _parsed(field, path, place, line)) for place, line in lines]
+        lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        numbered = [(f"line {i}", _parsed(field, path, f"line {i}", line)) for i, line in lines]
+        if not blank_lines:
+            _refuse_blank_lines(field, path, ((i, i) for i, _ in lines))
     for place, record in numbered:
         if not isinstance(record, dict):
             remedy = f'{place} is not an object; write objects like {{"sentence1": "a text", "label": 0}}'
@@ -179,7 +201,7 @@ def _parsed(field: str, path: Path, place: str, text: str) -> Any:
         raise UserError(Problem(field, str(path), f"{place} is not JSON: {error}")) from None
 
 
-def _parquet(field: str, path: Path) -> Columns:
+def _parquet(field: str, path: Path, blank_lines: bool) -> Columns:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -220,7 +242,7 @@ def check_duplicates(field: str, path: Path, names: list[str]) -> None:
         raise UserError(Problem(field, str(path), f"duplicate columns {twice}; give each column a name of its own"))
 
 
-READERS: dict[str, Callable[[str, Path], Columns]] = {
+READERS: dict[str, Callable[[str, Path, bool], Columns]] = {
     ".csv": _csv,
     ".tsv": _tsv,
     ".jsonl": _json,

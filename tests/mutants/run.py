@@ -516,6 +516,14 @@ MUTANTS = (
     Mutant("pairs are answered by a model of single texts", "trained_folder.py",
            "if trained_on_pairs is None or trained_on_pairs == has_pairs:", "if True:",
            "tests/unit/test_predict.py::test_a_model_of_pairs_takes_no_single_texts_nor_the_reverse"),
+    Mutant("blank lines shift the answers", "data/readers.py", "if first > end + 1:", "if False:",
+           "tests/unit/test_predict.py::test_a_blank_line_between_rows_is_refused"),
+    Mutant("blank JSON lines shift the answers", "commands/predict.py", "blank = blank or number", "pass",
+           "tests/unit/test_predict.py::test_bad_standard_input"),
+    Mutant("broken JSON is a text", "commands/predict.py", "if LIKE_JSON.match(text) or", "if",
+           "tests/unit/test_predict.py::test_bad_standard_input"),
+    Mutant("bytes of another encoding are a text", "commands/predict.py", "if NOT_UTF_8.search(text):", "if False:",
+           "tests/unit/test_predict.py::test_other_encodings_on_standard_input"),
 )  # fmt: skip
 
 

@@ -290,6 +290,11 @@ def test_a_reader_that_has_enough_is_no_failure(base, monkeypatch, capfd):
         ('{"sentence1": "a"}\n{"sentence1": null}\n', "row 2: sentence1 is None"),
         ('{"sentence2": "a"}\n', "row 1: has no sentence1"),
         ('{"sentence1": "\\ud800"}\n', "row 1: sentence1 holds half a surrogate pair"),
+        ('{"sentence1": "a"\n', r'line 1 looks like a part of JSON; give .*\{"sentence1"'),
+        ("{'text': 'a'}\n", "line 1 looks like a part of JSON"),
+        ('sun\n[{"sentence1": "a"}]\n', "line 2 looks like a part of JSON"),
+        ('[\n  {\n    "text": "a"\n  }\n]\n', "line 1 looks like a part of JSON"),
+        ('{"sentence1": "a"}\n\n \n{"sentence1": "b"}\n', "line 2 is blank, and answers are numbered by rows"),
     ],
 )
 def test_bad_standard_input(base, tmp_path, monkeypatch, text, what):
@@ -297,6 +302,44 @@ def test_bad_standard_input(base, tmp_path, monkeypatch, text, what):
     with pytest.raises(UserError, match=what):
         run(base, tmp_path, "--input_file", "-")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+@pytest.mark.parametrize("text", ["sun\ncaf\xe9\n", '{"sentence1": "sun"}\n{"sentence1": "caf\xe9"}\n'])
+def test_other_encodings_on_standard_input(base, tmp_path, monkeypatch, text, errors):
+    """Whatever the locale makes of them."""
+    for said, encoding in ((text.encode("latin1"), "utf-8"), (text.encode("latin1"), "ascii")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(said), encoding=encoding, errors=errors))
+        with pytest.raises(UserError, match="line 2 is not UTF-8; convert the input"):
+            run(base, tmp_path, "--input_file", "-")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii", errors=errors))
+    assert len(run(base, tmp_path, "--input_file", "-").splitlines()) == 2
+
+
+def test_a_text_may_hold_braces(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO('sun {"text": 1}\n{\n{"a": 1}\n"text": sun\n'))
+    assert len(run(base, tmp_path, "--input_file", "-").splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "name, text, blank",
+    [
+        ("a.csv", "sentence1\nsun\n\nrain\n", 3),
+        ("a.csv", 'sentence1,sentence2\r\n"sun\r\n\r\nrain","tree\nroad"\r\n\r\njoy,pain\r\n', 6),
+        ("a.tsv", "sentence1\n\nsun\nrain\n", 2),
+        ("a.tsv", 'sentence1\tid\n"sun\t1\n\nrain"\t2\n', 3),
+        ("a.jsonl", '{"text": "sun"}\n  \n{"text": "rain"}\n', 2),
+        ("a.json", '\n{"text": "sun"}\n{"text": "rain"}\n', 1),
+    ],
+)
+def test_a_blank_line_between_rows_is_refused(base, tmp_path, name, text, blank):
+    """A line that has no answer would shift all that follow. At the end, or inside of a text, it shifts nothing."""
+    (tmp_path / name).write_bytes(text.encode())
+    with pytest.raises(UserError, match=f"line {blank} is blank, and answers are numbered by rows"):
+        run(base, tmp_path, "--input_file", tmp_path / name)
+    lines = text.encode().split(b"\n")
+    (tmp_path / name).write_bytes(b"\n".join(lines[: blank - 1] + lines[blank:]) + b"\n\n")
+    assert len(run(base, tmp_path, "--input_file", tmp_path / name).splitlines()) == 2
 
 
 def test_all_rows_of_a_file_are_checked_before_the_first_is_predicted(base, tmp_path, monkeypatch):
