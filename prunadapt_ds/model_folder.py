@@ -105,10 +105,8 @@ def check(
     if not (folder / "config.json").is_file():
         raise refuse("the folder has no config.json; is it a model's folder?")
     config = read_object(folder / "config.json", refuse)
-    if to_train and "pruned_structure" in config:
-        raise refuse("is pruned already: its layers differ in width; name the model that it was made from")
-    if to_train and config.get("quantization_config"):
-        raise refuse("is quantised, and what a cut leaves of such weights means nothing; name the unquantised model")
+    if to_train and (why := untrainable(config)):
+        raise refuse(why)
     if to_train and isinstance(config.get("model_type"), str) and "auto_map" not in config:
         family_of(SimpleNamespace(name_or_path=name, num_hidden_groups=1, model_type=config["model_type"]))
     if not os.path.isdir(name) and not (weight_files(folder) or (folder / INDEX).is_file()):
@@ -120,6 +118,15 @@ def check(
     if not has_tokenizer(folder):
         # transformers would create one that maps every word to the unknown token
         raise refuse("the folder has no tokenizer (tokenizer.json or a vocabulary); fetch or save it there as well")
+
+
+def untrainable(config: Mapping[str, Any]) -> str:
+    """Why a model with this config.json cannot be trained whatever its family is, with a remedy; "" if it can."""
+    if config.get("pruned_structure") is not None:
+        return "is pruned already: its layers differ in width; name the model that it was made from"
+    if config.get("quantization_config"):
+        return "is quantised, and what a cut leaves of such weights means nothing; name the unquantised model"
+    return ""
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -23,12 +23,22 @@ _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
+_LEAST = 1e6
+
+
 def quantity(text: str) -> float:
-    """Parse "80GiB", "400GB/s" or "4e14" as bytes, bytes/s or operations/s. Raises ValueError."""
+    """Parse "80GiB", "400GB/s" or "4e14" as bytes, bytes/s or operations/s.
+
+    Raises ValueError, also below `_LEAST`: whoever writes 80 does not mean bytes.
+    """
     found = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([KMGT]i?)?(?:B|FLOPS?)?(?:/s)?\s*", text)
     value = float(found[1]) * _UNITS[found[2] or ""] if found else 0.0
-    if not (value > 0 and math.isfinite(value)):
+    if found is None or not (value > 0 and math.isfinite(value)):
         raise ValueError("must be a quantity such as 80GiB, 400GB/s or 4e14")
+    if value < _LEAST:
+        raise ValueError(
+            f"is less than any GPU has; write the unit: {found[1]}GiB, {found[1]}GB/s, or {found[1]}T for operations/s"
+        )
     return value
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import copy
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.config import Config
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
 from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.files import read_object
 from prunadapt_ds.inventory import Inventory, Skeleton, between, cut_down, skeleton, take_stock
 from prunadapt_ds.models.structure import Structure
 from prunadapt_ds.schedule import PruningSchedule
@@ -35,18 +35,28 @@ from prunadapt_ds.zero_costs import (
 
 
 def read_config(name: str, num_labels: int, *, is_language: bool, trust_remote_code: bool = False) -> Any:
-    """Read the configuration of a hub ID, a folder or a JSON file. Raises UserError if there is none, or it is pruned."""
+    """Read the configuration of a hub ID, a folder or a JSON file.
+
+    Raises UserError if there is none, or if training would refuse it.
+    """
     from transformers import AutoConfig
+
+    def refuse(remedy: str) -> UserError:
+        return UserError(Problem("model_name_or_path", name, remedy))
 
     labels = {} if is_language else {"num_labels": num_labels}
     path = Path(model_folder.locate(name))
     if not path.exists() and (path.suffix == ".json" or not hub.could_be_id(name)):
-        raise UserError(Problem("model_name_or_path", name, "there is no such file or folder"))
+        raise refuse("there is no such file or folder")
+    values = read_object(path, refuse) if path.is_file() else None
+    if values is not None and not isinstance(values.get("model_type"), str):
+        raise refuse(
+            "has no model_type, so it is not a model's configuration; name a hub ID, a folder or a config.json"
+        )
     offline = None if path.exists() else hub.why_offline(name)
     repository, revision = (str(path), None) if path.exists() else hub.split(name)
     try:
-        if path.is_file():
-            values = json.loads(path.read_text(encoding="utf-8"))
+        if values is not None:
             found = AutoConfig.for_model(values.pop("model_type"), **{**values, **labels})
         else:
             found = AutoConfig.from_pretrained(
@@ -56,16 +66,16 @@ def read_config(name: str, num_labels: int, *, is_language: bool, trust_remote_c
                 local_files_only=bool(offline),
                 **labels,
             )
-        if getattr(found, "pruned_structure", None) is None:
-            return found
+        why = model_folder.untrainable(found.to_dict())
     except Exception as error:  # transformers raises many types of errors for an invalid configuration
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         remedy = f"no configuration can be read there ({reason}); name a hub ID, a folder or a config.json"
         if offline:
             remedy = f"could not be read from the hub ({offline}), nor is it in the local cache; name a config.json"
-        raise UserError(Problem("model_name_or_path", name, remedy)) from error
-    remedy = "is pruned already: its layers differ in width; name the model that it was made from"
-    raise UserError(Problem("model_name_or_path", name, remedy))
+        raise refuse(remedy) from error
+    if why:
+        raise refuse(why)
+    return found
 
 
 def plan(

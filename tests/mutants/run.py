@@ -524,6 +524,10 @@ MUTANTS = (
            "tests/unit/test_predict.py::test_bad_standard_input"),
     Mutant("bytes of another encoding are a text", "commands/predict.py", "if NOT_UTF_8.search(text):", "if False:",
            "tests/unit/test_predict.py::test_other_encodings_on_standard_input"),
+    Mutant("a GPU of 80 bytes", "commands/plan.py", "    if value < _LEAST:", "    if False:",
+           "tests/unit/test_planner.py::test_a_gpu_of_80_bytes_is_refused"),
+    Mutant("what a run refuses is planned", "commands/planner.py", "why = model_folder.untrainable(found.to_dict())", 'why = ""',
+           "tests/unit/test_planner.py::test_mistakes_are_said_together"),
 )  # fmt: skip
 
 

@@ -229,7 +229,14 @@ def test_mistakes_are_said_together(tmp_path, capsys, monkeypatch):
     assert code == 2 and not out and len(said.splitlines()) == 5
     assert all(word in said for word in ("world_size=0", "flops='fast'", "r=0", "dtype='int8'"))
     assert "did you mean --world_size?" in run(capsys, "--world_sise", "4")[2]
-    for path, word in ((tmp_path / "nothing.json", "no such file"), (tmp_path, "no configuration can be read")):
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "typeless.json").write_text('{"hidden_size": 8}')
+    for path, word in (
+        (tmp_path / "nothing.json", "no such file"),
+        (tmp_path, "no configuration can be read"),
+        (tmp_path / "list.json", "is not a JSON object"),
+        (tmp_path / "typeless.json", "has no model_type"),
+    ):
         code, _, said = run(capsys, "--model_name_or_path", str(path))
         assert code == 2 and word in said and "Traceback" not in said and len(said.splitlines()) == 1
     tiny_config("bert").to_json_file(tmp_path / "bert.json")
@@ -237,12 +244,16 @@ def test_mistakes_are_said_together(tmp_path, capsys, monkeypatch):
     assert code == 2 and "decoder" in said
     code, _, said = run(capsys, "--model_name_or_path", str(tmp_path / "bert.json"), "--target_sparsity", "0.999")
     assert code == 2 and "at most" in said
-    config = tiny_config("bert")
-    config.pruned_structure = {"kept": []}
-    config.save_pretrained(tmp_path / "pruned")
-    for path in ("pruned", "pruned/config.json"):
-        code, _, said = run(capsys, "--model_name_or_path", str(tmp_path / path))
-        assert code == 2 and "is pruned already" in said
+    for name, value, word in (
+        ("pruned_structure", {"kept": []}, "is pruned already"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "is quantised"),
+    ):
+        config = tiny_config("bert")
+        setattr(config, name, value)
+        config.save_pretrained(tmp_path / name)
+        for path in (name, f"{name}/config.json"):
+            code, out, said = run(capsys, "--model_name_or_path", str(tmp_path / path))
+            assert code == 2 and not out and word in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -283,6 +294,20 @@ def test_what_a_plan_does_not_know_is_refused(name, value, words, capsys, monkey
 )
 def test_quantities(text, value):
     assert plan.quantity(text) == value
+
+
+@pytest.mark.parametrize("text", ["80", "80B", " 400 ", "0.5K", "999999"])
+def test_a_quantity_without_its_unit(text):
+    """80 bytes are no GPU's memory, whatever fits into them."""
+    with pytest.raises(ValueError, match=r"write the unit: [0-9.]+GiB"):
+        plan.quantity(text)
+
+
+def test_a_gpu_of_80_bytes_is_refused(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert plan.main(["--gpu_memory", "80", "--bandwidth", "400"]) == 2
+    said = capsys.readouterr().err
+    assert "gpu_memory='80': is less than any GPU has; write the unit: 80GiB" in said and "bandwidth='400'" in said
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-3", "0", "80 apples", "1e", "1.2.3", "1e999"])
