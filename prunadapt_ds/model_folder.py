@@ -103,6 +103,10 @@ def check(
             return
         raise refuse("is the folder of an adapter; name the model that it was trained on")
     if not (folder / "config.json").is_file():
+        if made := sorted(str(path) for path in folder.glob("exports/*") if any(path.glob("*.safetensors"))):
+            raise refuse(f"is the folder of a run, not of a model; name one of its exports: {', '.join(made)}")
+        if (folder / "run.json").is_file():
+            raise refuse("is the folder of a run without exports; go on with the run, or see `prunadapt export --help`")
         raise refuse("the folder has no config.json; is it a model's folder?")
     config = read_object(folder / "config.json", refuse)
     if to_train and (why := untrainable(config)):

@@ -19,6 +19,8 @@ from prunadapt_ds.models import auto_classes, modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.layouts import most_tokens
 
+LANGUAGE_MODEL = "is a language model, but a classifier is needed; `evaluate` scores it with --task_type causal_lm"
+
 
 def load_folder(name: str, trust: bool, *, task: Task | None = None, is_language: bool = False) -> tuple[Any, Any]:
     """Load a model and its tokenizer. A folder of ours needs no `--trust_remote_code`: its class is the package's own.
@@ -62,10 +64,9 @@ def _load_model(name: str, folder: Path, trust: bool, *, is_language: bool) -> A
     if pruned is None:
         loader, options = auto_classes.auto_class(is_language), {"trust_remote_code": trust}
     elif auto_classes.name_for(pruned.__name__) != auto_classes.name_of(is_language):
-        kinds = ("a classifier", "a language model")
-        raise _refuse(
-            name, f"is {kinds[not is_language]}, but {kinds[is_language]} is needed; name a folder of that kind"
-        )
+        if not is_language:
+            raise _refuse(name, LANGUAGE_MODEL)
+        raise _refuse(name, "is a classifier, but a language model is needed; name a folder of that kind")
     else:
         loader, options = pruned, {}
         # `save_pretrained` then writes its code as well.
@@ -84,6 +85,8 @@ def _load_model(name: str, folder: Path, trust: bool, *, is_language: bool) -> A
         raise _refuse(name, f"its weights have other shapes than config.json says, e.g. {key}")
     if info["missing_keys"]:
         is_a = ", ".join(model.config.architectures or ["model of no named class"])
+        if not is_language and is_a.endswith(("ForCausalLM", "LMHeadModel")):
+            raise _refuse(name, LANGUAGE_MODEL)
         lacks = ", ".join(sorted(info["missing_keys"])[:3])
         raise _refuse(name, f"is not trained for this: a {is_a} by its config.json, it has no {lacks}")
     return model

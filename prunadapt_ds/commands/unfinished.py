@@ -30,8 +30,11 @@ def report_of(run_dir: Path) -> dict[str, Any]:
 def find(run_dir: Path) -> Checkpoint | None:
     """The newest intact checkpoint of a run that is not complete, or None. Prints which newer ones are damaged. For rank 0.
 
-    Raises UserError if one cannot be read.
+    Raises UserError if there is no such folder, or one cannot be read.
     """
+    if not run_dir.is_dir():
+        remedy = "is a file" if run_dir.exists() else "is missing: there is no such folder"
+        raise UserError(Problem("run_dir", str(run_dir), f"{remedy}; name the --output_dir of a run"))
     if report_of(run_dir).get("status") == "complete":
         return None
     try:

@@ -188,6 +188,8 @@ def _classes(
         else:
             theirs = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
             remedy = f"labels never seen in {source}: {shown}; known are {theirs}"
+            if numeric and known is None:
+                remedy += " (if labels are numbers on a scale, pass --problem_type regression)"
         problems.append(file.problem(remedy))
     place = {name_of(name): i for i, name in enumerate(names)}
     return names, [[place.get(name_of(label), -1) for label in file.columns["label"]] for file in files]

@@ -101,6 +101,9 @@ def _delimited(field: str, path: Path, delimiter: str, blank_lines: bool) -> Col
     if isinstance(rows, str):
         # Tab-separated files are often written without quoting, as GLUE's are: a quotation mark is then just text.
         if delimiter != "\t":
+            header = text.split("\n", 1)[0]
+            if delimiter not in header:
+                _refuse_other_delimiter(field, path, header)
             remedy = f'{rows}; quote texts that hold a {DELIMITERS[delimiter]} or a ", and double the " inside'
             raise UserError(Problem(field, str(path), remedy))
         rows = _plain_rows(text)
@@ -113,11 +116,7 @@ def _delimited(field: str, path: Path, delimiter: str, blank_lines: bool) -> Col
         raise UserError(Problem(field, str(path), "the file is empty; give a file with data"))
     header = [name.strip() for name in rows[0][1]]
     if len(header) == 1:
-        for other in (d for d in DELIMITERS if d in header[0]):
-            how = {",": "name it .csv", "\t": "name it .tsv"}.get(other, "save it with commas or tabs")
-            looks = f"the delimiter looks like a {DELIMITERS[other]}"
-            remedy = f"the header {header[0]!r} is one column, {looks}; {how}"
-            raise UserError(Problem(field, str(path), remedy))
+        _refuse_other_delimiter(field, path, header[0])
     check_duplicates(field, path, header)
     for line, row in rows[1:]:
         if len(row) != len(header):
@@ -128,6 +127,14 @@ def _delimited(field: str, path: Path, delimiter: str, blank_lines: bool) -> Col
         spans = ((line - more, line) for (line, _), more in zip(rows, inside, strict=True))
         _refuse_blank_lines(field, path, spans)
     return {name: [row[i] for _, row in rows[1:]] for i, name in enumerate(header)}
+
+
+def _refuse_other_delimiter(field: str, path: Path, header: str) -> None:
+    """Raise UserError if a header without the delimiter that belongs to the extension has another."""
+    for other in (d for d in DELIMITERS if d in header):
+        how = {",": "name it .csv", "\t": "name it .tsv"}.get(other, "save it with commas or tabs")
+        looks = f"the delimiter looks like a {DELIMITERS[other]}"
+        raise UserError(Problem(field, str(path), f"the header {header.strip()!r} is one column, {looks}; {how}"))
 
 
 def _quoted_rows(text: str, delimiter: str) -> list[tuple[int, list[str]]] | str:

@@ -528,6 +528,10 @@ MUTANTS = (
            "tests/unit/test_planner.py::test_a_gpu_of_80_bytes_is_refused"),
     Mutant("what a run refuses is planned", "commands/planner.py", "why = model_folder.untrainable(found.to_dict())", 'why = ""',
            "tests/unit/test_planner.py::test_mistakes_are_said_together"),
+    Mutant("a run's exports are not named", "model_folder.py", 'for path in folder.glob("exports/*")', "for path in ()",
+           f"{BAD_INPUT}::test_folders_to_score[a run]"),
+    Mutant("quotes hide the delimiter", "data/readers.py", "            if delimiter not in header:", "            if False:",
+           "tests/unit/test_data_files.py::test_bad_files[quoted.csv]"),
 )  # fmt: skip
 
 

@@ -603,6 +603,14 @@ def index(folder, text):
     (folder / "model.safetensors.index.json").write_text(text)
 
 
+def into_run(folder, *names):
+    """Make it the folder of a run that has exported the model under these names."""
+    for name in names:
+        shutil.copytree(folder, folder / "exports" / name, ignore=shutil.ignore_patterns("exports"))
+    remove(folder, "*.json", "*.safetensors")
+    (folder / "run.json").write_text("{}")
+
+
 def remove(folder, *patterns):
     for pattern in patterns:
         for file in folder.glob(pattern):
@@ -610,6 +618,7 @@ def remove(folder, *patterns):
 
 
 MODEL_CASES = {
+    "a run": (lambda f: into_run(f, "padded"), "not of a model; name one of its exports: model/exports/padded"),
     "quantised": (lambda f: change(f / "config.json", quantization_config={"quant_method": "fp8"}), "is quantised"),
     "no config": (lambda f: remove(f, "config.json"), "has no config.json"),
     "an adapter": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "is the folder of an adapter"),
@@ -750,6 +759,8 @@ def scored(base, folder, **options):
 
 
 SCORED_CASES = {
+    "a run": (lambda f: into_run(f, "b", "a"), "name one of its exports: model/exports/a, model/exports/b"),
+    "a run without exports": (lambda f: into_run(f), "is the folder of a run without exports; go on with the run"),
     "no config": (lambda f: remove(f, "config.json"), "has no config.json"),
     "config is not JSON": (lambda f: cut(f / "config.json", "{"), "config.json cannot be read"),
     "no tokenizer": (lambda f: remove(f, "token*"), "has no tokenizer"),
@@ -810,6 +821,8 @@ def test_what_is_not_for_scoring(base, place, classifier):
     refused(place, argv, ("validation_file", "no such file"), program=evaluate.main)
     argv = scored(base, classifier, task_name="mnli", data_dir=base / "glue", train_file=None, validation_file=None)
     refused(place, argv, ("data_dir", "MNLI"), program=evaluate.main)
+    words = "is a language model, but a classifier is needed; `evaluate` scores it with --task_type causal_lm"
+    refused(place, scored(base, base / "llama"), ("model_name_or_path", words), program=evaluate.main)
     (place / "file").write_text("")
     argv = scored(base, classifier, output_dir="file/out")
     refused(place, argv, ("output_dir", "cannot be written there (Not a directory)"), program=evaluate.main)
@@ -894,7 +907,14 @@ def test_a_format_that_cannot_say_the_plan(place, finished):
     shutil.copytree(finished, place / "run")
     argv = ["--run_dir", "run", "--export_formats", "uniform"]
     refused(place, argv, ("export_formats", "train with --uniform"), program=reexport.main)
-    refused(place, ["--run_dir", "nowhere", *argv[2:]], ("run_dir", "is missing"), program=reexport.main)
+    refused(
+        place,
+        ["--run_dir", "nowhere", *argv[2:]],
+        ("run_dir", "is missing: there is no such folder"),
+        program=reexport.main,
+    )
+    (place / "file").write_text("")
+    refused(place, ["--run_dir", "file", *argv[2:]], ("run_dir", "is a file"), program=reexport.main)
     argv = ["--run_dir", "run", "--export_formats", "compact", "torch_export", "--export_dtype", "float16"]
     words = ("export_dtype", "written in float32"), ("export_formats", "the run is finished")
     refused(place, argv, *words, program=reexport.main)

@@ -221,6 +221,14 @@ BAD_FILES = {
     "columns.csv": (b"words,label\na,b\n", "columns missing: sentence1; found 'words', 'label'"),
     "columns.jsonl": (b'{"a": 1}\n', "columns missing: sentence1, label; found 'a'"),
     "semicolon.csv": (b"sentence1;label\na;b\n", "the delimiter looks like a semicolon"),
+    "quoted.csv": (
+        b'"sentence1";"label"\n"a, b";"x"\n',
+        "the delimiter looks like a semicolon; save it with commas or tabs",
+    ),
+    "quotedrow.csv": (
+        b'sentence1;label\r\n"a";"x"\r\n',
+        "the header 'sentence1;label' is one column, the delimiter looks",
+    ),
     "comma.tsv": (b"sentence1,label\na,b\n", "the delimiter looks like a comma; name it .csv"),
     "tab.csv": (b"sentence1\tlabel\na\tb\n", "the delimiter looks like a tab; name it .tsv"),
     "ragged.csv": (b"sentence1,label\na,b\nc\n", "line 3 has 1 columns, the header has 2"),
@@ -291,6 +299,7 @@ def test_problems_of_all_files_come_at_once(tmp_path):
     [
         (["a", "b"], ["a", "c"], "labels never seen in train_file: 'c'; known are 'a', 'b'"),
         ([0, 1], [1, 2], "labels never seen in train_file: '2'; known are '0', '1'"),
+        ([1, 2, 5], [1, 4], "(if labels are numbers on a scale, pass --problem_type regression)"),
         (["a", "b"], [0.5, 1.5], "labels are floats ('0.5', '1.5'), but names in train_file"),
         ([0, 1], [0.5, 1.5], "labels are floats ('0.5', '1.5'), but integers in train_file"),
         ([0, 1], ["no", "yes"], "labels are names ('no', 'yes'), but integers in train_file"),
