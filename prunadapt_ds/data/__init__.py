@@ -4,6 +4,7 @@ from prunadapt_ds.data.glue import stream_blind
 from prunadapt_ds.data.language import load_language, tokenize_language
 from prunadapt_ds.data.loading import load_task, load_validation, tokenize
 from prunadapt_ds.data.metrics import MEASURES, compute_metrics, compute_perplexity, load_metric, measures_of
+from prunadapt_ds.data.own import doubts
 from prunadapt_ds.data.readers import Columns, blank_line, read_columns, rename_text
 from prunadapt_ds.data.sample import generate
 from prunadapt_ds.data.tasks import (
@@ -31,6 +32,7 @@ __all__ = [
     "blank_line",
     "compute_metrics",
     "compute_perplexity",
+    "doubts",
     "generate",
     "get_task",
     "load_language",

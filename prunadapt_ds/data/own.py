@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from prunadapt_ds.data.readers import Columns, has_surrogate, read_columns, rename_text
-from prunadapt_ds.data.tasks import OWN_METRICS, Task
+from prunadapt_ds.data.tasks import OWN_METRICS, Task, TaskData
 from prunadapt_ds.errors import Problem, UserError
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
 WHOLE = re.compile(r"([+-]?[0-9]{1,1000})(\.0*)?")
 FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
+MOST_CLASSES = 10  # with more, whole numbers as labels may be numbers on a scale
 
 
 @dataclass(frozen=True)
@@ -193,3 +194,32 @@ def _classes(
         problems.append(file.problem(remedy))
     place = {name_of(name): i for i, name in enumerate(names)}
     return names, [[place.get(name_of(label), -1) for label in file.columns["label"]] for file in files]
+
+
+def doubts(data: TaskData, problem_type: str | None = None) -> list[str]:
+    """What may be a mistake in the user's own files although it can be trained on. `problem_type`: as the user stated it, if so."""
+    names, validation = data.task.label_names, data.validation["validation"]
+    found = []
+    if len(names) > MOST_CLASSES and problem_type is None and all(map(INTEGER.fullmatch, names)):
+        found.append(
+            f"{len(names)} whole numbers are taken for classes; for numbers on a scale, pass --problem_type regression"
+        )
+    wanted = set(_texts(validation))
+    trained_on = {texts for texts in _texts(data.train) if texts in wanted}
+    again = sum(texts in trained_on for texts in _texts(validation))
+    if again * 2 >= len(validation):
+        found.append(
+            f"{again} of {len(validation)} validation texts are trained on too: the score says little about new ones"
+        )
+    labels = set(validation["label"])
+    if len(labels) == 1:
+        label = names[labels.pop()] if names else labels.pop()
+        found.append(
+            f"every validation label is {label!r}: the score cannot tell a good model from one that always says so"
+        )
+    return found
+
+
+def _texts(split: Any) -> Iterator[tuple[str, ...]]:
+    """The text, or the pair of texts, of each row of a data set."""
+    return zip(*(split[name] for name in ("sentence1", "sentence2") if name in split.column_names), strict=True)

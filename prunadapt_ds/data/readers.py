@@ -101,9 +101,9 @@ def _delimited(field: str, path: Path, delimiter: str, blank_lines: bool) -> Col
     if isinstance(rows, str):
         # Tab-separated files are often written without quoting, as GLUE's are: a quotation mark is then just text.
         if delimiter != "\t":
-            header = text.split("\n", 1)[0]
-            if delimiter not in header:
-                _refuse_other_delimiter(field, path, header)
+            first = text.split("\n", 1)[0]
+            if delimiter not in first:
+                _refuse_other_delimiter(field, path, first)
             remedy = f'{rows}; quote texts that hold a {DELIMITERS[delimiter]} or a ", and double the " inside'
             raise UserError(Problem(field, str(path), remedy))
         rows = _plain_rows(text)

@@ -530,8 +530,12 @@ MUTANTS = (
            "tests/unit/test_planner.py::test_mistakes_are_said_together"),
     Mutant("a run's exports are not named", "model_folder.py", 'for path in folder.glob("exports/*")', "for path in ()",
            f"{BAD_INPUT}::test_folders_to_score[a run]"),
-    Mutant("quotes hide the delimiter", "data/readers.py", "            if delimiter not in header:", "            if False:",
+    Mutant("quotes hide the delimiter", "data/readers.py", "            if delimiter not in first:", "            if False:",
            "tests/unit/test_data_files.py::test_bad_files[quoted.csv]"),
+    Mutant("a run keeps its doubts", "train.py", 'session.tracker.say(f"warning: {doubt}")', "pass",
+           "tests/unit/test_data_files.py::test_a_run_says_its_doubts_as_it_begins"),
+    Mutant("rows that are trained on go unnoticed", "data/own.py", "if again * 2 >= len(validation):", "if False:",
+           "tests/unit/test_data_files.py::test_what_may_be_a_mistake_is_doubted"),
 )  # fmt: skip
 
 

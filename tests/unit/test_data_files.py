@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prunadapt_ds.data import load_task
+from prunadapt_ds.config import parse
+from prunadapt_ds.data import doubts, load_task
 from prunadapt_ds.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -318,6 +319,61 @@ def test_second_sentence_in_one_split_only(tmp_path, good):
     pair = write(tmp_path / "pair.csv", [{"sentence1": "a", "sentence2": "b", "label": "a"}])
     (problem,) = refused(good, pair)
     assert problem.startswith("train_file=") and "validation_file does" in problem
+
+
+def test_what_may_be_a_mistake_is_doubted(tmp_path, good):
+    """Which trains all the same."""
+    other = write(tmp_path / "other.csv", [{"sentence1": f"new {i}", "label": "ab"[i % 2]} for i in range(4)])
+    assert doubts(load(good, other)) == []
+    (copied,) = doubts(load(good, good))
+    assert copied == "3 of 3 validation texts are trained on too: the score says little about new ones"
+    half = write(
+        tmp_path / "half.jsonl",
+        [*labelled("a", "b"), {"sentence1": "x", "label": "a"}, {"sentence1": "y", "label": "b"}],
+    )
+    assert "2 of 4 validation texts" in doubts(load(good, half))[0]
+    assert doubts(load(half, other, max_train_samples=2)) == []
+    one = write(tmp_path / "one.csv", [{"sentence1": f"new {i}", "label": "a"} for i in range(2)])
+    assert doubts(load(good, one)) == [
+        "every validation label is 'a': the score cannot tell a good model from one that always says so"
+    ]
+
+
+def test_a_run_says_its_doubts_as_it_begins(good, monkeypatch):
+    from prunadapt_ds import train
+
+    for place, name in ((train.resume, "begin"), (train, "add_trainables"), (train.snapshot, "seed_this_rank")):
+        monkeypatch.setattr(place, name, lambda *_, **__: None)
+    said = []
+    session = SimpleNamespace(
+        config=parse([f"--{name}={good}" for name in ("train_file", "validation_file")]),
+        data=load(good, good),
+        tracker=SimpleNamespace(say=said.append),
+    )
+    train.begin(session)
+    assert said == ["warning: 3 of 3 validation texts are trained on too: the score says little about new ones"]
+
+
+def test_ratings_that_are_taken_for_classes_are_doubted(tmp_path):
+    scale = write(tmp_path / "scale.csv", labelled(*range(11)))
+    few = write(tmp_path / "few.csv", labelled(*range(10)))
+    names = write(tmp_path / "names.csv", labelled(*"abcdefghijkl"))
+    new = write(tmp_path / "new.csv", [{"sentence1": "new", "label": 3}, {"sentence1": "one", "label": 4}])
+    assert doubts(load(scale, new)) == [
+        "11 whole numbers are taken for classes; for numbers on a scale, pass --problem_type regression"
+    ]
+    assert doubts(load(few, new)) == []
+    for kind in ("single_label_classification", "regression"):
+        assert doubts(load(scale, new, problem_type=kind), kind) == []
+    assert not any("whole numbers" in doubt for doubt in doubts(load(names, names)))
+    constant = write(tmp_path / "constant.csv", [{"sentence1": f"new {i}", "label": 3} for i in range(2)])
+    assert "every validation label is 3.0" in doubts(load(scale, constant, problem_type="regression"), "regression")[0]
+
+
+def test_pairs_are_the_same_texts_only_as_pairs(tmp_path):
+    train = write(tmp_path / "train.csv", [{"sentence1": "a", "sentence2": b, "label": b} for b in "xy"])
+    dev = write(tmp_path / "dev.csv", [{"sentence1": "a", "sentence2": b + "!", "label": b} for b in "xy"])
+    assert doubts(load(train, dev)) == []
 
 
 def test_subsets_apply_to_every_split(tmp_path, good):
