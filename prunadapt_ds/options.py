@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunadapt_ds.errors import Problem
+from prunadapt_ds.errors import Problem, UserError
 
 MOST = 2**31 - 1  # the limit of whole numbers that have none of their own: torch and DeepSpeed use fixed-width integers
 
@@ -192,13 +192,23 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
 
 
-class _Silent(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises its errors, for commands whose few options are no dataclass."""
+
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(message)
 
+    def parsed(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Like `parse_args`, but raises UserError."""
+        words = list(sys.argv[1:] if argv is None else argv)
+        try:
+            return self.parse_args(words)
+        except ValueError as error:
+            raise UserError(Problem("command line", " ".join(words), f"{error}; see --help")) from None
+
 
 def _parser(sections: Mapping[str, type], usage: Usage) -> argparse.ArgumentParser:
-    parser = _Silent(
+    parser = Parser(
         usage="%(prog)s [option ...]",
         description=usage.description,
         epilog=f"example: {as_called(usage.example)}",

@@ -34,6 +34,8 @@ USAGE = Usage(
     "prunadapt doctor --ds_config ds_configs/zero3.json --output_dir outputs",
     frozenset({"ds_config", "output_dir"}),
 )
+NAMED = {"model_name_or_path", "adapter_name_or_path", "task_name", "data_dir", "train_file", "validation_file"}
+"""Options of a run whose models and data are not opened here."""
 ALL_REDUCE_BYTES = (1024, 16 * 2**20)
 
 
@@ -65,7 +67,7 @@ def run(config: Config) -> list[str]:
     times = {size: all_reduce_seconds(size) for size in ALL_REDUCE_BYTES}
     wrong = problems(ranks)
     if distributed.rank() == 0:
-        print("\n".join(describe(ranks, times, wrong)), flush=True)
+        print("\n".join(describe(ranks, times, wrong, sorted(config.given & NAMED))), flush=True)
     return wrong
 
 
@@ -183,8 +185,10 @@ def problems(ranks: Sequence[Rank]) -> list[str]:
     return found
 
 
-def describe(ranks: Sequence[Rank], times: dict[int, float], wrong: Sequence[str]) -> list[str]:
-    """The lines that rank 0 prints."""
+def describe(
+    ranks: Sequence[Rank], times: dict[int, float], wrong: Sequence[str], unopened: Sequence[str] = ()
+) -> list[str]:
+    """The lines that rank 0 prints. `unopened`: options that were given and whose models or data were not looked at."""
     hosts = list(dict.fromkeys(r.host for r in ranks))
     versions = ", ".join(f"{name} {number}" for name, number in ranks[0].versions.items())
     lines = [
@@ -201,6 +205,10 @@ def describe(ranks: Sequence[Rank], times: dict[int, float], wrong: Sequence[str
         speed = f", {size / seconds / 2**30:.2f} GiB/s" if size > 2**20 else ""
         lines.append(f"all-reduce {size // 1024} KiB in {seconds * 1000:.2f} ms{speed}")
     lines.append(f"bf16       {'fast here' if fast_bf16() else 'slow here: runs use fp32'}")
+    if unopened:
+        lines.append(
+            f"not opened {', '.join(f'--{name}' for name in unopened)}: a run checks what they name as it starts"
+        )
     lines += ["", *(f"problem: {text}" for text in wrong)] if wrong else ["no problems found"]
     return lines
 

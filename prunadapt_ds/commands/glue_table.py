@@ -6,7 +6,6 @@ the mean over tasks. It is marked as an average of all tasks only if every run i
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from typing import Any
 from prunadapt_ds import files
 from prunadapt_ds.config import TASK_NAMES
 from prunadapt_ds.errors import Problem, UserError, exit_code_of
-from prunadapt_ds.options import Help, as_called
+from prunadapt_ds.options import Help, Parser, as_called
 
 TASKS = tuple(name for name in TASK_NAMES if name != "sample")
 KINDS = ("teacher", "masked", "exported")
@@ -209,14 +208,16 @@ _EXAMPLE = "prunadapt glue-table outputs/glue --tasks rte mrpc --seeds 0 1 2"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write and print the table. Returns 0 if every cell is complete, 1 if not, 2 after a user error."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help
-    )
+    parser = Parser(description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help)
     parser.add_argument("root", type=Path, help="folder that contains <task>/seed<n>/report.json")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="[all nine]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="[0]")
-    options = parser.parse_args(argv)
-    return exit_code_of(lambda: show(options.root, options.tasks, options.seeds))
+
+    def work() -> int:
+        options = parser.parsed(argv)
+        return show(options.root, options.tasks, options.seeds)
+
+    return exit_code_of(work)
 
 
 def show(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> int:

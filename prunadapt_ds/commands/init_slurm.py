@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -10,19 +9,16 @@ from pathlib import Path
 
 from prunadapt_ds import files, resources
 from prunadapt_ds.errors import Problem, UserError, exit_code_of
-from prunadapt_ds.options import Help, as_called
+from prunadapt_ds.options import Help, Parser, as_called
 
 _EXAMPLE = "prunadapt init-slurm my-project"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Copy the files. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help
-    )
+    parser = Parser(description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help)
     parser.add_argument("folder", type=Path, metavar="DIR", help="created if it does not exist")
-    options = parser.parse_args(argv)
-    return exit_code_of(lambda: copy(options.folder))
+    return exit_code_of(lambda: copy(parser.parsed(argv).folder))
 
 
 def copy(target: Path) -> None:

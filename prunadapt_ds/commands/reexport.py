@@ -21,7 +21,7 @@ from prunadapt_ds.config import EXPORT_DTYPES
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import ParityError, Problem, UserError
 from prunadapt_ds.models import modeling_prunadapt
-from prunadapt_ds.options import Help, as_called
+from prunadapt_ds.options import Help, Parser, as_called
 
 KINDS = ("compact", "padded", "uniform", *graphs.KINDS)
 _EXAMPLE = "prunadapt export --run_dir outputs --export_formats padded onnx"
@@ -30,19 +30,17 @@ EXAMPLES, TOKENS = 64, 24  # random rows on which a new folder must compute what
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse `argv`, convert on rank 0, and prove the result; returns the exit code."""
-    options = _parser().parse_args(argv)
-    return guarded(
-        lambda: run(
-            Path(options.run_dir),
-            options.export_formats,
-            options.export_dtype,
-            trust_remote_code=options.trust_remote_code,
-        )
-    )
+
+    def work() -> None:
+        options = _parser().parsed(argv)
+        trusts = options.trust_remote_code
+        run(Path(options.run_dir), options.export_formats, options.export_dtype, trust_remote_code=trusts)
+
+    return guarded(work)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help, allow_abbrev=False
     )
     parser.add_argument("--run_dir", required=True, help="output_dir of a run that is finished, or was interrupted")

@@ -536,6 +536,8 @@ MUTANTS = (
            "tests/unit/test_data_files.py::test_a_run_says_its_doubts_as_it_begins"),
     Mutant("rows that are trained on go unnoticed", "data/own.py", "if again * 2 >= len(validation):", "if False:",
            "tests/unit/test_data_files.py::test_what_may_be_a_mistake_is_doubted"),
+    Mutant("the doctor keeps silent about what it skips", "commands/doctor.py", "sorted(config.given & NAMED)", "()",
+           "tests/unit/test_doctor.py::test_what_was_not_opened_is_said"),
 )  # fmt: skip
 
 

@@ -130,6 +130,23 @@ def test_help_has_every_default(sections, usage):
     assert {name for name, text in stated.items() if not helps[name].endswith(text)} == set()
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["export"], "'': the following arguments are required: --run_dir, --export_formats; see --help"),
+        (
+            ["export", "--run_dir", "x", "--export_formats", "odd"],
+            "'--run_dir x --export_formats odd': argument --export_",
+        ),
+        (["init-slurm"], "'': the following arguments are required: DIR; see --help"),
+        (["glue-table", "x", "--seeds", "a"], "'x --seeds a': argument --seeds: invalid int value: 'a'; see --help"),
+    ],
+)
+def test_mistakes_in_few_options_take_one_line(prunadapt, words, said):
+    code, out, errors = prunadapt(*words)
+    assert code == 2 and not out and errors.startswith(f"error: command line={said}") and errors.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["evaluate", "doctor"])
 def test_help_lists_only_what_has_a_meaning(prunadapt, name):
     _, out, _ = prunadapt(name, "--help")

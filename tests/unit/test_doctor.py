@@ -7,6 +7,7 @@ import pytest
 from prunadapt_ds import launchers
 from prunadapt_ds.commands import doctor
 from prunadapt_ds.commands.doctor import Rank, problems
+from prunadapt_ds.config import parse
 
 pytestmark = pytest.mark.fast
 CPU = Rank(0, 0, "a", "cpu", frozenset({0, 1}), 1, dict.fromkeys(doctor.PACKAGES, "1.0"), [])
@@ -45,6 +46,22 @@ def test_the_page_ends_with_what_is_wrong(monkeypatch):
     page = doctor.describe([CPU], {1024: 0.001}, ["no compiler", "full"])
     assert page[-2:] == ["problem: no compiler", "problem: full"] and "no problems found" not in page
     assert doctor.describe([CPU], {1024: 0.001}, [])[-1] == "no problems found"
+
+
+def test_what_was_not_opened_is_said(monkeypatch, capsys):
+    monkeypatch.setenv(doctor.launchers.LAUNCHER_VARIABLE, "python")
+    monkeypatch.setattr(doctor, "backend", lambda: "gloo")
+    monkeypatch.setattr(doctor, "examine", lambda config: CPU)
+    monkeypatch.setattr(doctor, "all_reduce_seconds", lambda size: 0.001)
+    monkeypatch.setattr(doctor.distributed, "init", lambda: None)
+    monkeypatch.setattr(doctor.distributed, "all_gather_objects", lambda value: [value])
+    given = ["--model_name_or_path", "./nowhere", "--task_name", "rte", "--r", "4", "--output_dir", "out"]
+    assert doctor.run(parse(given, doctor.USAGE)) == []
+    *_, line, verdict = capsys.readouterr().out.splitlines()
+    assert line == "not opened --model_name_or_path, --task_name: a run checks what they name as it starts"
+    assert verdict == "no problems found"
+    doctor.run(parse(given[4:], doctor.USAGE))
+    assert "not opened" not in capsys.readouterr().out
 
 
 def test_what_a_rank_sees_by_itself(tmp_path, monkeypatch):
