@@ -6,6 +6,7 @@ Plain functions from a run's results to SVG text: nothing here reads a file or d
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,10 +54,14 @@ def picture(title: str, alt: str, figure: Any) -> Picture:
 
 
 def drawn(function: Any, *arguments: Any) -> Any:
-    """Call `function(*arguments)` with matplotlib set to `STYLE`, and restore the caller's settings."""
+    """Call `function(*arguments)` with matplotlib set to `STYLE`, and restore the caller's settings.
+
+    Characters that its font lacks are drawn as boxes, without a word on the console; alternative texts have them.
+    """
     import matplotlib
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font", UserWarning)
         return function(*arguments)
 
 

@@ -538,6 +538,9 @@ MUTANTS = (
            "tests/unit/test_data_files.py::test_what_may_be_a_mistake_is_doubted"),
     Mutant("the doctor keeps silent about what it skips", "commands/doctor.py", "sorted(config.given & NAMED)", "()",
            "tests/unit/test_doctor.py::test_what_was_not_opened_is_said"),
+    Mutant("the font complains about class names", "figures.py",
+           'warnings.filterwarnings("ignore", r"Glyph', 'warnings.filterwarnings("ignore", r"No glyph',
+           "tests/unit/test_pages.py::test_classes_in_characters_that_the_font_lacks"),
 )  # fmt: skip
 
 

@@ -139,6 +139,14 @@ def test_many_classes_are_put_into_few_words():
     assert picture.alt.endswith("; 860 in 860 other pairs.") and len(picture.alt) < 1500
 
 
+@pytest.mark.filterwarnings("error")
+def test_classes_in_characters_that_the_font_lacks(capfd):
+    """Nothing about glyphs on the console; the alternative text has them."""
+    picture = figures.drawn(figures.confusion, [0, 1, 1], [0, 1, 0], ["\U0001f600", "\u65e5\u672c"])
+    assert "1 labelled \u65e5\u672c but predicted \U0001f600" in picture.alt and picture.svg.startswith("<svg")
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("names", [["$5 (50% off $)", "$a_b_c$"], ["$1 #2 $", "b"], ["$50k-$100k", "rest"]])
 def test_names_of_classes_are_no_formulas(names):
     """They are drawn, and what they hold is theirs: dollars as well."""
