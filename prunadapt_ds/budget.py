@@ -251,7 +251,8 @@ def _densities(scores: Tensor, costs: Tensor, chains: list[int]) -> Tensor:
     items below it are then the choice that loses the least score for what it saves. Nothing is pooled if costs are
     proportional to the number of units.
     """
-    costs = costs.clamp(min=1e-6)  # costs are integers; an item that saves nothing goes last
+    # Costs are integers, so an item that saves nothing is ranked far behind the others; with a score of 0 it loses nothing either.
+    costs = costs.clamp(min=1e-6)
     densities = scores / costs
     for chain, cost in zip(densities.split(chains), costs.split(chains), strict=True):  # views
         there = chain > -torch.inf

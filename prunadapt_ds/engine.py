@@ -115,8 +115,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         family = _group_name(name, task_head_names)
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        decays = len(shape) > 1 and family != "gates"
+        decays = len(full_shape(parameter)) > 1 and family != "gates"
         key = family if decays or family == "gates" else f"{family}_no_decay"
         lr = gate_learning_rate if family == "gates" else learning_rate
         group = groups.setdefault(

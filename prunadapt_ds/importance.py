@@ -229,8 +229,7 @@ class Recorder:
 
         They are always those of the dense model's units [U]; units that are physically gone have zeros.
         """
-        flat = torch.cat([self._sums.flatten(), self._count])
-        flat = dist_sum(flat).cpu()
+        flat = dist_sum(self.capture()).cpu()
         self._sums.zero_()
         self._count.zero_()
         sums = flat[:-1].view(len(STATISTICS), self.num_units)

@@ -46,7 +46,7 @@ MUTANTS = (
     Mutant("square of the mean", "importance.py", "self._sums[0] += d.square().sum(0)",
            "self._sums[0] += d.mean(0).square() * real.sum()",
            f"{IMPORTANCE}::test_equals_autograd_sample_by_sample[bert]"),
-    Mutant("missing all-reduce", "importance.py", "flat = dist_sum(flat).cpu()", "flat = flat.cpu()",
+    Mutant("missing all-reduce", "importance.py", "flat = dist_sum(self.capture()).cpu()", "flat = self.capture().cpu()",
            f"{LAWS}::test_scores_do_not_depend_on_the_split[2x4]"),
     Mutant("idle row counted as a sample", "importance.py", "real = self._coefficients > 0  # [B]",
            "real = self._coefficients >= 0", f"{IMPORTANCE}::test_same_for_every_split[idle-rank-bert]"),
