@@ -4,15 +4,17 @@
 
 Methods: `peft` (HF Trainer, PEFT LoRA, ZeRO-3), `trainer-full` (the same with full fine-tuning), `lora`, `tmp`, `ours@S`, and
 a single cut in the middle of LoRA training: `fisher@S`, `magnitude@S`, `random@S`. Existing results are kept, so an
-interrupted comparison can be continued. `--dry_run` prints what would run and for how long; `--table_only` only draws
-existing results. `--evaluations N` computes the development score N times per run, for the time until 97 % of the base's
-final score. `--workers N` runs N runs at a time if the machine has room; their scores count, but their times do not.
+interrupted comparison can be continued, with the run that it was at from its beginning; results of other settings are refused.
+`--dry_run` prints what would run and for how long; `--table_only` only draws existing results. `--evaluations N` computes the
+development score N times per run, for the time until 97 % of the base's final score. `--workers N` runs N runs at a time if the
+machine has room; their scores count, but their times do not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import queue
 import re
@@ -24,10 +26,13 @@ from pathlib import Path
 from statistics import mean
 
 import compare_table
+import stored
 from ranks import ROOT, deepspeed
 
 METHODS = ("peft", "fisher@0.6", "ours@0.6", "fisher@0.8", "ours@0.8", "ours@0.5", "ours@0.9", "ours@0.95")
 METHODS += ("ours@0.8+5-epochs", "lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
+Cell = tuple[int, str, str]  # seed, task, method
+OF_HF_TRAINER = ("peft", "trainer-full")
 BASE_LEARNING_RATE = 1e-3  # the better of the two that were tried for plain LoRA, in results/tuning
 VARIANTS = {  # "ours@0.6+teacher": the defaults with one ingredient changed
     "teacher": ["--distill_weight", "0.5"],
@@ -79,23 +84,54 @@ def options_of(method: str) -> list[str]:
     return options + (VARIANTS[variant] if variant else [])
 
 
+def epochs_of(method: str, args: argparse.Namespace) -> float:
+    """Epochs of a run: a variant may have its own."""
+    return float(dict(pairwise(options_of(method))).get("--num_train_epochs", args.epochs))
+
+
+def result_of(seed: int, task: str, method: str, args: argparse.Namespace) -> Path:
+    return args.results / f"{task}-{method}-{seed}.json"
+
+
+def settings(method: str, args: argparse.Namespace) -> dict[str, object]:
+    """What a cell is measured with, as its result states it. A result of other settings does not count as this cell's."""
+    others = ("ranks", "batch_size", "dtype", "model", "max_train_samples", "evaluations")
+    return {"epochs": epochs_of(method, args), **{name: getattr(args, name) for name in others}}
+
+
+def steps(task: str, method: str, args: argparse.Namespace) -> int:
+    """Steps of a run on GLUE's own training set."""
+    examples = min(ROWS[task], args.max_train_samples or ROWS[task])
+    return int(math.ceil(examples / (args.batch_size * args.ranks)) * epochs_of(method, args))
+
+
+def refusal(cells: list[Cell], args: argparse.Namespace) -> str:
+    """Why results that are there cannot count as these cells; empty if they can."""
+    asked = {}
+    for seed, task, method in cells:
+        path = result_of(seed, task, method, args)
+        asked[path] = settings(method, args)
+        if path.exists() and "max_train_samples" not in json.loads(path.read_text()):  # an older one, whose steps tell
+            asked[path]["steps"] = steps(task, method, args)
+    return stored.refusal(asked)
+
+
 def command(method: str, task: str, seed: int, args: argparse.Namespace, output: Path, port: int) -> list[str]:
-    script = "benchmarks/peft_trainer.py" if method in ("peft", "trainer-full") else "launcher/train.py"
+    script = "benchmarks/peft_trainer.py" if method in OF_HF_TRAINER else "launcher/train.py"
     options = ["--ds_config", str(args.work_dir / "zero3.json"), "--model_name_or_path", args.model]
     options += ["--task_name", task, "--data_dir", args.data_dir, "--num_train_epochs", str(args.epochs)]
-    options += ["--seed", str(seed), "--output_dir", str(output), *options_of(method)]
+    options += ["--seed", str(seed), "--output_dir", str(output), "--resume", "never", *options_of(method)]
     options += ["--per_device_train_batch_size", str(args.batch_size)]
     if args.max_train_samples:
         options += ["--max_train_samples", str(args.max_train_samples)]
     if args.evaluations:
-        steps = args.epochs * min(ROWS[task], args.max_train_samples or ROWS[task]) / (args.batch_size * args.ranks)
-        options += ["--eval_steps", str(max(1, int(steps / args.evaluations)))]
+        options += ["--eval_steps", str(max(1, steps(task, method, args) // args.evaluations))]
     return [*deepspeed(args.ranks, "--master_port", str(port)), str(ROOT / script), *options]
 
 
 def collect(method: str, output: Path) -> dict:
     """One run's result in a form common to both programs."""
-    if method in ("peft", "trainer-full"):
+    if method in OF_HF_TRAINER:
         found = json.loads((output / "result.json").read_text())
         predictions = next(iter(found.pop("predictions").values()))
         return {**found, "live_after": found["live_bytes"], "predictions": predictions[0], "labels": predictions[1]}
@@ -139,8 +175,8 @@ def commit() -> str:
 
 def run(seed: int, task: str, method: str, args: argparse.Namespace, ports: queue.SimpleQueue[int]) -> bool:
     """Run one cell of the grid, on a port of its own; whether it ended well. A failure is printed, and the other cells continue."""
-    name = f"{task}-{method}-{seed}"
-    output, port = args.work_dir / name, ports.get()
+    path = result_of(seed, task, method, args)
+    output, port = args.work_dir / path.stem, ports.get()
     output.mkdir(parents=True, exist_ok=True)
     # On a busy machine, importing a trainer may take longer than the default timeout for a missing rank.
     environment = {"PRUNADAPT_RENDEZVOUS_SECONDS": "180", **os.environ, "PYTHONPATH": str(ROOT)}
@@ -151,14 +187,12 @@ def run(seed: int, task: str, method: str, args: argparse.Namespace, ports: queu
     finally:  # or the next cell would wait for it for ever
         ports.put(port)
     if code:
-        print(f"{name}: failed with exit code {code}, see {output / 'log.txt'}", flush=True)
+        print(f"{path.stem}: failed with exit code {code}, see {output / 'log.txt'}", flush=True)
         return False
-    epochs = float(dict(pairwise(line))["--num_train_epochs"])  # the last one given wins
-    result = {"task": task, "method": method, "seed": seed, "epochs": epochs, "ranks": args.ranks}
-    result |= {"batch_size": args.batch_size, "dtype": args.dtype, "commit": commit(), "workers": args.workers}
-    result |= collect(method, output)
-    (args.results / f"{name}.json").write_text(json.dumps(result) + "\n")
-    print(f"{name}: {100 * result['metric']['score']:.1f} in {result['train_s']:.0f} s", flush=True)
+    result = {"task": task, "method": method, "seed": seed, **settings(method, args)}
+    result |= {"commit": commit(), "workers": args.workers, **collect(method, output)}
+    path.write_text(json.dumps(result) + "\n")
+    print(f"{path.stem}: {100 * result['metric']['score']:.1f} in {result['train_s']:.0f} s", flush=True)
     return True
 
 
@@ -204,9 +238,11 @@ def main() -> None:
     args.work_dir = args.work_dir.resolve()  # each run has its own working directory
     if args.data_dir:
         args.data_dir = str(Path(args.data_dir).resolve())
+    cells = [(s, t, m) for s in args.seeds for t in args.tasks for m in args.methods]
+    if not args.table_only and (problem := refusal(cells, args)):
+        parser.error(problem)
     args.results.mkdir(parents=True, exist_ok=True)
-    todo = [(s, t, m) for s in args.seeds for t in args.tasks for m in args.methods]
-    todo = [(s, t, m) for s, t, m in todo if not (args.results / f"{t}-{m}-{s}.json").exists()]
+    todo = [cell for cell in cells if not result_of(*cell, args).exists()]
     if args.dry_run:
         done = [json.loads(p.read_text())["train_s"] for p in args.results.glob("*-*-*.json")]
         guess = f"{len(todo) * (mean(done) + 60) / 3600:.1f} h" if done else "unknown before a first run"

@@ -4,7 +4,8 @@
 
 The dense and the exported model take turns in one process, so that noise on the machine affects both alike; medians are
 compared. The MACs ratio is that of the blocks at the given length. The latency ratio stays above it because of embeddings,
-norms, softmax, GELU and the lower efficiency of small matrices. Existing results are kept.
+norms, softmax, GELU and the lower efficiency of small matrices. Existing results are kept; those of another model, or of other
+batches, lengths or repeats, are refused.
 """
 
 import argparse
@@ -12,6 +13,9 @@ import json
 import time
 from pathlib import Path
 from statistics import median
+
+import stored
+from ranks import ROOT
 
 from prunadapt_ds.environment import prepare_environment
 
@@ -21,8 +25,6 @@ import torch  # noqa: E402
 from transformers import AutoModelForSequenceClassification  # noqa: E402
 
 from prunadapt_ds.model_folder import locate  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def macs(config: object, length: int) -> tuple[float, float]:
@@ -100,10 +102,15 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    exports = dict(export.split("=", 1) for export in args.exports)
+    paths = {(name, dtype): args.results / f"{name}-{dtype}.json" for name in exports for dtype in args.dtype}
+    asked = {name: getattr(args, name) for name in ("model", "batches", "lengths", "repeats")}
+    if problem := stored.refusal(dict.fromkeys(paths.values(), asked)):
+        parser.error(problem)
     args.results.mkdir(parents=True, exist_ok=True)
-    for name, folder in (export.split("=", 1) for export in args.exports):
+    for name, folder in exports.items():
         for dtype in args.dtype:
-            path = args.results / f"{name}-{dtype}.json"
+            path = paths[name, dtype]
             if path.exists() or args.dry_run:
                 print(f"{path.name}: {'there already' if path.exists() else 'would run, about 2 minutes on a CPU'}")
                 continue
@@ -112,7 +119,7 @@ def main() -> None:
             exported = load(folder, dtype=getattr(torch, dtype), trust_remote_code=True).to(device).eval()
             rows = sweep(dense, exported, args.batches, args.lengths, args.repeats)
             setting = {"dtype": dtype, "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-            path.write_text(json.dumps({"name": name, **setting, "rows": rows}, indent=1) + "\n")
+            path.write_text(json.dumps({"name": name, **asked, **setting, "rows": rows}, indent=1) + "\n")
     lines = [
         "| model | dtype | batch | length | dense ms | exported ms | latency | MACs |",
         "|---|---|--:|--:|--:|--:|--:|--:|",

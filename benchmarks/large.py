@@ -6,7 +6,7 @@ Llama-shaped classifiers under the same ZeRO configuration, on the ranks of one 
 Seconds are the median time from the start of one step to the start of the next. Peak memory is the allocator's (on a CPU:
 resident memory) since the phase began. FLOP/s are given as a share of those that a large plain matrix product reaches on the
 device. A step counts 4 FLOPs per multiply-accumulate, for the forward pass and the gradients of inputs: frozen weights need no
-gradients. Existing results are kept.
+gradients. Existing results are kept; those of other settings are refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import random_llama
+import stored
 from ranks import ENVIRONMENT, ROOT, deepspeed, measured, words_of_a_rank
 
 if TYPE_CHECKING:
@@ -131,6 +132,13 @@ def prepare(args: argparse.Namespace, shape: str) -> list[str]:
     return options + (["--gradient_checkpointing"] if args.gradient_checkpointing else [])
 
 
+def settings(method: str, args: argparse.Namespace) -> dict[str, object]:
+    """What a result is measured with, beside its name."""
+    found = {name: getattr(args, name) for name in ("ranks", "batch_size", "seq_length", "gradient_checkpointing")}
+    found["ds_config"] = json.loads(Path(args.ds_config).read_text())
+    return found | ({"sparsities": args.sparsities} if method == "ours" else {})
+
+
 def run(method: str, shape: str, args: argparse.Namespace) -> None:
     options = prepare(args, shape)
     shutil.rmtree(args.work_dir / "out", ignore_errors=True)
@@ -155,9 +163,7 @@ def run(method: str, shape: str, args: argparse.Namespace) -> None:
         found = {"device": found["device"], "rows": [row | {n: found[n] for n in ("live_bytes", "peak_bytes")}]}
     else:
         found = json.loads(result.read_text())
-    found |= {"shape": asdict(random_llama.SHAPES[shape]), "ranks": args.ranks, "batch_size": args.batch_size}
-    found |= {"seq_length": args.seq_length, "gradient_checkpointing": args.gradient_checkpointing}
-    found |= {"ds_config": json.loads(Path(args.ds_config).read_text())}
+    found |= {"shape": asdict(random_llama.SHAPES[shape]), **settings(method, args)}
     (args.results / f"{shape}-{method}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(shape, method, found["rows"], flush=True)
 
@@ -208,8 +214,11 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true")
     args = parser.parse_args()
     args.work_dir = args.work_dir.resolve()
+    results = {(s, m): args.results / f"{s}-{m}.json" for s in args.shapes for m in args.methods}
+    if problem := stored.refusal({path: settings(method, args) for (_, method), path in results.items()}):
+        parser.error(problem)
     args.results.mkdir(parents=True, exist_ok=True)
-    todo = [(s, m) for s in args.shapes for m in args.methods if not (args.results / f"{s}-{m}.json").exists()]
+    todo = [cell for cell, path in results.items() if not path.exists()]
     if args.dry_run:
         print(
             "\n".join(f"{shape} {method}" for shape, method in todo)

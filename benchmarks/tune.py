@@ -3,13 +3,12 @@
     python benchmarks/tune.py --data_dir GLUE [--tasks ...] [--variants NAME ...] [--fold 0] [--workers 2]
 
 Each run has one rank and no ZeRO (loss curves depend on neither); `--workers` runs go in parallel. Each writes one JSON file to
-results/tuning, and runs that have one are not repeated. The table at the end has a row per variant, with means over seeds and
-folds.
+results/tuning, and runs that have one are not repeated; one of another model is refused. The table at the end has a row per
+variant, with means over seeds and folds.
 """
 
 import argparse
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -17,9 +16,10 @@ import threading
 from pathlib import Path
 from statistics import mean
 
+import stored
 from compare import ONE_CUT
+from ranks import ENVIRONMENT, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDS = 5
 FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B"}  # official names
 PATHS = ("--model_name_or_path", "--data_dir", "--output_dir", "--ds_config")
@@ -148,8 +148,10 @@ def one_run(argv: list[str], result: Path) -> None:
     train.fit(session)
     metrics, _ = train.evaluate(session)
     found = {"metric": metrics, "teacher": session.report["metric"]["teacher"], "seconds": session.clocks.seconds}
-    options = {name[2:]: value for name, value in zip(argv[::2], argv[1::2], strict=True) if name not in PATHS}
-    result.write_text(json.dumps({**found, "options": options, "counts": session.plan.counts()}) + "\n")
+    given = dict(zip(argv[::2], argv[1::2], strict=True))
+    options = {name[2:]: value for name, value in given.items() if name not in PATHS}
+    found |= {"model": given["--model_name_or_path"], "options": options, "counts": session.plan.counts()}
+    result.write_text(json.dumps(found) + "\n")
 
 
 def work_off(todo: queue.Queue, args: argparse.Namespace) -> None:
@@ -164,10 +166,9 @@ def work_off(todo: queue.Queue, args: argparse.Namespace) -> None:
         options["output_dir"] = args.work_dir / result.stem
         argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         command = [sys.executable, __file__, "--one_run", str(result), *argv]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         log = args.work_dir / f"{result.stem}.log"
         with log.open("w") as file:
-            code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run(command, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT).returncode
         print(f"{result.stem}: {'done' if code == 0 else f'failed, see {log}'}", flush=True)
 
 
@@ -202,14 +203,15 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs/tuning")
     parser.add_argument("--dry_run", action="store_true")
     args = parser.parse_args()
+    cells = [(task, variant, seed) for seed in args.seeds for variant in args.variants for task in args.tasks]
+    results = [args.results / f"{task}-{variant}-f{args.fold}-s{seed}.json" for task, variant, seed in cells]
+    if problem := stored.refusal({path: {"model": args.model} for path in results}):
+        parser.error(problem)
     args.results.mkdir(parents=True, exist_ok=True)
     todo: queue.Queue = queue.Queue()
-    for seed in args.seeds:
-        for variant in args.variants:
-            for task in args.tasks:
-                result = args.results / f"{task}-{variant}-f{args.fold}-s{seed}.json"
-                if not result.exists():
-                    todo.put((task, variant, seed, result))
+    for cell, result in zip(cells, results, strict=True):
+        if not result.exists():
+            todo.put((*cell, result))
     if args.dry_run:
         print("\n".join(item[3].stem for item in todo.queue) + f"\n{todo.qsize()} runs, about 4 minutes each")
         return

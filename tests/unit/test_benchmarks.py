@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ import compare
 import compare_table
 import generation
 import large
+import stored
 import tune
+
+from prunadapt_ds.config import parse
 
 pytestmark = pytest.mark.fast
 
@@ -160,15 +164,11 @@ def test_tokens_of_each_model_beside_the_first_one_s():  # two million parameter
 
 @pytest.mark.parametrize("method", [*compare.METHODS, *(f"ours@0.6+{name}" for name in compare.VARIANTS)])
 def test_every_method_s_options_are_the_trainer_s(method):
-    from prunadapt_ds.config import parse
-
     parse(compare.options_of(method))
 
 
 @pytest.mark.parametrize("variant", tune.VARIANTS)
 def test_every_variant_s_options_are_the_trainer_s(variant):
-    from prunadapt_ds.config import parse
-
     parse([word for name, value in tune.options_of(variant).items() for word in (f"--{name}", str(value))])
 
 
@@ -182,3 +182,101 @@ def test_the_share_of_checkpoints_and_whether_it_is_small_enough():
     small, large = checkpointing.table(runs).splitlines()[2:]
     assert small == "| small | 2 | 30 | 180.0 | 3 | 0.600 | 1.00% | 1.90% | yes |"
     assert large.endswith("| 2.00% | no |")
+
+
+def asked_of_compare(results, *more):
+    return ["compare.py", "--data_dir", "GLUE", "--tasks", "rte", "--methods", "peft", "--results", str(results), *more]
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--epochs", "5"], "epochs is 3 there, and 5.0 is asked for"),
+        (["--dtype", "bf16"], "dtype is 'fp32' there, and 'bf16' is asked for"),
+        (["--model", "other/encoder"], "model is 'sample' there, and 'other/encoder' is asked for"),
+        (["--max_train_samples", "64"], "max_train_samples is None there, and 64 is asked for"),
+        (["--evaluations", "24"], "evaluations is 0 there, and 24 is asked for"),
+        (["--ranks", "4"], "ranks is 2 there, and 4 is asked for"),
+        (["--batch_size", "8"], "batch_size is 16 there, and 8 is asked for"),
+    ],
+)
+def test_a_result_of_other_settings_is_not_taken_for_the_cell_s(argv, said, monkeypatch, capsys, tmp_path):
+    args = {"epochs": 3, "ranks": 2, "batch_size": 16, "dtype": "fp32", "model": "sample"}
+    result = run(**args, max_train_samples=None, evaluations=0)
+    (tmp_path / "rte-peft-0.json").write_text(json.dumps(result))
+    monkeypatch.setattr(sys, "argv", asked_of_compare(tmp_path, "--dtype", "fp32", "--dry_run"))
+    compare.main()
+    assert "0 runs" in capsys.readouterr().out, "of the same settings it counts"
+    monkeypatch.setattr(sys, "argv", asked_of_compare(tmp_path, "--dtype", "fp32", "--dry_run", *argv))
+    with pytest.raises(SystemExit) as ended:
+        compare.main()
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and f"rte-peft-0.json: {said}" in message and "name another --results" in message
+
+
+OLDER_COMPARISONS = {  # what the pages say of how they were measured
+    "compare": [],
+    "compare_fp32": ["--dtype", "fp32"],
+    "compare_gpu": ["--ranks", "1", "--batch_size", "32"],
+    "compare_jemalloc": ["--epochs", "2", "--max_train_samples", "640"],
+    "compare_sst2": ["--dtype", "bf16", "--max_train_samples", "10000"],
+    "time_to_score": ["--dtype", "bf16", "--evaluations", "24"],
+    "ablation": ["--dtype", "bf16"],
+}
+
+
+@pytest.mark.parametrize("folder", OLDER_COMPARISONS)
+def test_results_that_hold_fewer_settings_still_count(folder, monkeypatch, capsys):
+    results = compare.ROOT / "benchmarks/results" / folder
+    names = [path.stem for path in results.glob("*.json")]
+    tasks, methods = ({name.split("-", 1)[0] for name in names}, {name.split("-", 1)[1][:-2] for name in names})
+    argv = [
+        "--data_dir",
+        "GLUE",
+        "--dry_run",
+        "--results",
+        str(results),
+        "--seeds",
+        "0",
+        "1",
+        "2",
+        *OLDER_COMPARISONS[folder],
+    ]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *argv, "--tasks", *tasks, "--methods", *methods])
+    compare.main()
+    missing = 3 * len(tasks) * len(methods) - len(names)
+    assert f"\n{missing} runs" in capsys.readouterr().out
+
+
+def test_the_steps_of_an_older_result_tell_how_many_examples_it_had(monkeypatch, capsys):
+    results = compare.ROOT / "benchmarks/results/compare_sst2"
+    monkeypatch.setattr(
+        sys, "argv", ["compare.py", "--dry_run", "--tasks", "sst2", "--methods", "peft", "--results", str(results)]
+    )
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "steps is 939 there, and 6315 is asked for" in capsys.readouterr().err
+
+
+def test_many_differences_are_counted(tmp_path):
+    paths = [tmp_path / f"{i}.json" for i in range(9)]
+    for path in paths:
+        path.write_text(json.dumps({"batch_size": 16, "newer": 1}))
+    assert stored.refusal({path: {"batch_size": 16, "older": 1} for path in paths}) == ""
+    message = stored.refusal({path: {"batch_size": 8} for path in [*paths, tmp_path / "none.json"]})
+    assert message.count("batch_size is 16 there, and 8 is asked for") == 5 and "and 4 more" in message
+
+
+@pytest.mark.parametrize("method", ["peft", "ours@0.6"])
+def test_a_cell_begins_anew_whatever_its_work_folder_holds(method, monkeypatch, tmp_path):
+    """`--resume auto` would end at once with the report of an earlier run."""
+    lines = []
+    monkeypatch.setattr(
+        compare.subprocess, "run", lambda line, **_: lines.append(line) or SimpleNamespace(returncode=1)
+    )
+    argv = asked_of_compare(tmp_path / "results", "--work_dir", str(tmp_path / "work"), "--methods", method)
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        compare.main()
+    (line,) = lines
+    assert line[line.index("--resume") + 1] == "never"
