@@ -5,9 +5,9 @@
 Methods: `peft` (HF Trainer, PEFT LoRA, ZeRO-3), `trainer-full` (the same with full fine-tuning), `lora`, `tmp`, `ours@S`, and
 a single cut in the middle of LoRA training: `fisher@S`, `magnitude@S`, `random@S`. Existing results are kept, so an
 interrupted comparison can be continued, with the run that it was at from its beginning; results of other settings are refused.
-`--dry_run` prints what would run and for how long; `--table_only` only draws existing results. `--evaluations N` computes the
-development score N times per run, for the time until 97 % of the base's final score. `--workers N` runs N runs at a time if the
-machine has room; their scores count, but their times do not.
+The table shows all that the results folder holds. `--dry_run` prints what would run and for how long; `--table_only` only draws
+existing results. `--evaluations N` computes the development score N times per run, for the time until 97 % of the base's final
+score. `--workers N` runs N runs at a time if the machine has room; their scores count, but their times do not.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ONE_CUT: dict[str, object] = {  # plain LoRA, one cut, plain LoRA
     "gate_learning_rate": 1e-9,
     "train_norms": "false",
 }
-ROWS = {"cola": 8551, "mrpc": 3668, "rte": 2490, "stsb": 5749, "sst2": 67349, "wnli": 635}  # training examples
+ROWS = {"mrpc": 3668, "rte": 2490, "stsb": 5749, "cola": 8551, "sst2": 67349, "wnli": 635}  # training examples
 ROWS |= {"qnli": 104743, "qqp": 363846, "mnli": 392702}
 
 
@@ -254,10 +254,12 @@ def main() -> None:
     write_ds_config(args)
     with ThreadPoolExecutor(args.workers) as workers:
         ended = list(workers.map(lambda cell: run(*cell, args, ports), [] if args.table_only else todo))
-    results = compare_table.load(args.results, args.tasks, args.methods)
-    text, headline = compare_table.tables(results, args.methods)
+    results = compare_table.load(args.results, tuple(ROWS), METHODS)
+    if not results:
+        sys.exit(f"{args.results}: no results to draw")
+    text, headline = compare_table.tables(results)
     (args.results / "table.md").write_text(text)
-    compare_table.draw(results, args.methods, args.results / "trade_off.png")
+    compare_table.draw(results, args.results / "trade_off.png")
     if args.readme:
         into_readme(headline)
     print(text)

@@ -8,7 +8,7 @@ seconds. Times of runs that shared a machine with each other are left out.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -17,17 +17,22 @@ import numpy as np
 BASE = "peft"
 ENOUGH = 0.97  # share of the base's final score whose time is compared
 BOOTSTRAPS = 2000
-Results = dict[str, dict[str, list[dict]]]  # by task and method, a dictionary per seed
-
-
+Results = dict[str, dict[str, list[dict]]]  # by task and method, a dictionary per seed; every task has all methods
 TIMES = ("train_s", "train_cpu_s", "step_s", "last_step_s", "latency", "scores")
 
 
-def load(folder: Path, tasks: Sequence[str], methods: Sequence[str]) -> Results:
-    """Load the existing results of these methods and of the base."""
-    wanted = dict.fromkeys((BASE, *methods))
-    # Seeds are digits: "teacher-stays-0" is not a run of "teacher".
-    return {t: {m: [_read(p) for p in sorted(folder.glob(f"{t}-{m}-[0-9]*.json"))] for m in wanted} for t in tasks}
+def load(folder: Path, tasks: Sequence[str] = (), methods: Sequence[str] = ()) -> Results:
+    """Load all results of a folder. `tasks`, `methods`: their order; those that are not named come last, by name."""
+    runs = sorted((_read(path) for path in folder.glob("*.json")), key=lambda run: run["seed"])
+
+    def ordered(found: Iterable[str], order: Sequence[str]) -> list[str]:
+        return sorted(set(found), key=lambda name: (order.index(name) if name in order else len(order), name))
+
+    found = ordered([BASE, *(run["method"] for run in runs)], methods)
+    return {
+        task: {method: [r for r in runs if (r["task"], r["method"]) == (task, method)] for method in found}
+        for task in ordered((run["task"] for run in runs), tasks)
+    }
 
 
 def _read(path: Path) -> dict:
@@ -107,20 +112,22 @@ COLUMNS = (
 )
 
 
-def tables(results: Results, methods: Sequence[str]) -> tuple[str, str]:
+def tables(results: Results) -> tuple[str, str]:
     """Two Markdown tables: all rows, and the averages alone (all rows if there are none). Columns without values are dropped.
 
     There is a row per task and method, over its seeds, and an average over tasks for every method that was run on all of them.
     """
     rows: list[list[str]] = []
     averages: list[list[str]] = []
-    drawn: dict[str, list[np.ndarray]] = {m: [] for m in methods}
+    drawn: dict[str, list[np.ndarray]] = {}
     for task, runs in results.items():
-        for method in (m for m in methods if runs[m]):
-            both = bootstrap(task, runs[method], runs[BASE]) if runs[BASE] else None
+        for method, found in runs.items():
+            if not found:
+                continue
+            both = bootstrap(task, found, runs[BASE]) if runs[BASE] else None
             if both is not None:
-                drawn[method].append(both)
-            rows.append(_row(task, method, runs[method], runs[BASE], both))
+                drawn.setdefault(method, []).append(both)
+            rows.append(_row(task, method, found, runs[BASE], both))
     for method, parts in drawn.items():
         if len(parts) == len(results) > 1:
             averages.append(_average(method, [(runs[method], runs[BASE]) for runs in results.values()], parts))
@@ -205,7 +212,7 @@ def _average(method: str, pairs: list[tuple[list[dict], list[dict]]], parts: lis
     return [*cells, share("params"), share("macs"), share("latency")]
 
 
-def draw(results: Results, methods: Sequence[str], path: Path) -> None:
+def draw(results: Results, path: Path) -> None:
     """Draw score against latency and against training time, with a line per task; nothing if no run was timed.
 
     Scores and training times (CPU seconds where known) are relative to the base, latency to the dense model.
@@ -218,7 +225,7 @@ def draw(results: Results, methods: Sequence[str], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for (task, runs), marker in zip(results.items(), "osD^vP*X<", strict=False):
         base, points = runs[BASE], []
-        for found in (runs[m] for m in methods if m.startswith("ours@") and "+" not in m and runs[m] and base):
+        for found in (runs[m] for m in runs if m.startswith("ours@") and "+" not in m and runs[m] and base):
             clock = "train_cpu_s" if timed(found, "train_cpu_s") else "train_s"
             latency, seconds, whole = timed(found, "latency"), timed(found, clock), timed(base, clock)
             if latency is None or seconds is None or whole is None:

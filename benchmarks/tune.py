@@ -172,18 +172,21 @@ def work_off(todo: queue.Queue, args: argparse.Namespace) -> None:
         print(f"{result.stem}: {'done' if code == 0 else f'failed, see {log}'}", flush=True)
 
 
-def table(results: Path, tasks: list[str]) -> str:
-    """Scores in percent by variant and task (means over seeds and folds), their mean over tasks, and the number of runs."""
-    header = f"| variant | {' | '.join(tasks)} | mean | runs |\n|---|{'---:|' * (len(tasks) + 2)}"
-    lines = [header]
-    for variant in VARIANTS:
-        by_task = {
-            t: [json.loads(p.read_text())["metric"]["score"] for p in results.glob(f"{t}-{variant}-f*.json")]
-            for t in tasks
-        }
-        if not any(by_task.values()):
-            continue
-        means = {t: 100 * mean(v) for t, v in by_task.items() if v}
+def table(results: Path) -> str:
+    """Scores in percent by variant and task (means over seeds and folds), their mean over tasks, and the number of runs.
+
+    The table shows all that the folder holds. Variants that are no longer searched come last.
+    """
+    scores: dict[str, dict[str, list[float]]] = {}
+    for path in sorted(results.glob("*.json")):
+        task, _, rest = path.stem.partition("-")
+        variant = rest.rsplit("-", 2)[0]  # the fold and the seed follow
+        scores.setdefault(variant, {}).setdefault(task, []).append(json.loads(path.read_text())["metric"]["score"])
+    tasks = [task for task in FOLDERS if any(task in by_task for by_task in scores.values())]
+    lines = [f"| variant | {' | '.join(tasks)} | mean | runs |\n|---|{'---:|' * (len(tasks) + 2)}"]
+    for variant in sorted(scores, key=lambda name: (*VARIANTS, name).index(name)):
+        by_task = scores[variant]
+        means = {t: 100 * mean(found) for t, found in by_task.items()}
         cells = [f"{means[t]:.1f}" if t in means else "" for t in tasks]
         whole = f"{mean(means.values()):.2f}" if len(means) == len(tasks) else ""
         lines.append(f"| {variant} | {' | '.join(cells)} | {whole} | {sum(map(len, by_task.values()))} |")
@@ -222,7 +225,7 @@ def main() -> None:
         worker.start()
     for worker in workers:
         worker.join()
-    text = table(args.results, args.tasks)
+    text = table(args.results)
     (args.results / "table.md").write_text(text)
     print(text)
 

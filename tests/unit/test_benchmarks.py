@@ -86,7 +86,7 @@ def test_time_until_is_the_first_crossing():
     [
         (["--methods", "fischer@0.6"], "--methods fischer@0.6: unknown"),
         (["--methods", "peft+teacher", "ours@0.6+typo"], "peft+teacher: unknown; --methods ours@0.6+typo: unknown"),
-        (["--tasks", "mnly"], "--tasks mnly: not one of cola"),
+        (["--tasks", "mnly"], "--tasks mnly: not one of mrpc"),
         (["--tasks", "mrpc"], "--data_dir: name the folder"),
     ],
 )
@@ -97,46 +97,84 @@ def test_mistakes_are_said_before_the_first_run(argv, said, monkeypatch, capsys,
     assert ended.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "results").exists()
 
 
+def write(folder, task, method, found):
+    (folder / f"{task}-{method}-{found['seed']}.json").write_text(json.dumps({**found, "task": task, "method": method}))
+
+
 def test_table_and_picture_from_a_results_folder(tmp_path):
     base = run(train_cpu_s=8.0, scores=[[1, 1.0, 0.9]], steady_step_s=0.5)
     ours = run(train_cpu_s=4.0, scores=[[1, 0.5, 0.9]], last_step_s=0.2)
     ours |= {"params": 0.4, "macs": 0.42, "latency": 0.5}
-    for method, found in (("peft", base), ("ours@0.6", ours)):
-        (tmp_path / f"rte-{method}-0.json").write_text(json.dumps(found))
-    for variant in ("teacher", "teacher-stays"):
-        (tmp_path / f"rte-ours@0.6+{variant}-0.json").write_text(json.dumps(ours))
-    found = compare_table.load(tmp_path, ["rte"], ["ours@0.6", "ours@0.6+teacher", "ours@0.6+teacher-stays"])["rte"]
-    assert {method: len(runs) for method, runs in found.items()} == dict.fromkeys(found, 1) and len(found) == 4
-    methods = ("peft", "ours@0.6", "tmp")
-    two, _ = compare_table.tables(compare_table.load(tmp_path, ["rte", "mrpc"], methods), methods)
-    assert "average" not in two, "no average of a task that is missing"
-    results = compare_table.load(tmp_path, ["rte"], methods)
-    lines = compare_table.tables(results, methods)[0].splitlines()
+    for method, found in (("ours@0.6", ours), ("peft", base)):
+        write(tmp_path, "rte", method, found)
+    results = compare_table.load(tmp_path)
+    text, _ = compare_table.tables(results)
+    lines = text.splitlines()
     assert len(lines) == 2 + 2, "a line per task and method that ran"
     row = next(line for line in lines if "rte | ours@0.6" in line)
     assert "| 1.000 | 1.000 to 1.000 | 0.50 | 1.00 | 0.40 | 0.50 | 0.50 / 1.00 | 1.00 | 0.40 | 0.42 | 0.50 |" in row
-    for method, found in (("peft", base), ("ours@0.6", ours)):
-        (tmp_path / f"wnli-{method}-0.json").write_text(json.dumps(found))
-    both, averages = compare_table.tables(compare_table.load(tmp_path, ["rte", "wnli"], methods), methods)
+    for method, found in (
+        ("peft", base),
+        ("ours@0.6", ours),
+        ("ours@0.6+teacher", ours),
+        ("ours@0.6+teacher-stays", ours),
+    ):
+        write(tmp_path, "wnli", method, found)
+    results = compare_table.load(tmp_path, ("wnli", "rte"), ("peft", "ours@0.6", "tmp"))
+    assert [*results] == ["wnli", "rte"] and [*results["rte"]] == [
+        "peft",
+        "ours@0.6",
+        "ours@0.6+teacher",
+        "ours@0.6+teacher-stays",
+    ]
+    assert {method: len(runs) for method, runs in results["wnli"].items()} == dict.fromkeys(results["rte"], 1)
+    both, averages = compare_table.tables(results)
     rows = averages.splitlines()[2:]
-    assert [row.split(" | ")[:2] for row in rows] == [["| **average**", m] for m in methods[:2]]
-    assert "rte | ours@0.6" in both and both.count("**average**") == 2
+    assert [row.split(" | ")[:2] for row in rows] == [["| **average**", m] for m in ("peft", "ours@0.6")]
+    assert "rte | ours@0.6" in both and both.count("**average**") == 2, "of methods that ran on every task"
     assert "| 0.40 | 0.50 / 1.00 | 1.00 | 0.40 | 0.42 | 0.50 |" in rows[1]
-    compare_table.draw(results, methods, tmp_path / "picture.png")
+    compare_table.draw(results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("asked", [["--tasks", "mrpc"], ["--methods", "tmp"]])
+def test_the_table_has_all_that_the_folder_holds_whatever_is_asked_for(asked, monkeypatch, capsys, tmp_path):
+    for task in ("rte", "wnli"):
+        for method in ("peft", "ours@0.6"):
+            write(tmp_path, task, method, run(params=0.4))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--table_only", *asked, "--results", str(tmp_path)])
+    compare.main()
+    table = (tmp_path / "table.md").read_text()
+    assert all(f"| {task} | {method} |" in table for task in ("rte", "wnli") for method in ("peft", "ours@0.6"))
+
+
+def test_a_folder_without_results_is_not_drawn(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--table_only", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no results to draw"):
+        compare.main()
+    assert not (tmp_path / "table.md").exists()
+
+
+def test_the_table_of_the_search_has_all_that_the_folder_holds(tmp_path):
+    scores = {"cola-today-f0-s0": 0.2, "cola-today-f0-s1": 0.3, "rte-today-f1-s0": 0.5, "rte-no-longer-here-f0-s0": 0.6}
+    for name, score in scores.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"metric": {"score": score}}))
+    assert tune.table(tmp_path).splitlines() == [
+        "| variant | cola | rte | mean | runs |",
+        "|---|---:|---:|---:|---:|",
+        "| today | 25.0 | 50.0 | 37.50 | 3 |",
+        "| no-longer-here |  | 60.0 |  | 1 |",
+    ]
 
 
 def test_times_of_runs_that_shared_a_machine_are_nobody_s_figure(tmp_path):
     shared = {"workers": 8, "train_s": 3.0, "step_s": 0.1, "latency": 0.9, "params": 0.4, "macs": 0.4}
     for method in ("peft", "ours@0.6"):
-        (tmp_path / f"rte-{method}-0.json").write_text(
-            json.dumps(run(**(shared if method != "peft" else {"workers": 8})))
-        )
-    methods = ("ours@0.6",)
-    results = compare_table.load(tmp_path, ["rte"], methods)
-    text, _ = compare_table.tables(results, methods)
+        write(tmp_path, "rte", method, run(**(shared if method != "peft" else {"workers": 8})))
+    results = compare_table.load(tmp_path)
+    text, _ = compare_table.tables(results)
     assert "time" not in text and "latency" not in text and "| 1.000 | 1.000 to 1.000 | 0.50 / 1.00 |" in text
-    compare_table.draw(results, methods, tmp_path / "picture.png")
+    compare_table.draw(results, tmp_path / "picture.png")
     assert not (tmp_path / "picture.png").exists()
 
 
