@@ -27,12 +27,12 @@ from statistics import mean
 
 import compare_table
 import stored
+from compare_table import OF_HF_TRAINER
 from ranks import ROOT, deepspeed
 
 METHODS = ("peft", "fisher@0.6", "ours@0.6", "fisher@0.8", "ours@0.8", "ours@0.5", "ours@0.9", "ours@0.95")
 METHODS += ("ours@0.8+5-epochs", "lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
 Cell = tuple[int, str, str]  # seed, task, method
-OF_HF_TRAINER = ("peft", "trainer-full")
 BASE_LEARNING_RATE = 1e-3  # the better of the two that were tried for plain LoRA, in results/tuning
 VARIANTS = {  # "ours@0.6+teacher": the defaults with one ingredient changed
     "teacher": ["--distill_weight", "0.5"],

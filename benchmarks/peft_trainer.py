@@ -3,7 +3,8 @@
 compare.py launches it with `deepspeed`. It takes our trainer's options, so that data, epochs, batch size, rank and learning
 rate are the same by construction, and writes result.json to --output_dir. Dropout is off, as in our trainer. Attention is the
 fastest implementation in transformers: "eager" for bf16 on a CPU, where torch's fused kernel takes half as long again, "sdpa"
-elsewhere. With --eval_steps it records the development score during training; the time for this is not training time.
+elsewhere. With --eval_steps it records the development score during training; the time for this is not training time. In bf16
+HF Trainer rounds the labels of a regression; scores are computed with the labels of the data set.
 """
 
 import json
@@ -12,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from compare_table import BF16_ROUNDING
+
 from prunadapt_ds.environment import prepare_environment
 
 prepare_environment()
@@ -19,6 +22,7 @@ prepare_environment()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from peft import LoraConfig, TaskType, get_peft_model  # noqa: E402
+from torch.utils.data import SequentialSampler  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -60,6 +64,9 @@ class Watched(Trainer):
         self.cpu_away += after[1] - before[1]
         self.curve.append([self.state.global_step, before[0], found["eval_score"]])
         return found
+
+    def _get_eval_sampler(self, eval_dataset):
+        return SequentialSampler(eval_dataset)  # grouped by length, predictions would be in another order than labels
 
     def steady_step(self):
         """Median seconds from the start of one step to the next, without the first: the clock does not wait for the device."""
@@ -158,15 +165,19 @@ def main(argv):
         return tokens.remove_columns([c for c in tokens.column_names if c not in keep])
 
     train = rows(data.train)
+    validation = {split: rows(dataset) for split, dataset in data.validation.items()}
+    kind = np.float32 if data.task.is_regression else np.int64
+    labels = {split: np.array(dataset["labels"], kind) for split, dataset in validation.items()}
+    watched = next(iter(validation))  # the split that is scored during training
     steps_per_epoch = -(-len(train) // (config.train.per_device_train_batch_size * distributed.world_size()))
     arguments.warmup_steps = math.ceil(config.train.warmup_ratio * steps_per_epoch * config.train.num_train_epochs)
     trainer = Watched(
         model=model,
         args=arguments,
         train_dataset=train,
-        eval_dataset=rows(next(iter(data.validation.values()))),
+        eval_dataset=validation[watched],
         compute_metrics=lambda found: {
-            "score": compute_metrics(data.task, found.predictions, found.label_ids)["score"]
+            "score": compute_metrics(data.task, found.predictions, labels[watched])["score"]
         },
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
     )
@@ -176,15 +187,15 @@ def main(argv):
     train_s, train_cpu_s = trainer.seconds()
     peak_bytes = int(distributed.dist_max(peak.bytes()))
     live = int(distributed.dist_max(trainer.live_bytes))
-    trainer.args.train_sampling_strategy = "random"  # grouping by length would reorder the predictions
     metrics, predictions = {}, {}
-    for split, dataset in data.validation.items():
-        found = trainer.predict(rows(dataset))
+    for split, dataset in validation.items():
+        found = trainer.predict(dataset)
+        assert np.allclose(found.label_ids, labels[split], rtol=BF16_ROUNDING), "predictions are in another order"
         prefix = f"{split}/" if len(data.validation) > 1 else ""
-        measures = compute_metrics(data.task, found.predictions, found.label_ids)
+        measures = compute_metrics(data.task, found.predictions, labels[split])
         metrics |= {prefix + k: float(v) for k, v in measures.items() if k != "score"}
         values = found.predictions[:, 0] if data.task.is_regression else found.predictions.argmax(-1)
-        predictions[split] = [values.tolist(), found.label_ids.tolist()]
+        predictions[split] = [values.tolist(), labels[split].tolist()]
     metrics["score"] = sum(metrics.values()) / len(metrics)
     if distributed.rank() == 0:
         result = {

@@ -31,6 +31,10 @@ def run(seed=0, correct=0.8, size=200, **more):
     return {**found, "metric": {"score": score}, "live_bytes": 4, "live_after": 2, "peak_bytes": 8, **more}
 
 
+def write(folder, task, method, found):
+    (folder / f"{task}-{method}-{found['seed']}.json").write_text(json.dumps({**found, "task": task, "method": method}))
+
+
 @pytest.mark.parametrize("constant", [False, True])
 @pytest.mark.parametrize("task", ["cola", "mrpc", "rte", "stsb"])
 def test_the_quick_scores_are_the_task_s_measures(task, constant):
@@ -65,14 +69,39 @@ def test_a_run_compared_with_itself_is_exactly_as_good():
     assert (both[0] == both[1]).all() and both[0].std() > 0
 
 
-def test_pairing_makes_the_interval_narrower():
+def test_what_both_get_right_does_not_widen_the_interval():
     ours, base = run(correct=0.8), run(correct=0.7)
-    moved = {**base, "labels": base["labels"][::-1], "predictions": base["predictions"][::-1]}
-    widths = [
-        np.subtract(*np.percentile(b[0] - b[1], [97.5, 2.5]))
-        for b in (compare_table.bootstrap("rte", [ours], [x]) for x in (base, moved))
-    ]
-    assert widths[0] < widths[1]
+    both = compare_table.bootstrap("rte", [ours], [base])
+    apart = np.std(both[0]) ** 2 + np.std(both[1]) ** 2  # of examples that are drawn for each by itself
+    assert np.std(both[0] - both[1]) ** 2 < 0.9 * apart
+
+
+def regression(method, labels, **more):
+    predictions = np.linspace(0, 5, len(labels)).tolist()
+    return run(labels=labels, predictions=predictions, task="stsb", method=method, **more)
+
+
+LABELS, IN_BF16 = [3.200000047683716, 1.5829999446868896, 5.0, 0.0], [3.203125, 1.5859375, 5.0, 0.0]
+
+
+def test_labels_that_hf_trainer_rounded_to_bf16_are_the_others(tmp_path):
+    """Examples are paired only if the labels are equal."""
+    for method, labels in (("peft", IN_BF16), ("ours@0.6", LABELS), ("trainer-full", IN_BF16)):
+        write(tmp_path, "stsb", method, regression(method, labels))
+    loaded = compare_table.load(tmp_path)["stsb"]
+    assert [loaded[method][0]["labels"] for method in ("peft", "ours@0.6", "trainer-full")] == [LABELS] * 3
+
+
+@pytest.mark.parametrize(
+    "method, labels",
+    [("peft", LABELS[::-1]), ("peft", LABELS[:3]), ("ours@0.8", IN_BF16), ("peft", [3.2, 1.6, 5.0, 0.0])],
+    ids=["another order", "fewer", "rounded by ours", "further than rounding"],
+)
+def test_other_labels_are_refused(method, labels, tmp_path):
+    for name, found in (("ours@0.6", LABELS), (method, labels)):
+        write(tmp_path, "stsb", name, regression(name, found))
+    with pytest.raises(ValueError, match=f"stsb-ours@0.6-0 and stsb-{method}-0 have different labels"):
+        compare_table.load(tmp_path)
 
 
 def test_time_until_is_the_first_crossing():
@@ -95,10 +124,6 @@ def test_mistakes_are_said_before_the_first_run(argv, said, monkeypatch, capsys,
     with pytest.raises(SystemExit) as ended:
         compare.main()
     assert ended.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "results").exists()
-
-
-def write(folder, task, method, found):
-    (folder / f"{task}-{method}-{found['seed']}.json").write_text(json.dumps({**found, "task": task, "method": method}))
 
 
 def test_table_and_picture_from_a_results_folder(tmp_path):
