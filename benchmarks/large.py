@@ -4,9 +4,10 @@
 
 Llama-shaped classifiers under the same ZeRO configuration, on the ranks of one machine; every sequence has `seq_length` tokens.
 Seconds are the median time from the start of one step to the start of the next. Peak memory is the allocator's (on a CPU:
-resident memory) since the phase began. FLOP/s are given as a share of those that a large plain matrix product reaches on the
-device. A step counts 4 FLOPs per multiply-accumulate, for the forward pass and the gradients of inputs: frozen weights need no
-gradients. Existing results are kept; those of other settings are refused.
+resident memory) after the first step, or the first after a cut. FLOP/s are given as a share of those that a large plain matrix
+product reaches on the device, which a run of `lora` or `ours` measures. A step counts 4 FLOPs per multiply-accumulate, for the
+forward pass and the gradients of inputs: frozen weights need no gradients. Existing results are kept; those of other settings
+are refused.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def run(method: str, shape: str, args: argparse.Namespace) -> None:
         return
     if method == "peft":
         found = json.loads((args.work_dir / "out/result.json").read_text())
-        row = {"sparsity": 0.0, "record": False, "step_s": found["steady_step_s"]}
-        found = {"device": found["device"], "rows": [row | {n: found[n] for n in ("live_bytes", "peak_bytes")}]}
+        row = {"sparsity": 0.0, "record": False, "step_s": found["steady_step_s"], "live_bytes": found["live_bytes"]}
+        found = {"device": found["device"], "rows": [row | {"peak_bytes": found["steady_peak_bytes"]}]}
     else:
         found = json.loads(result.read_text())
     found |= {"shape": asdict(random_llama.SHAPES[shape]), **settings(method, args)}
@@ -177,17 +178,19 @@ def table(results: Path) -> str:
     for shape in random_llama.SHAPES:
         found = {m: json.loads(p.read_text()) for m in METHODS if (p := results / f"{shape}-{m}.json").exists()}
         base = found["peft"]["rows"][0] if "peft" in found else {}
-        ours = next((f for m, f in found.items() if m != "peft"), {})
+        counted = next((f for m, f in found.items() if m != "peft"), None)  # its model is PEFT's too
         for method, of_method in found.items():
             for row in of_method["rows"]:
                 name = (
                     method if method != "ours" else f"ours, {row['sparsity']:.0%} gone" if row["sparsity"] else "gates"
                 )
                 tokens = of_method["batch_size"] * of_method["seq_length"]
-                macs = row.get("macs") or ours["rows"][0]["macs"]
-                used = 4 * macs * of_method["batch_size"] / row["step_s"] / ours["flops_per_s"]
+                used = "-"
+                if counted:
+                    macs = row.get("macs") or counted["rows"][0]["macs"]
+                    used = f"{4 * macs * of_method['batch_size'] / row['step_s'] / counted['flops_per_s']:.0%}"
                 cells = [shape, name + (", recording" if row["record"] else ""), f"{row['step_s']:.3f}"]
-                cells += [_of(row, base, "step_s"), f"{tokens / row['step_s']:,.0f}", f"{used:.0%}"]
+                cells += [_of(row, base, "step_s"), f"{tokens / row['step_s']:,.0f}", used]
                 for key in ("live_bytes", "peak_bytes"):
                     cells += [f"{row[key] / 2**30:.2f}", _of(row, base, key)]
                 lines.append("| " + " | ".join(cells) + " |")

@@ -51,6 +51,8 @@ class Watched(Trainer):
     away = cpu_away = 0.0  # seconds spent on evaluation
     curve: list  # [step, training seconds so far, score]
     starts: list  # training seconds at the start of each step
+    peak: memory.PeakMemory
+    first_peak = 0  # bytes until the end of the first step
 
     def seconds(self):
         """(wall, CPU) seconds of training so far on this rank."""
@@ -74,6 +76,9 @@ class Watched(Trainer):
 
     def training_step(self, *args, **kwargs):
         self.starts.append(self.seconds()[0])
+        if len(self.starts) == 2:
+            self.first_peak = self.peak.bytes()
+            self.peak.reset()
         length = args[1]["input_ids"].shape[1]
         if length <= self.longest:
             return super().training_step(*args, **kwargs)
@@ -181,11 +186,12 @@ def main(argv):
         },
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
     )
-    trainer.curve, trainer.starts = [], []
+    trainer.curve, trainer.starts, trainer.peak = [], [], peak
     trainer.start, trainer.cpu_start = time.perf_counter(), time.process_time()
     trainer.train()
     train_s, train_cpu_s = trainer.seconds()
-    peak_bytes = int(distributed.dist_max(peak.bytes()))
+    steady_peak = int(distributed.dist_max(peak.bytes()))
+    first_peak = int(distributed.dist_max(trainer.first_peak))
     live = int(distributed.dist_max(trainer.live_bytes))
     metrics, predictions = {}, {}
     for split, dataset in validation.items():
@@ -208,7 +214,8 @@ def main(argv):
             "scores": trainer.curve,
             "steps": trainer.state.global_step,
             "live_bytes": live,
-            "peak_bytes": peak_bytes,
+            "peak_bytes": max(first_peak, steady_peak),
+            "steady_peak_bytes": steady_peak,  # after the first step
             "predictions": predictions,
         }
         output.mkdir(parents=True, exist_ok=True)

@@ -208,6 +208,8 @@ def test_steps_of_large_models_beside_peft_s(tmp_path):
     row = {"sparsity": 0.0, "record": False, "step_s": 0.5, "live_bytes": 2**31, "peak_bytes": 2**32}
     ours = [{**row, "macs": 10**9, "record": True}, {**row, "macs": 10**9, "sparsity": 0.5, "step_s": 0.25}]
     (tmp_path / "1b-peft.json").write_text(json.dumps({"rows": [row], **setting}))
+    (alone,) = large.table(tmp_path).splitlines()[2:]
+    assert alone == "| 1b | peft | 0.500 | 1.00 | 800 | - | 2.00 | 1.00 | 4.00 | 1.00 |"
     (tmp_path / "1b-ours.json").write_text(json.dumps({"rows": ours, "flops_per_s": 64e9, **setting}))
     peft, gates, half = large.table(tmp_path).splitlines()[2:]
     assert peft == "| 1b | peft | 0.500 | 1.00 | 800 | 50% | 2.00 | 1.00 | 4.00 | 1.00 |"
