@@ -3,7 +3,8 @@
 compare.py launches it with `deepspeed`. It takes our trainer's options, so that data, epochs, batch size, rank and learning
 rate are the same by construction, and writes result.json to --output_dir. Dropout is off, as in our trainer. Attention is the
 fastest implementation in transformers: "eager" for bf16 on a CPU, where torch's fused kernel takes half as long again, "sdpa"
-elsewhere. With --eval_steps it records the development score during training; the time for this is not training time. In bf16
+elsewhere. Training time begins with the first step, as in our trainer: loading and DeepSpeed's initialisation are not part of it.
+With --eval_steps it records the development score during training; the time for this is not training time either. In bf16
 HF Trainer rounds the labels of a regression; scores are computed with the labels of the data set.
 """
 
@@ -43,11 +44,11 @@ WARM_UP = 4  # steps
 
 
 class Watched(Trainer):
-    """Counts the live bytes of the step with the longest samples, records scores, and excludes evaluation from training time."""
+    """Counts the live bytes of the step with the longest samples, records scores, and times training without evaluations."""
 
     live_bytes = 0
     longest = 0
-    start = cpu_start = 0.0
+    start = cpu_start = 0.0  # of the first step
     away = cpu_away = 0.0  # seconds spent on evaluation
     curve: list  # [step, training seconds so far, score]
     starts: list  # training seconds at the start of each step
@@ -75,6 +76,8 @@ class Watched(Trainer):
         return float(np.median(np.diff(self.starts[WARM_UP:]))) if len(self.starts) > WARM_UP + 1 else None
 
     def training_step(self, *args, **kwargs):
+        if not self.starts:
+            self.start, self.cpu_start = time.perf_counter(), time.process_time()
         self.starts.append(self.seconds()[0])
         if len(self.starts) == 2:
             self.first_peak = self.peak.bytes()
@@ -187,7 +190,7 @@ def main(argv):
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
     )
     trainer.curve, trainer.starts, trainer.peak = [], [], peak
-    trainer.start, trainer.cpu_start = time.perf_counter(), time.process_time()
+    called = time.perf_counter()
     trainer.train()
     train_s, train_cpu_s = trainer.seconds()
     steady_peak = int(distributed.dist_max(peak.bytes()))
@@ -208,6 +211,7 @@ def main(argv):
             "metric": metrics,
             "train_s": train_s,
             "train_cpu_s": None if cuda else train_cpu_s,
+            "initialisation_s": trainer.start - called,  # older results do not have it: their train_s contains it
             "steady_step_s": trainer.steady_step(),
             "device": distributed.device_name(distributed.device()),
             "attention": attention,

@@ -227,6 +227,23 @@ def test_tokens_of_each_model_beside_the_first_one_s():  # two million parameter
     assert generation.table(rows).splitlines()[4] == "| dense | 2 | 1.00 | 32 | 320.00 | 1.00 | 32.00 | 1.00 |"
 
 
+def test_the_base_s_clock_begins_with_its_first_step_and_its_steady_peak_after_it(monkeypatch):
+    import peft_trainer
+
+    now, peaks = iter(range(100, 200, 10)), iter((7, 5))
+    clock = SimpleNamespace(perf_counter=lambda: next(now), process_time=lambda: 0.0)
+    monkeypatch.setattr(peft_trainer, "time", clock)
+    monkeypatch.setattr(peft_trainer.Trainer, "training_step", lambda *_: "loss")
+    trainer = object.__new__(peft_trainer.Watched)
+    reset = []
+    trainer.starts, trainer.longest = [], 8
+    trainer.peak = SimpleNamespace(bytes=lambda: next(peaks), reset=lambda: reset.append(len(trainer.starts)))
+    for _ in range(3):
+        assert trainer.training_step(None, {"input_ids": np.zeros((2, 8))}) == "loss"
+    assert trainer.start == 100 and trainer.starts == [10, 20, 30], "what came before is not training time"
+    assert reset == [2] and trainer.first_peak == 7, "at the start of the second step"
+
+
 @pytest.mark.parametrize("method", [*compare.METHODS, *(f"ours@0.6+{name}" for name in compare.VARIANTS)])
 def test_every_method_s_options_are_the_trainer_s(method):
     parse(compare.options_of(method))
