@@ -3,7 +3,8 @@
     python benchmarks/compare.py --data_dir GLUE [--tasks mrpc rte stsb cola] [--methods peft ours@0.6 ...] [--seeds 0 1 2]
 
 Methods: `peft` (HF Trainer, PEFT LoRA, ZeRO-3), `trainer-full` (the same with full fine-tuning), `lora`, `tmp`, `ours@S`, and
-a single cut in the middle of LoRA training: `fisher@S`, `magnitude@S`, `random@S`. Existing results are kept, so an
+a single cut in the middle of LoRA training: `fisher@S`, `magnitude@S`, `random@S`. All but `trainer-full`, which has 5e-5, have
+the default learning rate for the model's width. Existing results are kept, so an
 interrupted comparison can be continued, with the run that it was at from its beginning; results of other settings are refused.
 The table shows all that the results folder holds. `--dry_run` prints what would run and for how long; `--table_only` only draws
 existing results. `--evaluations N` computes the development score N times per run, for the time until 97 % of the base's final
@@ -33,7 +34,6 @@ from ranks import ROOT, deepspeed
 METHODS = ("peft", "fisher@0.6", "ours@0.6", "fisher@0.8", "ours@0.8", "ours@0.5", "ours@0.9", "ours@0.95")
 METHODS += ("ours@0.8+5-epochs", "lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
 Cell = tuple[int, str, str]  # seed, task, method
-BASE_LEARNING_RATE = 1e-3  # the better of the two that were tried for plain LoRA, in results/tuning
 VARIANTS = {  # "ours@0.6+teacher": the defaults with one ingredient changed
     "teacher": ["--distill_weight", "0.5"],
     "any-teacher": ["--distill_weight", "0.5", "--distill_min_r2", "-1000"],
@@ -73,8 +73,10 @@ def options_of(method: str) -> list[str]:
     name, _, sparsity = method.partition("@")
     if name in ("lora", "tmp"):
         return ["--method", name]
-    if name == "peft":
-        return ["--method", "lora", "--learning_rate", str(BASE_LEARNING_RATE)]
+    if (
+        name == "peft"
+    ):  # at our default rate: for the sample the better of the two tried for plain LoRA, in results/tuning
+        return ["--method", "lora"]
     if name == "trainer-full":
         return ["--method", "full", "--learning_rate", "5e-5"]
     options = ["--target_sparsity", sparsity]

@@ -146,7 +146,7 @@ def run(method: str, shape: str, args: argparse.Namespace) -> None:
     result = args.work_dir / "measured.json"
     if method == "peft":
         script = str(ROOT / "benchmarks/peft_trainer.py")
-        command = [*deepspeed(args.ranks), script, *options, "--method", "lora", "--learning_rate", "1e-3"]
+        command = [*deepspeed(args.ranks), script, *options, "--method", "lora"]
     else:
         of_method = ["--method", "lora"] if method == "lora" else ["--target_sparsity", str(max(args.sparsities))]
         sparsities = ",".join(map(str, args.sparsities))

@@ -39,6 +39,7 @@ from prunadapt_ds.config import parse  # noqa: E402
 from prunadapt_ds.data import compute_metrics, load_metric, load_task, tokenize  # noqa: E402
 from prunadapt_ds.ds_config import resolve_ds_config  # noqa: E402
 from prunadapt_ds.models.layouts import family_of, layout_of  # noqa: E402
+from prunadapt_ds.schedule import default_learning_rate  # noqa: E402
 
 WARM_UP = 4  # steps
 
@@ -114,6 +115,12 @@ def main(argv):
     output = Path(config.output.output_dir)
     ds = resolve_ds_config(config, distributed.world_size())
     cuda, bf16 = torch.cuda.is_available(), ds.dtype == "bf16"
+    name = model_folder.locate(config.model.model_name_or_path)
+    model_config = AutoConfig.from_pretrained(
+        name,
+        num_labels=data.task.num_labels,
+        problem_type="regression" if data.task.is_regression else "single_label_classification",
+    )
     arguments = TrainingArguments(
         output_dir=str(output),
         deepspeed=ds_config(config, ds),
@@ -123,7 +130,7 @@ def main(argv):
         per_device_eval_batch_size=config.train.per_device_eval_batch_size,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         num_train_epochs=config.train.num_train_epochs,
-        learning_rate=config.train.learning_rate,
+        learning_rate=config.train.learning_rate or default_learning_rate(model_config.hidden_size, is_full=full),
         weight_decay=config.train.weight_decay,
         warmup_steps=0,
         lr_scheduler_type="linear",
@@ -138,12 +145,6 @@ def main(argv):
         logging_steps=50,
         disable_tqdm=True,
         remove_unused_columns=True,
-    )
-    name = model_folder.locate(config.model.model_name_or_path)
-    model_config = AutoConfig.from_pretrained(
-        name,
-        num_labels=data.task.num_labels,
-        problem_type="regression" if data.task.is_regression else "single_label_classification",
     )
     torch.manual_seed(config.train.seed)
     load_metric(data.task.name)  # before memory is measured, as in our trainer

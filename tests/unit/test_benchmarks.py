@@ -227,6 +227,10 @@ def test_tokens_of_each_model_beside_the_first_one_s():  # two million parameter
     assert generation.table(rows).splitlines()[4] == "| dense | 2 | 1.00 | 32 | 320.00 | 1.00 | 32.00 | 1.00 |"
 
 
+def test_the_base_s_learning_rate_is_the_default_for_the_model_s_width():
+    assert parse(compare.options_of("peft")).train.learning_rate is None
+
+
 def test_the_base_s_clock_begins_with_its_first_step_and_its_steady_peak_after_it(monkeypatch):
     import peft_trainer
 
