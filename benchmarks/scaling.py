@@ -4,7 +4,8 @@
 
 Bytes are counted, not estimated: live bytes on the rank that has most, and all collectives of DeepSpeed during one step (ring
 algorithms: an all-gather of n shards sends n - 1 of them, an all-reduce twice (n - 1) / n of its tensor). `base` and `large`
-have random weights in BERT's usual shapes. Existing results are kept; the picture and the table show all of them.
+have random weights in BERT's usual shapes. Existing results are kept, those of another sparsity or batch refused; the picture and
+the table show all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+import stored
 from ranks import ENVIRONMENT, ROOT, measured, words_of_a_rank
 
 SHAPES = {"base": (12, 768), "large": (24, 1024)}  # layers, hidden size; heads of 64, 4 * hidden neurons
@@ -101,6 +103,8 @@ def measure(argv: list[str], result: Path) -> None:
     session.tracker.close()
     if distributed.rank() == 0:
         device = distributed.device_name(session.device)
+        batch_size = session.config.train.per_device_train_batch_size * distributed.world_size()
+        found |= {"sparsity": session.config.prune.target_sparsity, "batch_size": batch_size}
         found |= {"ranks": distributed.world_size(), "device": device, "torch": torch.__version__}
         result.write_text(json.dumps(found, indent=1) + "\n")
     distributed.shutdown()
@@ -155,21 +159,23 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs/scaling")
     parser.add_argument("--dry_run", action="store_true")
     args = parser.parse_args()
+    if uneven := [n for n in args.ranks if args.batch_size % n]:
+        parser.error(f"--batch_size {args.batch_size}: {' and '.join(map(str, uneven))} ranks cannot share it evenly")
+    results = {(size, n): args.results / f"{size}-{n}.json" for size in args.sizes for n in args.ranks}
+    asked = {"sparsity": args.sparsity, "batch_size": args.batch_size}
+    if problem := stored.refusal(dict.fromkeys(results.values(), asked)):
+        parser.error(problem)
     args.results.mkdir(parents=True, exist_ok=True)
-    todo = [(s, n) for s in args.sizes for n in args.ranks if not (args.results / f"{s}-{n}.json").exists()]
+    todo = [cell for cell, path in results.items() if not path.exists()]
     if args.dry_run:
         print("\n".join(f"{size} on {n} ranks" for size, n in todo) + f"\n{len(todo)} runs, about 2 minutes each")
         return
     for size, n in todo:
-        options = [
-            "--model_name_or_path",
-            model_folder(size, args.work_dir),
-            "--output_dir",
-            str(args.work_dir / "out"),
-        ]
+        options = ["--model_name_or_path", model_folder(size, args.work_dir)]
+        options += ["--output_dir", str(args.work_dir / "out")]
         options += ["--ds_config", str(ROOT / "ds_configs/zero3.json"), "--target_sparsity", str(args.sparsity)]
         options += ["--per_device_train_batch_size", str(args.batch_size // n)]
-        command = measured(n, __file__, args.results / f"{size}-{n}.json", *options)
+        command = measured(n, __file__, results[size, n], *options)
         code = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL).returncode
         print(f"{size} on {n} ranks: {'done' if code == 0 else f'failed with exit code {code}'}", flush=True)
     text = draw(args.results)

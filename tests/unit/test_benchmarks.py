@@ -14,6 +14,7 @@ import compare
 import compare_table
 import generation
 import large
+import scaling
 import stored
 import tune
 
@@ -366,3 +367,24 @@ def test_a_cell_begins_anew_whatever_its_work_folder_holds(method, monkeypatch, 
         compare.main()
     (line,) = lines
     assert line[line.index("--resume") + 1] == "never"
+
+
+def test_scaling_refuses_another_sparsity_and_a_batch_that_ranks_cannot_share(monkeypatch, capsys, tmp_path):
+    for name, found in (
+        ("sample-1", {"sparsity": 0.6, "batch_size": 32}),
+        ("sample-2", {}),
+    ):  # an older one states neither
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    argv = ["scaling.py", "--sizes", "sample", "--ranks", "1", "2", "4", "--dry_run", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    scaling.main()
+    assert capsys.readouterr().out.startswith("sample on 4 ranks\n1 runs")
+    for more, said in (
+        (["--sparsity", "0.8"], "sample-1.json: sparsity is 0.6 there, and 0.8 is asked for"),
+        (["--batch_size", "64"], "sample-1.json: batch_size is 32 there, and 64 is asked for"),
+        (["--batch_size", "30"], "--batch_size 30: 4 ranks cannot share it evenly"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*argv, *more])
+        with pytest.raises(SystemExit):
+            scaling.main()
+        assert said in capsys.readouterr().err
