@@ -29,7 +29,7 @@ from statistics import mean
 import compare_table
 import stored
 from compare_table import OF_HF_TRAINER
-from ranks import ROOT, deepspeed
+from ranks import ROOT, deepspeed, from_anywhere
 
 METHODS = ("peft", "fisher@0.6", "ours@0.6", "fisher@0.8", "ours@0.8", "ours@0.5", "ours@0.9", "ours@0.95")
 METHODS += ("ours@0.8+5-epochs", "lora", "tmp", "random@0.6", "magnitude@0.6", "trainer-full")
@@ -120,7 +120,7 @@ def refusal(cells: list[Cell], args: argparse.Namespace) -> str:
 
 def command(method: str, task: str, seed: int, args: argparse.Namespace, output: Path, port: int) -> list[str]:
     script = "benchmarks/peft_trainer.py" if method in OF_HF_TRAINER else "launcher/train.py"
-    options = ["--ds_config", str(args.work_dir / "zero3.json"), "--model_name_or_path", args.model]
+    options = ["--ds_config", str(args.work_dir / "zero3.json"), "--model_name_or_path", from_anywhere(args.model)]
     options += ["--task_name", task, "--data_dir", args.data_dir, "--num_train_epochs", str(args.epochs)]
     options += ["--seed", str(seed), "--output_dir", str(output), "--resume", "never", *options_of(method)]
     options += ["--per_device_train_batch_size", str(args.batch_size)]

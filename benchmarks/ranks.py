@@ -19,6 +19,11 @@ def measured(ranks: int, script: str, *words: object) -> list[str]:
     return [*deepspeed(ranks), script, "--measure", *map(str, words)]
 
 
+def from_anywhere(model: str) -> str:
+    """The name of a model for a process in another working directory: a folder's is made absolute, a hub id stays."""
+    return str(Path(model).resolve()) if model != "sample" and Path(model).is_dir() else model
+
+
 def words_of_a_rank() -> list[str] | None:
     """The arguments that `measured` passed to this process, or None if it is not a rank.
 

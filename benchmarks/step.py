@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
 
-from ranks import ENVIRONMENT, ROOT, measured, words_of_a_rank
+from ranks import ENVIRONMENT, ROOT, from_anywhere, measured, words_of_a_rank
 
 
 class Variant(NamedTuple):
@@ -111,16 +111,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/step")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
-    result = args.results / f"batch{args.batch_size}-ranks{args.ranks}.json"
-    options = [
-        "--ds_config",
-        "ds_configs/zero3.json",
-        "--model_name_or_path",
-        args.model,
-        "--max_seq_length",
-        str(args.seq_length),
-    ]
-    options += ["--per_device_train_batch_size", str(args.batch_size)]
+    result = args.results.resolve() / f"batch{args.batch_size}-ranks{args.ranks}.json"
+    options = ["--ds_config", "ds_configs/zero3.json", "--model_name_or_path", from_anywhere(args.model)]
+    options += ["--max_seq_length", str(args.seq_length), "--per_device_train_batch_size", str(args.batch_size)]
     command = measured(args.ranks, __file__, result, args.rounds, *options)
     subprocess.run(command, check=True, cwd=ROOT, env=ENVIRONMENT)
     tables = [table(json.loads(path.read_text())) for path in sorted(args.results.glob("*.json"))]

@@ -14,7 +14,9 @@ import compare
 import compare_table
 import generation
 import large
+import ranks
 import scaling
+import step
 import stored
 import tune
 
@@ -388,3 +390,21 @@ def test_scaling_refuses_another_sparsity_and_a_batch_that_ranks_cannot_share(mo
         with pytest.raises(SystemExit):
             scaling.main()
         assert said in capsys.readouterr().err
+
+
+def test_a_step_is_measured_into_the_folder_that_is_named_from_here(monkeypatch, tmp_path):
+    """Its ranks run in the root of the repository."""
+    commands = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "encoder").mkdir()
+    monkeypatch.setattr(step.subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(sys, "argv", ["step.py", "--results", "found", "--model", "encoder"])
+    step.main()
+    (command,) = commands
+    assert str(tmp_path / "found/batch16-ranks2.json") in command and str(tmp_path / "encoder") in command
+
+
+def test_a_hub_s_model_and_the_sample_keep_their_names(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sample").mkdir()
+    assert [ranks.from_anywhere(name) for name in ("sample", "owner/model")] == ["sample", "owner/model"]
