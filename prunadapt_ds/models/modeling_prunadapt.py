@@ -201,10 +201,25 @@ class SkippedLayer(nn.Module):
         return (hidden_states,) if LAYERS_RETURN_TUPLES else hidden_states
 
 
+def whole_shape(parameter: nn.Parameter) -> list[int]:
+    """The sizes of a parameter, also if DeepSpeed's ZeRO-3 has sharded it and left an empty tensor in its place."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def select(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
-    """A new parameter with a copy of the slices `index` (int64 [n]) of `parameter` along `axis`."""
-    data = parameter.detach().index_select(axis, index.to(parameter.device))
-    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+    """A new parameter with a copy of the slices `index` (int64 [n]) of `parameter` along `axis`.
+
+    While transformers builds a model for DeepSpeed's ZeRO-3, no rank holds a parameter whole. The new one is then sharded
+    too, and its values mean nothing until the checkpoint is loaded. Collective in that case.
+    """
+    sizes = whole_shape(parameter)
+    if list(parameter.shape) == sizes:
+        data = parameter.detach().index_select(axis, index.to(parameter.device))
+        return nn.Parameter(data, requires_grad=parameter.requires_grad)
+    sizes[axis] = len(index)
+    new = nn.Parameter(parameter.new_empty(sizes), requires_grad=parameter.requires_grad)
+    parameter.convert_to_zero_parameters(param_list=[new])  # type: ignore[attr-defined]
+    return new
 
 
 def slice_linear(module: Any, index: Tensor, side: str, axis: int) -> None:
@@ -231,7 +246,7 @@ def remove_sublayer(layer: nn.Module, sublayer: SubLayerLayout) -> None:
     output: Any = layer.get_submodule(sublayer.output.path)
     output = getattr(output, "base_layer", output)
     axis = 1 - sublayer.output.unit_axis("in")
-    remains = BiasOnly(output.weight.shape[axis], output.bias)
+    remains = BiasOnly(whole_shape(output.weight)[axis], output.bias)
     core = sublayer.core
     if core is None:
         for projection in sublayer.inputs:

@@ -675,3 +675,32 @@ def sent_in_a_step(argv):
     )
     whole = sum(getattr(p, "ds_numel", p.numel()) * 4 for p in session.model.parameters())
     return {"sent": sent, "said": session.sent_in_a_step(), "whole": whole}
+
+
+def compact_under_zero3(folder, inputs):
+    """A compact folder that DeepSpeed shards as its own code builds it: logits, tensors that are not sharded, keys that did not
+    fit, and losses of a few steps of training."""
+    import deepspeed
+    import transformers
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from prunadapt_ds import distributed
+
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = f"{folder}-code-{distributed.rank()}"
+    values = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    zero3 = HfDeepSpeedConfig(values)
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
+    whole = [name for name, p in model.named_parameters() if not hasattr(p, "ds_id")]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=values)[0]
+    with torch.no_grad():
+        logits = engine(**inputs).logits
+    losses = []
+    for _ in range(6):
+        losses.append(engine(**inputs, labels=torch.arange(len(logits)) % 2).loss)
+        engine.backward(losses[-1])
+        engine.step()
+    assert zero3 is not None
+    return logits.tolist(), whole, [key for keys in info.values() for key in keys], [loss.item() for loss in losses]

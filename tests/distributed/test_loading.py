@@ -5,10 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prunadapt_ds import export, gates
 from prunadapt_ds.models.families import FAMILIES
 from tests.distributed import runs
 from tests.distributed.harness import run_ranks
 from tests.tiny import tiny_folder, tiny_language_folder, tiny_model, tiny_tokenizer
+from tests.unit.test_resize import adapted, inputs, plan_of
 
 COMMON = ("bert", "gpt2")
 
@@ -96,3 +98,30 @@ def test_an_export_is_the_same_from_parts(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_family_is_exported_from_parts(tmp_path, world_size):
     parts_equal_whole(list(FAMILIES), tmp_path, world_size)
+
+
+def compact_loads_in_shards(model_type, how, tmp_path):
+    """Whoever trains it further with DeepSpeed begins with the logits that it had."""
+    model, layout, structure = adapted(model_type, skips=how == "skipped")
+    plan = plan_of(structure, how)
+    gates.apply_mask(model, plan.mask())
+    with torch.no_grad():
+        masked = model(**inputs()).logits
+    folder = tmp_path / f"{model_type}-{how}"
+    export.export(model, layout, plan, tiny_tokenizer(tmp_path / "tokenizer"), folder)
+    for logits, whole, strange, losses in run_ranks(runs.compact_under_zero3, 2, str(folder), inputs()):
+        torch.testing.assert_close(torch.tensor(logits), masked, rtol=1e-5, atol=1e-5)
+        assert not whole and not strange and losses[-1] < losses[0]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("model_type, how", [("bert", "skipped"), ("gpt2", "no-heads"), ("llama", "unequal")])
+def test_a_compact_folder_loads_in_shards(tmp_path, model_type, how):
+    compact_loads_in_shards(model_type, how, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["unequal", "nothing"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_compact_folder_of_every_family_loads_in_shards(tmp_path, model_type, how):
+    compact_loads_in_shards(model_type, how, tmp_path)
