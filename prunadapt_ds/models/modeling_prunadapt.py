@@ -195,7 +195,18 @@ class RemovedAttention(nn.Module):
 
 
 class SkippedLayer(nn.Module):
-    """Replaces a layer that has no units left: returns hidden_states [B, T, D] unchanged."""
+    """Replaces a layer that has no units left: returns hidden_states [B, T, D] unchanged.
+
+    Made with `in_place_of`, it is an instance of that layer's class too, by which transformers recognises the layers whose
+    hidden states it returns.
+    """
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)  # not the layer's, which would build all of it
+
+    @classmethod
+    def in_place_of(cls, layer: nn.Module) -> SkippedLayer:
+        return type(cls.__name__, (cls, type(layer)), {})()
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         return (hidden_states,) if LAYERS_RETURN_TUPLES else hidden_states
@@ -281,7 +292,7 @@ def narrow(model: nn.Module, layout: Layout, kept: list[list[int]]) -> None:
     layers: Any = model.get_submodule(layout.layers)
     for number, (layer, counts) in enumerate(zip(layers, kept, strict=True)):
         if layout.skips and not any(counts):
-            layers[number] = SkippedLayer()
+            layers[number] = SkippedLayer.in_place_of(layer)
             continue
         for sublayer, count in zip(layout.sublayers, counts, strict=True):
             if count == sublayer.num_units:

@@ -107,18 +107,21 @@ def test_macs_are_linear_maps_and_attention(model_type):
 @pytest.mark.parametrize(("model_type", "how"), CUTS)
 @torch.no_grad()
 def test_folded_and_narrowed_equals_masked(model_type, how, monkeypatch):
-    """The export's tensors, a few rows at a time, fit the model that the export's own file builds, and compute the same."""
+    """The export's tensors, a few rows at a time, fit the model that the export's own file builds, and compute the same, layer
+    by layer."""
     monkeypatch.setattr(export, "ROWS_NUMEL", 200)
     model, layout, structure = adapted(model_type, skips=how == "skipped")
     plan = plan_of(structure, how)
     gates.apply_mask(model, plan.mask())
-    masked = model(**inputs()).logits
+    masked = model(**inputs(), output_hidden_states=True)
     stock = tiny_model(model_type, num_labels=3, seed=99)
     kept = [[c["heads"], c["neurons"]] for c in plan.counts()]
     narrow(stock, Layout.from_dict(layout.to_dict()), kept)
     tensors = exported(model, layout, plan)
     stock.load_state_dict(tensors, strict=True)
-    torch.testing.assert_close(stock(**inputs()).logits, masked, rtol=1e-5, atol=1e-5)
+    found = stock(**inputs(), output_hidden_states=True)
+    torch.testing.assert_close(found.logits, masked.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.hidden_states, masked.hidden_states, rtol=1e-3, atol=1e-3)
 
 
 def exported(model, layout, plan, present=None):
