@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from prunadapt_ds.formats import MODELING_FILE
 from prunadapt_ds.gates import Gate, gate_before
 from prunadapt_ds.models import auto_classes, modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES
-from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout
-from prunadapt_ds.models.structure import full_numel, full_shape
+from prunadapt_ds.models.modeling_prunadapt import Layout, ProjectionLayout, SkippedLayer
+from prunadapt_ds.models.structure import full_numel, full_shape, layers_of
 from prunadapt_ds.weight_files import WeightFiles
 from prunadapt_ds.zero3 import own_run
 
@@ -81,6 +82,8 @@ class Exported:
 
     def write(self, out: Tensor | None) -> None:
         """Fill `out` a few rows at a time. Collective; `out` is None on ranks that only send their shards."""
+        if not prod(self.shape):
+            return
         start = written = 0
         for block in row_blocks(self.stored, ROWS_NUMEL):
             stop = start + len(block)
@@ -134,7 +137,8 @@ def pruned_tensors(
     under its first name. `head`: (factor, shift) to apply to parameters by name, see `label_scale.fold`.
     """
     cuts = cuts_of(layout, plan, present or PruningPlan.dense(plan.structure))
-    inside = tuple(f"{layout.layers}.{layer}." for layer in plan.skipped)  # nothing of these is exported
+    yield from _empty_weights(model, layout, plan.skipped)
+    inside = tuple(f"{layout.layers}.{layer}." for layer in plan.skipped)  # nothing else of these is exported
     seen: set[int] = set()
     for name, module in model.named_modules():
         if name.startswith(inside):  # in a skipped layer, or part of a projection that was exported as a whole
@@ -159,6 +163,15 @@ def pruned_tensors(
             yield from _projection_tensors(name, module, gate, cut)
 
 
+def _empty_weights(model: nn.Module, layout: Layout, skipped: set[int]) -> Iterator[tuple[str, Exported]]:
+    """What `SkippedLayer` holds, for each layer that the plan skips and the model may still have."""
+    for layer, module in layers_of(model, layout):
+        if layer in skipped:
+            for name, weight in SkippedLayer.in_place_of(module, layout.sublayers[-1]).named_buffers():
+                empty = Exported(tuple(weight.shape), nn.Parameter(weight), None, _as_it_is)
+                yield f"{layout.layers}.{layer}.{name}", empty
+
+
 def _comes_in_parts(parameter: nn.Parameter) -> bool:
     """Whether a tensor is so large that its rows are fetched from its shards instead of gathering it."""
     return full_numel(parameter) > ROWS_NUMEL and own_run(parameter) is not None
@@ -175,7 +188,7 @@ def _as_it_is(stored: Tensor, rows: slice) -> Tensor:
 
 def _projection_tensors(name: str, module: Any, gate: Gate | None, cut: Cut) -> Iterator[tuple[str, Exported]]:
     base = getattr(module, "base_layer", module)
-    if not cut.vanishes:
+    if not cut.vanishes or cut.side == "in":  # an empty weight is stored of the output, see BiasOnly
         sizes = list(full_shape(base.weight))
         sizes[cut.axis] = len(cut.index)
         kept = cut.index if cut.axis == 0 else None

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -277,11 +278,13 @@ def _rewrite_weights(source: Path, target: Path, change: Change, shapes: Shapes)
 
 
 def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a weight file, without the empty ones that keep stock classes from loading a compact folder."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118
-            yield name, opened.get_tensor(name)
+            if prod(opened.get_slice(name).get_shape()):
+                yield name, opened.get_tensor(name)
 
 
 def _tied(source: Path, names: set[str]) -> set[str]:

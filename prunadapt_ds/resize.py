@@ -46,7 +46,7 @@ def resize(
     for number, layer in enumerate(layers):
         of_layer = [next(pairs) for _ in layout.sublayers]
         if layout.skips and not any(new for _, new in of_layer):
-            layers[number] = SkippedLayer.in_place_of(layer)
+            layers[number] = SkippedLayer.in_place_of(layer, layout.sublayers[-1])
             continue
         for sublayer, (old, new) in zip(layout.sublayers, of_layer, strict=True):
             if len(new) == len(old):

@@ -87,6 +87,8 @@ class WeightFiles:
 def new_mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
     """A new file, mapped as an fp32 tensor. Its space is reserved first: writing to a map on a full disk raises SIGBUS."""
     size = prod(shape)
+    if not size:
+        return torch.empty(shape)  # no file can be mapped to nothing
     reserve = getattr(os, "posix_fallocate", lambda file, start, length: os.truncate(file, length))  # macOS has none
     with path.open("wb") as file:
         reserve(file.fileno(), 0, 4 * size)

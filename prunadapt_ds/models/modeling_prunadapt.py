@@ -154,14 +154,28 @@ class RemovedProjection(nn.Module):
 
 
 class BiasOnly(nn.Module):
-    """Replaces an output projection that has no units left with its bias: [..., 0] -> [..., D]."""
+    """Replaces an output projection that has no units left with its bias: [..., 0] -> [..., D].
+
+    Its empty weight, [D, 0] or, if transposed, [0, D], is there to be stored: the stock class refuses a checkpoint with another
+    shape, whereas it would make up a weight that is missing. It is a buffer, as there is nothing in it to train or to shard.
+    """
 
     bias: nn.Parameter | None
 
-    def __init__(self, out_features: int, bias: nn.Parameter | None):
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None):
         super().__init__()
-        self.out_features = out_features
+        self.out_features = max(weight.shape)
+        self.register_buffer("weight", weight)
         self.register_parameter("bias", bias)
+
+    @classmethod
+    def in_place_of(cls, layer: nn.Module, projection: ProjectionLayout, *, keep_bias: bool = True) -> BiasOnly:
+        """What remains of the output projection of a sub-layer of `layer` (with LoRA or without)."""
+        module: Any = layer.get_submodule(projection.path)
+        module = getattr(module, "base_layer", module)
+        sizes = whole_shape(module.weight)
+        sizes[projection.unit_axis("in")] = 0
+        return cls(module.weight.new_empty(sizes), module.bias if keep_bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
@@ -198,15 +212,23 @@ class SkippedLayer(nn.Module):
     """Replaces a layer that has no units left: returns hidden_states [B, T, D] unchanged.
 
     Made with `in_place_of`, it is an instance of that layer's class too, by which transformers recognises the layers whose
-    hidden states it returns.
+    hidden states it returns. `path`, `output`: an output projection, of which only the empty weight is left.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: str, output: nn.Module):
         nn.Module.__init__(self)  # not the layer's, which would build all of it
+        first, *others = path.split(".")
+        for name in reversed(others):
+            output = nn.ModuleDict({name: output})
+        self.add_module(first, output)
 
     @classmethod
-    def in_place_of(cls, layer: nn.Module) -> SkippedLayer:
-        return type(cls.__name__, (cls, type(layer)), {})()
+    def in_place_of(cls, layer: nn.Module, sublayer: SubLayerLayout) -> SkippedLayer:
+        """A module that skips `layer`, or `layer` if it does already. `sublayer`: any of its sub-layers."""
+        if isinstance(layer, cls):
+            return layer
+        output = BiasOnly.in_place_of(layer, sublayer.output, keep_bias=False)
+        return type(cls.__name__, (cls, type(layer)), {})(sublayer.output.path, output)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         return (hidden_states,) if LAYERS_RETURN_TUPLES else hidden_states
@@ -254,10 +276,7 @@ def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
 
 def remove_sublayer(layer: nn.Module, sublayer: SubLayerLayout) -> None:
     """Replace a sub-layer that has no units left, in place. What remains is the bias of its output projection."""
-    output: Any = layer.get_submodule(sublayer.output.path)
-    output = getattr(output, "base_layer", output)
-    axis = 1 - sublayer.output.unit_axis("in")
-    remains = BiasOnly(whole_shape(output.weight)[axis], output.bias)
+    remains = BiasOnly.in_place_of(layer, sublayer.output)
     core = sublayer.core
     if core is None:
         for projection in sublayer.inputs:
@@ -292,7 +311,7 @@ def narrow(model: nn.Module, layout: Layout, kept: list[list[int]]) -> None:
     layers: Any = model.get_submodule(layout.layers)
     for number, (layer, counts) in enumerate(zip(layers, kept, strict=True)):
         if layout.skips and not any(counts):
-            layers[number] = SkippedLayer.in_place_of(layer)
+            layers[number] = SkippedLayer.in_place_of(layer, layout.sublayers[-1])
             continue
         for sublayer, count in zip(layout.sublayers, counts, strict=True):
             if count == sublayer.num_units:

@@ -121,8 +121,7 @@ MUTANTS = (
     Mutant("padding token of the tokenizer not told", "backbone.py", "    config.pad_token_id = tokenizer.pad_token_id",
            "    pass", "tests/unit/test_families.py::test_a_decoder_learns_the_padding_token_of_its_tokenizer"),
     Mutant("output bias lost with its sub-layer", "models/modeling_prunadapt.py",
-           "remains = BiasOnly(output.weight.shape[axis], output.bias)",
-           "remains = BiasOnly(output.weight.shape[axis], None)", f"{RESIZE}::test_masked_equals_resized[bert-no-heads]"),
+           "module.bias if keep_bias else None", "None", f"{RESIZE}::test_masked_equals_resized[bert-no-heads]"),
     Mutant("a piece's gradients reduced too early", "zero3.py", "if not torch.is_grad_enabled() or hidden.requires_grad:",
            "if True:", "tests/unit/test_backbone.py::test_the_input_of_a_block_in_one_piece_has_a_gradient"),
     Mutant("blocks kept for the backward pass against the configuration", "zero3.py", "// 2)\n", "// 2 or PIECE_ELEMENTS)\n",
@@ -545,8 +544,16 @@ MUTANTS = (
            "if list(parameter.shape) == sizes:", "if True:",
            "tests/distributed/test_loading.py::test_a_compact_folder_loads_in_shards[llama-unequal]"),
     Mutant("a removed layer has no hidden states", "models/modeling_prunadapt.py",
-           "return type(cls.__name__, (cls, type(layer)), {})()", "return cls()",
+           "return type(cls.__name__, (cls, type(layer)), {})(", "return cls(",
            f"{RESIZE}::test_folded_and_narrowed_equals_masked[distilbert-skipped]"),
+    Mutant("what was removed is made up by the stock class", "export.py", 'if not cut.vanishes or cut.side == "in":',
+           "if not cut.vanishes:",
+           "tests/unit/test_export.py::test_no_stock_class_makes_up_what_was_removed[bert-heads]"),
+    Mutant("removed layers are made up by the stock class", "export.py",
+           "yield from _empty_weights(model, layout, plan.skipped)", "pass",
+           "tests/unit/test_export.py::test_no_stock_class_makes_up_what_was_removed[bert-layer]"),
+    Mutant("zeros where layers are gone", "formats.py", "if prod(opened.get_slice(name).get_shape()):", "if True:",
+           "tests/integration/test_exports.py::test_a_stranger_computes_the_same[bert-uniform-uniform]"),
 )  # fmt: skip
 
 

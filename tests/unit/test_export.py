@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from prunadapt_ds import export, formats, gates, proof, reload, trained_folder, weight_files
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
+from prunadapt_ds.resize import resize
 from tests.tiny import layout_and_structure, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.fast
@@ -106,6 +108,33 @@ def test_a_model_that_our_loader_opened_can_be_saved(dense, tmp_path):
     assert (tmp_path / "second" / formats.MODELING_FILE).is_file()
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second", trust_remote_code=True)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type, gone", [("bert", "heads"), ("bert", "layer"), ("gpt2", "neurons")])
+def test_no_stock_class_makes_up_what_was_removed(tmp_path, model_type, gone):
+    """Where nothing but whole sub-layers or layers is gone, all that is left has its usual shape. Also of a copy."""
+    model = tiny_model(model_type)
+    layout, structure = layout_and_structure(model, 16)
+    layout, structure = replace(layout, skips=gone == "layer"), replace(structure, skips=gone == "layer")
+    mask = torch.ones(structure.num_units, dtype=torch.bool)
+    for sub in structure.sublayers:
+        mask[sub.span] = sub.layer != 1 if gone == "layer" else sub.layer == 0 or sub.kind != gone
+    plan = PruningPlan.from_mask(structure, mask)
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+    export.export(model, layout, plan, tokenizer, tmp_path / "out")
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values())
+    loaded.save_pretrained(tmp_path / "copy")
+    for name in ("out", "copy"):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
+    copy = AutoModelForSequenceClassification.from_pretrained(tmp_path / "copy", trust_remote_code=True)
+    ids = torch.tensor([[2, 9, 12, 7, 3]])
+    resize(model, layout, plan)
+    assert torch.equal(copy(ids).logits, loaded(ids).logits) and torch.allclose(model(ids).logits, loaded(ids).logits)
+    assert [p.shape for p in copy.parameters()] == [p.shape for p in model.parameters()]
 
 
 def test_what_a_call_asked_of_the_tokenizer_is_not_in_its_file(dense, tmp_path):

@@ -142,6 +142,18 @@ def test_what_was_cut_already_is_exported_alike(model_type, how):
     torch.testing.assert_close(exported(model, layout, plan, plan), whole, rtol=1e-6, atol=1e-6)
 
 
+@torch.no_grad()
+def test_what_is_gone_stays_gone_when_more_is_cut():
+    model, layout, structure = adapted("bert", skips=True)
+    first = plan_of(structure, "no-heads")
+    both = PruningPlan.from_mask(structure, first.mask() & plan_of(structure, "skipped").mask())
+    gates.apply_mask(model, both.mask())
+    masked = model(**inputs()).logits
+    for plan, present in ((first, None), (both, first), (both, both)):
+        resize(model, layout, plan, present)
+    torch.testing.assert_close(model(**inputs()).logits, masked, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.drops_layers])
 def test_a_skipped_layer_has_gradients_of_zero(model_type):
     """It stays in the graph: ZeRO-3 would step with what an earlier step has left."""
