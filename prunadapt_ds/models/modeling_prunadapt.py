@@ -90,6 +90,11 @@ class SubLayerLayout:
         return sum(self.output.parts)
 
     @property
+    def has_own_keys(self) -> bool:
+        """Whether heads have keys and values of their own beside queries, rather than sharing one as in multi-query attention."""
+        return self.kind == "heads" and sum(sum(p.parts) for p in self.inputs) > self.width
+
+    @property
     def sides(self) -> tuple[tuple[ProjectionLayout, str], ...]:
         """Every projection with the side on which it has the units: "out" (its outputs) or "in" (its inputs)."""
         return (*((p, "out") for p in self.inputs), (self.output, "in"))
@@ -336,6 +341,22 @@ class _Pruned:
 
     def _get_static_cache_init_shape(self) -> None:
         """Layers differ in heads: a static cache learns their numbers from the first tokens, not from the configuration."""
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises NotImplementedError if a layer has fewer keys than the cache of `generate_batch` has room for in every layer.
+
+        It would fail at the first token, log that, and return answers without one.
+        """
+        structure: Any = self.config.pruned_structure  # type: ignore[attr-defined]
+        sublayers = Layout.from_dict(structure["layout"]).sublayers
+        for counts in structure["kept"]:
+            for sublayer, count in zip(sublayers, counts, strict=True):
+                if sublayer.has_own_keys and 0 < count < sublayer.num_units:
+                    raise NotImplementedError(
+                        "continuous batching (generate_batch) needs as many key/value heads in each layer as config.json "
+                        "states, and layers of this model have fewer; call generate(), or serve a `uniform` export"
+                    )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

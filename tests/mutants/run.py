@@ -554,6 +554,12 @@ MUTANTS = (
            "tests/unit/test_export.py::test_no_stock_class_makes_up_what_was_removed[bert-layer]"),
     Mutant("zeros where layers are gone", "formats.py", "if prod(opened.get_slice(name).get_shape()):", "if True:",
            "tests/integration/test_exports.py::test_a_stranger_computes_the_same[bert-uniform-uniform]"),
+    Mutant("continuous batching answers nothing", "models/modeling_prunadapt.py",
+           "if sublayer.has_own_keys and 0 < count < sublayer.num_units:", "if False:",
+           "tests/unit/test_generation.py::test_continuous_batching_is_refused_where_it_would_answer_nothing[gpt2-half]"),
+    Mutant("continuous batching refused where query heads were cut", "models/modeling_prunadapt.py",
+           "sum(sum(p.parts) for p in self.inputs) > self.width", "self.width > 0",
+           "tests/unit/test_generation.py::test_continuous_batching_is_refused_where_it_would_answer_nothing[llama-mqa-half]"),
 )  # fmt: skip
 
 

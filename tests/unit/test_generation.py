@@ -64,6 +64,27 @@ def test_another_attention_can_be_set_on_an_export(tmp_path, model_type):
     assert all(weights is not None for weights in found.attentions[:-1])
 
 
+@pytest.mark.parametrize(
+    "model_type, gone", [("llama", "half"), ("gpt2", "half"), ("llama", "all"), ("llama-mqa", "half")]
+)
+@torch.no_grad()
+def test_continuous_batching_is_refused_where_it_would_answer_nothing(tmp_path, model_type, gone):
+    """Of layers with fewer key/value heads than others; not of layers without any, nor of query heads."""
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval()
+    layout, structure = layout_and_structure(model, 16)
+    keep = torch.ones(structure.num_units, dtype=torch.bool)
+    last = structure.sublayers[-2]
+    keep[last.span] = torch.arange(last.num_units) % 2 == 0 if gone == "half" else False
+    plan = PruningPlan.from_mask(structure, keep)
+    export.export(model, layout, plan, tiny_tokenizer(tmp_path / "tokenizer", of_decoder=True), tmp_path / "out")
+    loaded, _ = trained_folder.load_folder(str(tmp_path / "out"), trust=False, is_language=True)
+    if gone == "half" and model_type != "llama-mqa":
+        with pytest.raises(NotImplementedError, match="uniform"):
+            loaded.generate_batch(PROMPTS.tolist())
+    else:
+        assert loaded.init_continuous_batching() is not None
+
+
 @torch.no_grad()
 def test_a_static_cache_is_filled_in_pieces(tmp_path):
     model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
