@@ -270,5 +270,5 @@ def exported_config(model: Any, layout: Layout, plan: PruningPlan, needs_remote_
         rows = [kept[i : i + width] for i in range(0, len(kept), width)]
         config.pruned_structure = {"layout": layout.to_dict(), "kept": rows}
         module = MODELING_FILE.removesuffix(".py")
-        config.auto_map = {auto_classes.name_for(stock): f"{module}.Pruned{stock}"}
+        config.auto_map = {name: f"{module}.Pruned{c}" for name, c in auto_classes.stock_classes(model).items()}
     return config

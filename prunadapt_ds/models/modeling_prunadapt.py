@@ -25,7 +25,7 @@ value.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -337,7 +337,9 @@ class _Pruned:
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         structure = config.pruned_structure
-        narrow(self, Layout.from_dict(structure["layout"]), structure["kept"])  # type: ignore[arg-type]
+        layout = Layout.from_dict(structure["layout"])
+        in_base = layout.layers.partition(".")[2]  # without the base model's name, which depends on the head
+        narrow(self.base_model, replace(layout, layers=in_base), structure["kept"])  # type: ignore[attr-defined]
 
     def _get_static_cache_init_shape(self) -> None:
         """Layers differ in heads: a static cache learns their numbers from the first tokens, not from the configuration."""

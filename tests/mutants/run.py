@@ -560,6 +560,12 @@ MUTANTS = (
     Mutant("continuous batching refused where query heads were cut", "models/modeling_prunadapt.py",
            "sum(sum(p.parts) for p in self.inputs) > self.width", "self.width > 0",
            "tests/unit/test_generation.py::test_continuous_batching_is_refused_where_it_would_answer_nothing[llama-mqa-half]"),
+    Mutant("layers are sought where the classifier has them", "models/modeling_prunadapt.py",
+           "narrow(self.base_model, replace(layout, layers=in_base), ", "narrow(self, layout, ",
+           "tests/unit/test_export.py::test_every_auto_class_of_the_family_loads_a_compact_folder[bert]"),
+    Mutant("classes that find no weights are listed", "models/auto_classes.py",
+           " if c.base_model_prefix == model.base_model_prefix}", "}",
+           "tests/unit/test_export.py::test_every_auto_class_of_the_family_loads_a_compact_folder[llama]"),
 )  # fmt: skip
 
 

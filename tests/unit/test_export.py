@@ -9,12 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from prunadapt_ds import export, formats, gates, proof, reload, trained_folder, weight_files
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
+from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.resize import resize
 from tests.tiny import layout_and_structure, tiny_model, tiny_tokenizer
 
@@ -108,6 +110,27 @@ def test_a_model_that_our_loader_opened_can_be_saved(dense, tmp_path):
     assert (tmp_path / "second" / formats.MODELING_FILE).is_file()
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second", trust_remote_code=True)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_every_auto_class_of_the_family_loads_a_compact_folder(tmp_path, model_type):
+    """The body alone, and below other heads, which are new as those of a stock checkpoint would be."""
+    model = tiny_model(model_type)
+    layout, structure = layout_and_structure(model, 16)
+    plan = PruningPlan.from_mask(structure, torch.arange(structure.num_units) % 4 > 0)
+    export.export(model, layout, plan, tiny_tokenizer(tmp_path / "tokenizer"), tmp_path / "out")
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    other = "AutoModelForCausalLM" if FAMILIES[model_type].is_decoder else "AutoModelForTokenClassification"
+    assert {"AutoModel", "AutoModelForSequenceClassification", other} <= set(named)
+    ids, states = torch.tensor([[2, 9, 12, 7, 3]]), []
+    for name in named:
+        loaded, info = getattr(transformers, name).from_pretrained(
+            tmp_path / "out", trust_remote_code=True, output_loading_info=True
+        )
+        assert not info["mismatched_keys"] and not any(layout.layers in key for key in info["missing_keys"]), name
+        states.append(loaded.eval().base_model(ids)[0])
+    assert all(torch.allclose(state, states[0]) for state in states)
 
 
 @pytest.mark.parametrize("model_type, gone", [("bert", "heads"), ("bert", "layer"), ("gpt2", "neurons")])
