@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -158,10 +159,12 @@ def _adapter_text(report: dict[str, Any], task: Task, base_model: Any, base: dic
     """The text of the card of an adapter, whose folder contains no base model."""
     is_language = pipeline_of(report) == "text-generation"
     auto_class = auto_classes.name_of(is_language)
-    labels = "" if is_language else f", num_labels={len(task.label_names) or 1}"
     name = base_model if isinstance(base_model, str) else "BASE"
     _, revision = hub.split(report["model"])
-    pinned = f', revision="{revision}"' if revision else ""
+    arguments = [f'"{name}"', *([f'revision="{revision}"'] if revision else [])]
+    if not is_language:
+        classes = ", ".join(f"{i}: {json.dumps(label, ensure_ascii=False)}" for i, label in enumerate(task.label_names))
+        arguments += [f"id2label={{{classes}}}" if classes else "num_labels=1", "pad_token_id=tokenizer.pad_token_id"]
     where = "" if isinstance(base_model, str) else " BASE is the model it was trained on."
     merged = "The results below were measured after `model.merge_and_unload()`, which gives the same answers faster."
     head = f" and classifier ({', '.join(task.label_names)})" if task.label_names else ""
@@ -175,9 +178,9 @@ of this folder.
 from peft import PeftModel
 from transformers import AutoTokenizer, {auto_class}
 
-base = {auto_class}.from_pretrained("{name}"{pinned}{labels})
-model = PeftModel.from_pretrained(base, "PATH").eval()
 tokenizer = AutoTokenizer.from_pretrained("PATH")
+base = {auto_class}.from_pretrained({", ".join(arguments)})
+model = PeftModel.from_pretrained(base, "PATH").eval()
 ```
 
 PATH is this folder.{where} {merged}

@@ -566,6 +566,8 @@ MUTANTS = (
     Mutant("classes that find no weights are listed", "models/auto_classes.py",
            " if c.base_model_prefix == model.base_model_prefix}", "}",
            "tests/unit/test_export.py::test_every_auto_class_of_the_family_loads_a_compact_folder[llama]"),
+    Mutant("an adapter's example knows no padding", "card.py", ', "pad_token_id=tokenizer.pad_token_id"]', "]",
+           "tests/unit/test_card.py::test_the_example_of_an_adapter_answers_in_batches"),
 )  # fmt: skip
 
 

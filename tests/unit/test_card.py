@@ -4,9 +4,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prunadapt_ds import card, hub
 from prunadapt_ds.data import OWN_METRICS, TASKS, Task
+from tests.tiny import tiny_folder
 from tests.unit.test_report import filled
 
 pytestmark = pytest.mark.fast
@@ -80,10 +83,10 @@ def test_an_adapter_says_what_it_belongs_to(task):
     (code,) = (block.split("```")[0] for block in text.split("```python\n")[1:])
     compile(code, "card", "exec")
     head = "AutoModelForCausalLM" if task is LANGUAGE else "AutoModelForSequenceClassification"
-    labels = {"mrpc": ", num_labels=2", "stsb": ", num_labels=1", "causal_lm": ""}[task.name]
-    assert (
-        f'{head}.from_pretrained("some/encoder"{labels})' in code and 'PeftModel.from_pretrained(base, "PATH")' in code
-    )
+    labels = {"mrpc": ', id2label={0: "not_equivalent", 1: "equivalent"}', "stsb": ", num_labels=1", "causal_lm": ""}
+    labels = labels[task.name] + ("" if task is LANGUAGE else ", pad_token_id=tokenizer.pad_token_id")
+    assert f'{head}.from_pretrained("some/encoder"{labels})' in code
+    assert 'PeftModel.from_pretrained(base, "PATH")' in code
     assert "trust_remote_code" not in text and "## Limits" in text
     pinned = card.render({**r, "method": "lora", "model": "some/encoder@v1"}, "some/encoder@v1", task, "adapter")
     assert f'from_pretrained("some/encoder", revision="v1"{labels})' in pinned
@@ -91,10 +94,28 @@ def test_an_adapter_says_what_it_belongs_to(task):
     assert ("--label_names not_equivalent equivalent" in text) == (task.name == "mrpc")
 
 
+def test_the_example_of_an_adapter_answers_in_batches(tmp_path):
+    """A decoder's classifier needs the padding token that the run chose, which its base model's configuration does not state."""
+    base, adapter = tiny_folder(tmp_path / "base", "llama", pad_token_id=None), tmp_path / "adapter"
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])).save_pretrained(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(adapter)
+    r, _ = report_of(OWN, "adapter", remote=False)
+    text = card.render({**r, "method": "lora"}, str(base), OWN, "adapter")
+    (code,) = (block.split("```")[0] for block in text.split("```python\n")[1:])
+    names = {}
+    exec(code.replace("BASE", str(base)).replace("PATH", str(adapter)), names)
+    inputs = names["tokenizer"](["sun", "rain near the house"], padding=True, return_tensors="pt")
+    assert names["model"](**inputs).logits.shape == (2, 2)
+    assert names["model"].config.id2label == {0: "no", 1: "yes"}
+
+
 def test_an_adapter_of_a_local_checkpoint_names_no_folder(tmp_path):
     r, _ = report_of(OWN, "adapter", remote=False)
     text = card.render({**r, "method": "lora", "model": str(tmp_path)}, str(tmp_path), OWN, "adapter")
-    assert str(tmp_path) not in text and 'from_pretrained("BASE", num_labels=2)' in text and "BASE is the model" in text
+    assert str(tmp_path) not in text and 'from_pretrained("BASE", id2label=' in text and "BASE is the model" in text
 
 
 def test_a_local_checkpoint_is_not_named(tmp_path):
