@@ -23,7 +23,7 @@ def stated(model_name_or_path: str) -> dict[str, Any]:
 
     Returns {} if there is no readable card. Takes at most the time of one request to the hub (hub.py).
     """
-    from huggingface_hub import ModelCard, constants, try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
     source = model_folder.locate(model_name_or_path)
     if Path(source).is_dir():
@@ -33,10 +33,7 @@ def stated(model_name_or_path: str) -> dict[str, Any]:
         path = try_to_load_from_cache(repository, "README.md", revision=revision)
     values: dict[str, Any] = {}
     if isinstance(path, str | Path) and Path(path).is_file():
-        try:
-            values = ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-        except Exception:  # a card is free text written by anyone: one that cannot be parsed states nothing
-            return {}
+        values = model_folder.card_metadata(Path(path))
     elif not Path(source).is_dir() and not constants.HF_HUB_OFFLINE:
         found: list[Any] = []
         hub.unreachable(
@@ -76,6 +73,9 @@ def metadata(report: dict[str, Any], model: str, task: Task, base: dict[str, Any
     ]
     name = f"{task.name}-{report['method']}"
     own = SAMPLE_MODEL if model == "sample" else None if is_local else hub.split(model)[0]
+    inputs: dict[str, Any] = (
+        {} if task.is_language else {model_folder.INPUTS: "text_pair" if task.sentence2 else "text"}
+    )
     licence = {key: base[key] for key in ("license", "license_name", "license_link") if key in base}
     return ModelCardData(
         language="en" if is_glue or task.name == "sample" else base.get("language"),
@@ -88,6 +88,7 @@ def metadata(report: dict[str, Any], model: str, task: Task, base: dict[str, Any
         model_name=name if results else None,
         eval_results=results or None,
         **licence,
+        **inputs,
     )
 
 

@@ -23,6 +23,7 @@ SAMPLE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tokenization_*.py")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_CHARACTERS = 255  # in a file name
+INPUTS = "inputs"  # in the metadata of our cards: the key of what a classifier was trained on, "text" or "text_pair"
 
 
 def locate(model_name_or_path: str) -> str:
@@ -131,6 +132,16 @@ def untrainable(config: Mapping[str, Any]) -> str:
     if config.get("quantization_config"):
         return "is quantised, and what a cut leaves of such weights means nothing; name the unquantised model"
     return ""
+
+
+def card_metadata(card: Path) -> dict[str, Any]:
+    """The metadata in a model card (a README.md); {} if there is no card, or none that can be parsed: anybody writes them."""
+    from huggingface_hub import ModelCard
+
+    try:
+        return dict(ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict())
+    except Exception:  # of any type, by what is in the card
+        return {}
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -36,7 +36,7 @@ from prunadapt_ds.batches import Rows, Sampler, refuse_unknown_tokens
 from prunadapt_ds.budget import PruningPlan, check_target
 from prunadapt_ds.clocks import Clocks
 from prunadapt_ds.config import Config
-from prunadapt_ds.data import TaskData, load_language, load_metric, load_task, tokenize, tokenize_language
+from prunadapt_ds.data import TaskData, doubts, load_language, load_metric, load_task, tokenize, tokenize_language
 from prunadapt_ds.ds_config import DsConfig, resolve_ds_config
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.importance import ScoreAverage
@@ -398,6 +398,8 @@ def announce(session: Session) -> None:
         regression = "labels with decimal points, so this is a regression (for classes, pass --problem_type)"
         stated = "a regression" if config.data.problem_type else regression
         say(f"{config.data.train_file}: {kind if names else stated}")
+        for doubt in doubts(session.data, config.data.problem_type):
+            say(f"warning: {doubt}")
     resolved = ", ".join(f"{name}={value}" for name, value in ds.resolved.items()) or "nothing"
     say(f"{ds.path}: ZeRO stage {ds.stage}, {ds.dtype}, {distributed.world_size()} ranks; auto: {resolved}")
     for note in session.backbone.notes:

@@ -16,7 +16,6 @@ from prunadapt_ds import engine as engines
 from prunadapt_ds import report as reports
 from prunadapt_ds.budget import decide
 from prunadapt_ds.config import Config, parse
-from prunadapt_ds.data import doubts
 from prunadapt_ds.distillation import distill_weight, keep_teacher
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import PrunadaptError, UserError
@@ -80,9 +79,6 @@ def begin(session: Session) -> None:
         resume.begin(session)
     if session.config.prune.method == "tmp":
         prune_once(session)
-    if session.config.data.train_file and not session.data.task.is_language:
-        for doubt in doubts(session.data, session.config.data.problem_type):
-            session.tracker.say(f"warning: {doubt}")
     add_trainables(session)
     snapshot.seed_this_rank(session.config.train.seed, step=0)
 

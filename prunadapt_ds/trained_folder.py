@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -183,31 +182,18 @@ def run_length(folder: Path) -> int | None:
     return None
 
 
-def reads_pairs(name: str) -> bool | None:
-    """Whether a folder of ours was trained on pairs of texts, rather than on single ones; None if nothing says so.
-
-    A folder's own model card gives an example of an input. An adapter's card has none, but that of its run's compact folder has.
-    """
-    folder = model_folder.folder_of(name).resolve()
-    for place in (folder, *([folder.parent / "compact"] if folder.parent.name == "exports" else [])):
-        try:
-            text = (place / "README.md").read_text(encoding="utf-8")
-        except (OSError, ValueError):
-            continue
-        example = re.search(r"^run = pipeline\(\"text-classification\".*\nrun\((.*)\)$", text, re.MULTILINE)
-        if example and "trained with prunadapt_ds" in text:
-            return "text_pair" in example[1]
-    return None
+OTHER_INPUTS = {
+    "text": "was trained on single texts, but these rows have a sentence2; drop that column, or name a model of pairs",
+    "text_pair": "was trained on pairs of texts, but these rows have no sentence2; add it, or name a model of single texts",
+}
 
 
 def refuse_other_inputs(name: str, has_pairs: bool) -> None:
     """Raise UserError if the model was trained on pairs of texts and the rows have single ones, or the reverse. Collective."""
-    trained_on_pairs = distributed.on_rank_0(f"reading the card of {name}", lambda: reads_pairs(name))
-    if trained_on_pairs is None or trained_on_pairs == has_pairs:
-        return
-    remedy = "was trained on single texts, but these rows have a sentence2; drop that column, or name a model of pairs"
-    if trained_on_pairs:
-        remedy = (
-            "was trained on pairs of texts, but these rows have no sentence2; add it, or name a model of single texts"
-        )
-    raise _refuse(name, remedy)
+
+    def stated() -> str:
+        return str(model_folder.card_metadata(model_folder.folder_of(name) / "README.md").get(model_folder.INPUTS))
+
+    inputs = distributed.on_rank_0(f"reading the card of {name}", stated)  # "None" in somebody else's
+    if inputs in OTHER_INPUTS and inputs != ("text_pair" if has_pairs else "text"):
+        raise _refuse(name, OTHER_INPUTS[inputs])

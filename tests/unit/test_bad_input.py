@@ -23,6 +23,7 @@ from prunadapt_ds.files import OwnedFolder
 from prunadapt_ds.options import MOST
 from prunadapt_ds.train import main
 from tests.tiny import tiny_data, tiny_folder, tiny_glue, tiny_language_folder, tiny_model, tiny_tokenizer
+from tests.unit.test_report import filled
 from tests.unit.test_resize import adapted, plan_of
 
 pytestmark = pytest.mark.fast
@@ -928,15 +929,18 @@ def test_two_exports_of_a_run_do_not_write_its_report_at_once(place, finished):
     lock.release()
 
 
-def test_runs_to_compare(place):
+def test_runs_to_compare(place, finished):
     (place / "file").write_text("")
     refused(place, ["nowhere", "file"], ("run", "there is no such folder"), program=compare.main)
     (place / "run").mkdir()
-    argv = ["run", "--output_dir", "file/out"]
+    sound = shutil.copytree(finished, place / "sound")
+    (sound / "report.json").write_text(json.dumps(filled()))
+    argv = ["sound", "--output_dir", "file/out"]
     refused(place, argv, ("output_dir", "cannot be written (Not a directory)"), program=compare.main)
     for text in ("{", "[]", '{"metric": {"exported": [1]}}', "[" * 100_000, '{"status": "complete"}'):
         (place / "run" / "report.json").write_text(text)
-        assert said_by(compare.main, ["run"]) == (0, ""), "shown as missing"
+        assert said_by(compare.main, ["run", "sound"]) == (0, ""), "shown as missing"
+        refused(place, ["run"], ("run", "no run with a readable report.json"), program=compare.main)
 
 
 def test_tables_to_gather(place):

@@ -340,18 +340,23 @@ def test_what_may_be_a_mistake_is_doubted(tmp_path, good):
 
 
 def test_a_run_says_its_doubts_as_it_begins(good, monkeypatch):
-    from prunadapt_ds import train
+    from prunadapt_ds import setup
 
-    for place, name in ((train.resume, "begin"), (train, "add_trainables"), (train.snapshot, "seed_this_rank")):
-        monkeypatch.setattr(place, name, lambda *_, **__: None)
     said = []
     session = SimpleNamespace(
         config=parse([f"--{name}={good}" for name in ("train_file", "validation_file")]),
         data=load(good, good),
-        tracker=SimpleNamespace(say=said.append),
+        ds=SimpleNamespace(path="zero3.json", stage=3, dtype="fp32", resolved={}, values={}),
+        backbone=SimpleNamespace(notes=[]),
+        train_rows=SimpleNamespace(lengths=[]),
+        tracker=SimpleNamespace(say=said.append, text=lambda *_: None),
+        learning_rate=1e-3,
+        total_steps=1,
+        latency=None,
     )
-    train.begin(session)
-    assert said == ["warning: 3 of 3 validation texts are trained on too: the score says little about new ones"]
+    monkeypatch.setattr(setup, "_cut_rows", lambda session: None)
+    setup.announce(session)
+    assert "warning: 3 of 3 validation texts are trained on too: the score says little about new ones" in said
 
 
 def test_ratings_that_are_taken_for_classes_are_doubted(tmp_path):

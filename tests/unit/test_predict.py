@@ -182,19 +182,19 @@ def test_a_regressor_is_scored_without_training_data(base, tmp_path):
 
 @pytest.mark.parametrize("task, said", [("sst2", "trained on single texts"), ("mrpc", "trained on pairs of texts")])
 def test_a_model_of_pairs_takes_no_single_texts_nor_the_reverse(base, tmp_path, monkeypatch, task, said):
-    """As its own card says, or that of its run's compact folder; a folder without a card of ours takes both."""
+    """As the metadata of its card says; a folder without a card of ours takes both."""
     monkeypatch.chdir(tmp_path)
     single, pairs = tmp_path / "single.csv", tmp_path / "pairs.csv"
     single.write_text("sentence1,label\nsun,no\nrain,perhaps\njoy,yes\n")
     pairs.write_text("sentence1,sentence2,label\nsun,joy,no\nrain,pain,perhaps\njoy,sun,yes\n")
     fits, other = (single, pairs) if task == "sst2" else (pairs, single)
-    for folder in ("copied", "run/exports/compact", "run/exports/other", "stock"):
+    for folder in ("copied", "adapter's", "stock"):
         shutil.copytree(base / "model", folder)
     r, _ = report_of(TASKS[task])
-    for folder in ("copied", "run/exports/compact"):
-        Path(folder, "README.md").write_text(card.render(r, "some/encoder", TASKS[task], "compact"))
+    for folder, kind in (("copied", "compact"), ("adapter's", "adapter")):
+        Path(folder, "README.md").write_text(card.render(r, "some/encoder", TASKS[task], kind))
     Path("stock/README.md").write_text("Somebody's model.\n")
-    for folder in ("copied", "run/exports/compact", "run/exports/other"):
+    for folder in ("copied", "adapter's"):
         run(tmp_path, tmp_path / "out", "--input_file", fits, model=folder)
         scores(tmp_path, folder, validation=fits)
         with pytest.raises(UserError, match=said):
