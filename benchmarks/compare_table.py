@@ -112,20 +112,11 @@ def seconds_until(run: dict, level: float) -> float | None:
     return next((seconds for _, seconds, found in run.get("scores", ()) if found >= level), None)
 
 
-COLUMNS = (
-    *(
-        "task",
-        "method",
-        "seeds",
-        "score",
-        "of peft",
-        "95 % interval",
-        "train time (CPU)",
-        "train time (wall)",
-        "last step",
-    ),
-    *("until 97 %", "live memory after / before", "peak", "parameters", "MACs", "latency, batch 32"),
-)
+QUALITY = ("task", "method", "seeds", "score", "of peft", "95 % interval")
+COSTS = ("train time (CPU)", "train time (wall)", "last step", "until 97 %", "live memory after / before", "peak")
+COSTS += ("parameters", "MACs", "latency, batch 32")
+COLUMNS = QUALITY + COSTS
+Pair = tuple[list[dict], list[dict]]  # runs of a method, and of the base on the same task
 
 
 def tables(results: Results) -> tuple[str, str]:
@@ -159,23 +150,10 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def _row(task: str, method: str, found: list[dict], base: list[dict], both: np.ndarray | None) -> list[str]:
-    def ratio(key: str, base_key: str | None = None) -> str:
-        values = timed(found, key), timed(base, base_key or key)
-        return "-" if None in values else f"{values[0] / values[1]:.2f}"  # type: ignore[operator]
-
-    def share(key: str) -> str:
-        if "params" not in found[0]:  # the method does not prune
-            return "1.00"
-        value = timed(found, key)
-        return "-" if value is None else f"{value:.2f}"
-
     scores = [100 * r["metric"]["score"] for r in found]
     spread = f" ± {np.std(scores):.1f}" if len(scores) > 1 else ""
     cells = [task, method, str(len(found)), f"{mean(scores):.1f}{spread}", *_of_base(scores, base, both)]
-    cells += [ratio("train_cpu_s"), ratio("train_s"), ratio("last_step_s", "step_s")]
-    cells += [_until(found, base)]
-    cells += [f"{ratio('live_after', 'live_bytes')} / {ratio('live_bytes')}", ratio("peak_bytes")]
-    return [*cells, share("params"), share("macs"), share("latency")]
+    return cells + _costs([(found, base)], _until(found, base))
 
 
 def _of_base(scores: list[float], base: list[dict], both: np.ndarray | None) -> list[str]:
@@ -204,11 +182,20 @@ def _until(found: list[dict], base: list[dict]) -> str:
     return f"{mean(ratios):.2f}" if ratios else "-"
 
 
-def _average(method: str, pairs: list[tuple[list[dict], list[dict]]], parts: list[np.ndarray]) -> list[str]:
+def _average(method: str, pairs: list[Pair], parts: list[np.ndarray]) -> list[str]:
     """A method's row of averages: the mean score over tasks, and the means of the tasks' ratios."""
 
     def scores(runs: list[dict]) -> float:
         return 100 * mean(r["metric"]["score"] for r in runs)
+
+    ours, base = mean(scores(a) for a, _ in pairs), mean(scores(b) for _, b in pairs)
+    seeds = str(min(len(a) for a, _ in pairs))
+    cells = ["**average**", method, seeds, f"{ours:.1f}", f"{ours / base:.3f}", _interval(np.mean(parts, axis=0))]
+    return cells + _costs(pairs, "-")
+
+
+def _costs(pairs: list[Pair], until: str) -> list[str]:
+    """The cells of COSTS: means over the pairs' ratios; "-" where a pair has no value."""
 
     def ratio(key: str, base_key: str | None = None) -> str:
         values = [(timed(a, key), timed(b, base_key or key)) for a, b in pairs]
@@ -217,13 +204,10 @@ def _average(method: str, pairs: list[tuple[list[dict], list[dict]]], parts: lis
         return f"{mean(x / y for x, y in values):.2f}"  # type: ignore[operator]
 
     def share(key: str) -> str:
-        values = [timed(a, key) if "params" in a[0] else 1.0 for a, _ in pairs]
+        values = [timed(a, key) if "params" in a[0] else 1.0 for a, _ in pairs]  # without it the method does not prune
         return "-" if None in values else f"{mean(values):.2f}"  # type: ignore[type-var]
 
-    ours, base = mean(scores(a) for a, _ in pairs), mean(scores(b) for _, b in pairs)
-    seeds = str(min(len(a) for a, _ in pairs))
-    cells = ["**average**", method, seeds, f"{ours:.1f}", f"{ours / base:.3f}", _interval(np.mean(parts, axis=0))]
-    cells += [ratio("train_cpu_s"), ratio("train_s"), ratio("last_step_s", "step_s"), "-"]
+    cells = [ratio("train_cpu_s"), ratio("train_s"), ratio("last_step_s", "step_s"), until]
     cells += [f"{ratio('live_after', 'live_bytes')} / {ratio('live_bytes')}", ratio("peak_bytes")]
     return [*cells, share("params"), share("macs"), share("latency")]
 

@@ -57,24 +57,9 @@ def exports(args: argparse.Namespace) -> dict[str, Path]:
     text = args.work_dir / "text.txt"
     text.write_text("the cat sat near the house and the sun was bright . " * 600)
     options = ["--task_type", "causal_lm", "--model_name_or_path", str(dense), "--train_file", str(text)]
-    options += [
-        "--validation_file",
-        str(text),
-        "--max_seq_length",
-        "64",
-        "--max_eval_samples",
-        "4",
-        "--max_train_samples",
-        "64",
-    ]
-    options += [
-        "--per_device_train_batch_size",
-        "4",
-        "--num_train_epochs",
-        "1",
-        "--ds_config",
-        str(ROOT / "ds_configs/zero0.json"),
-    ]
+    options += ["--validation_file", str(text), "--max_seq_length", "64", "--max_eval_samples", "4"]
+    options += ["--max_train_samples", "64", "--per_device_train_batch_size", "4", "--num_train_epochs", "1"]
+    options += ["--ds_config", str(ROOT / "ds_configs/zero0.json")]
     options += ["--latency_batch_size", "1", "--latency_seq_length", "8"]
     found = {"dense": dense}
     for sparsity in args.sparsities:
@@ -131,14 +116,8 @@ def main() -> None:
         row["macs"] = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     args.results.mkdir(parents=True, exist_ok=True)
     found = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__}
-    found |= {
-        "dtype": args.dtype,
-        "threads": torch.get_num_threads(),
-        "shape": None if args.models else args.shape,
-        "prompt": args.prompt,
-        "new_tokens": args.new_tokens,
-        "rows": rows,
-    }
+    found |= {"dtype": args.dtype, "threads": torch.get_num_threads(), "shape": None if args.models else args.shape}
+    found |= {"prompt": args.prompt, "new_tokens": args.new_tokens, "rows": rows}
     (args.results / "generation.json").write_text(json.dumps(found, indent=1) + "\n")
     text = table(rows)
     (args.results / "table.md").write_text(text)

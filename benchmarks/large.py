@@ -122,14 +122,8 @@ def prepare(args: argparse.Namespace, shape: str) -> list[str]:
     options += ["--train_file", str(args.work_dir / "train.csv")]
     options += ["--validation_file", str(args.work_dir / "validation.csv")]
     options += ["--max_seq_length", str(args.seq_length), "--per_device_train_batch_size", str(args.batch_size)]
-    options += [
-        "--per_device_eval_batch_size",
-        "1",
-        "--num_train_epochs",
-        "1",
-        "--output_dir",
-        str(args.work_dir / "out"),
-    ]
+    options += ["--per_device_eval_batch_size", "1", "--num_train_epochs", "1"]
+    options += ["--output_dir", str(args.work_dir / "out")]
     return options + (["--gradient_checkpointing"] if args.gradient_checkpointing else [])
 
 
@@ -153,10 +147,8 @@ def run(method: str, shape: str, args: argparse.Namespace) -> None:
         command = measured(args.ranks, __file__, result, sparsities, *options, *of_method)
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
-        print(
-            f"{shape} {method}: failed with exit code {done.returncode}\n{(done.stdout + done.stderr)[-2000:]}",
-            flush=True,
-        )
+        said = (done.stdout + done.stderr)[-2000:]
+        print(f"{shape} {method}: failed with exit code {done.returncode}\n{said}", flush=True)
         return
     if method == "peft":
         found = json.loads((args.work_dir / "out/result.json").read_text())
@@ -181,9 +173,9 @@ def table(results: Path) -> str:
         counted = next((f for m, f in found.items() if m != "peft"), None)  # its model is PEFT's too
         for method, of_method in found.items():
             for row in of_method["rows"]:
-                name = (
-                    method if method != "ours" else f"ours, {row['sparsity']:.0%} gone" if row["sparsity"] else "gates"
-                )
+                name = method
+                if method == "ours":
+                    name = f"ours, {row['sparsity']:.0%} gone" if row["sparsity"] else "gates"
                 tokens = of_method["batch_size"] * of_method["seq_length"]
                 used = "-"
                 if counted:
@@ -223,10 +215,8 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     todo = [cell for cell, path in results.items() if not path.exists()]
     if args.dry_run:
-        print(
-            "\n".join(f"{shape} {method}" for shape, method in todo)
-            + f"\n{len(todo)} runs, about a minute each on a GPU"
-        )
+        names = "\n".join(f"{shape} {method}" for shape, method in todo)
+        print(f"{names}\n{len(todo)} runs, about a minute each on a GPU")
         return
     for shape, method in todo:
         run(method, shape, args)

@@ -136,6 +136,8 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, default=2)
     args = parser.parse_args()
+    if args.work_dir.exists():
+        parser.error(f"--work_dir {args.work_dir} exists, and would be removed at the end; name a new folder")
     RESULTS.mkdir(parents=True, exist_ok=True)
     args.work_dir.mkdir(parents=True)
     try:

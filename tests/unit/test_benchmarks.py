@@ -14,6 +14,7 @@ import compare
 import compare_table
 import generation
 import large
+import loading
 import ranks
 import scaling
 import step
@@ -408,3 +409,11 @@ def test_a_hub_s_model_and_the_sample_keep_their_names(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sample").mkdir()
     assert [ranks.from_anywhere(name) for name in ("sample", "owner/model")] == ["sample", "owner/model"]
+
+
+@pytest.mark.parametrize("program", [generation, loading])
+def test_a_work_folder_that_exists_is_not_removed(program, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["program", "--work_dir", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert "name a new folder" in capsys.readouterr().err and tmp_path.exists()
