@@ -209,11 +209,13 @@ def check_predictions(base, tmp_path):
         tmp_path / "std.csv",
     ]
     words = [*map(str, words), "--max_seq_length", "32"]
-    assert run_ranks(runs.predicted, 2, words, "sun joy\n" * 70) == [0, 0]
+    pair = '{"sentence1": "sun", "sentence2": "joy"}\n'
+    assert run_ranks(runs.predicted, 2, words, pair * 70) == [0, 0]
     assert len((tmp_path / "std.csv").read_text().splitlines()) == 71
     (tmp_path / "std.csv").unlink()
-    assert run_ranks(runs.predicted, 2, words, '{"sentence1": "sun"}\n' * 60 + "rain\n") == [2, 2]  # late, on one rank
-    (tmp_path / "rows.jsonl").write_text('{"sentence1": "sun"}\n{"sentence1": null}\n')
+    assert run_ranks(runs.predicted, 2, words, pair * 60 + "rain\n") == [2, 2]  # late, on one rank
+    assert run_ranks(runs.predicted, 2, words, "sun joy\n" * 70) == [2, 2], "it was trained on pairs"
+    (tmp_path / "rows.jsonl").write_text(pair + pair.replace('"sun"', "null"))
     words[words.index("--input_file") + 1] = str(tmp_path / "rows.jsonl")
     assert run_ranks(runs.predicted, 2, words) == [2, 2], "rank 0 alone reads"
     assert not list(tmp_path.glob("*std.csv*")) and not list(tmp_path.glob(".*"))
