@@ -6,7 +6,6 @@ stage and device, and began with the same data and weights.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import html
 import io
@@ -20,7 +19,7 @@ from typing import Any
 
 from prunadapt_ds import figures, files, pages, report
 from prunadapt_ds.errors import Problem, UserError, exit_code_of
-from prunadapt_ds.options import Help, as_called
+from prunadapt_ds.options import Help, Parser, as_called
 
 KEY = ("task", "method", "criterion", "model", "target")
 NAMES = ("score", "parameters", "macs", "latency", "train_s")
@@ -320,13 +319,15 @@ _EXAMPLE = "prunadapt compare outputs/sweep --output_dir outputs"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and, with --output_dir, write compare.md, compare.csv and compare.html. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help
-    )
+    parser = Parser(description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, or a folder of such folders")
     parser.add_argument("--output_dir", metavar="DIR", help="also write compare.md, compare.csv and compare.html there")
-    arguments = parser.parse_args(argv)
-    return exit_code_of(lambda: show(arguments.runs, arguments.output_dir))
+
+    def work() -> None:
+        options = parser.parsed(argv)
+        show(options.runs, options.output_dir)
+
+    return exit_code_of(work)
 
 
 def show(folders: Sequence[str], output_dir: str | None) -> None:
