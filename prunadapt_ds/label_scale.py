@@ -1,6 +1,6 @@
-"""Regression labels in units of their spread: learning rates suit labels of size 1 around 0, users' are percent, years, prices.
+"""Regression labels in units of their spread: learning rates suit labels of size 1 around 0, others are percent, years, prices.
 
-A run on such a task trains its head on (label - mean) / std. Predictions are turned back wherever they leave the training,
+A regression trains its head on (label - mean) / std. Predictions are turned back wherever they leave the training,
 and exports have both numbers folded into the head, so that whoever loads them reads the labels' own unit.
 """
 
@@ -47,7 +47,7 @@ def of_training(data: TaskData, backbone: Backbone, saved: Mapping[str, Any] | N
     """
     if saved is not None:
         return LabelScale(*saved.get("label_scale", ()))
-    if not data.task.scales_labels:
+    if not data.task.is_regression:
         return OWN_UNIT
     labels = torch.tensor(data.train["label"], dtype=torch.float64)
     mean, std = float(labels.mean()), float(labels.std(correction=0))

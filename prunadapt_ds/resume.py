@@ -200,7 +200,7 @@ def unless_damaged(file: Path) -> dict[str, Any]:
 def _refuse_other_content(output_dir: Path, config: Config) -> None:
     """A complete run answers for the data and the models that it was made with alone. Raises UserError."""
     before = unless_damaged(output_dir / "run.json")
-    if "identity" in before:
+    if isinstance(before.get("identity"), dict):
         refuse_changed(config, content_of(config), before)
     elif problems := changes(names(config), before, str(output_dir)):  # left by an older version
         raise UserError(problems)

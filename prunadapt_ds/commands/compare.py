@@ -131,7 +131,7 @@ def _options(path: Path, report: dict[str, Any]) -> dict[str, str] | None:
         kept |= {name: report.get(name) for name in SURROUNDINGS}
         kept |= _contents(found)
         return {name: json.dumps(value, sort_keys=True) for name, value in kept.items()}
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 

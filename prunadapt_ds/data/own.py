@@ -72,7 +72,7 @@ def load_files(
 
     name = "own_regression" if regression else "own_classification"
     sentence2 = "sentence2" if paired[0] else None
-    task = Task(name, None, "sentence1", sentence2, label_names, OWN_METRICS[name], scales_labels=regression)
+    task = Task(name, None, "sentence1", sentence2, label_names, OWN_METRICS[name])
     texts = ("sentence1", "sentence2") if paired[0] else ("sentence1",)
     splits: dict[str, Columns] = {}
     for file, labels in zip(files, encoded, strict=True):

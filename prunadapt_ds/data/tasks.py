@@ -62,8 +62,6 @@ class Task:
     """How the leaderboard spells the labels, in the order of `label_names`; () if it uses the same names."""
     submitted_range: tuple[float, float] | None = None
     """For regression: the range to which submitted numbers are clipped."""
-    scales_labels: bool = False
-    """For regression: learn labels in units of their spread (see `label_scale.py`). GLUE's stay in those of published results."""
     is_language: bool = False
     """Rows are token sequences with a label for each token; see `language.py`."""
 

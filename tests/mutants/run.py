@@ -494,7 +494,7 @@ MUTANTS = (
            f"{UNITS}[adapter]"),
     Mutant("a checkpoint's head is taken to know units of training", "setup.py", "    if loaded.known_classes:\n",
            "    if False:\n", f"{UNITS}[adapter]"),
-    Mutant("labels are learnt as they are", "label_scale.py", "if not data.task.scales_labels:", "if True:",
+    Mutant("labels are learnt as they are", "label_scale.py", "if not data.task.is_regression:", "if True:",
            "tests/unit/test_label_scale.py::test_labels_get_mean_0_and_spread_1_as_far_as_the_head_has_a_bias[bert]"),
     Mutant("a resumed run takes another scale", "label_scale.py", "if saved is not None:", "if False:",
            "tests/unit/test_label_scale.py::test_a_resumed_run_keeps_the_scale_that_it_began_with"),

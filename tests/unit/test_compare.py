@@ -117,6 +117,8 @@ def test_runs_on_other_data_under_the_same_name_are_another_setting(tmp_path, su
     rows = compared(tmp_path)
     assert len(rows) == settings
     assert subset or {row["options"] for row in rows} == {"data (sha256)=1f1f1f1f", "data (sha256)=2e2e2e2e"}
+    (tmp_path / "0" / "run.json").write_text('{"identity": {"data": 1}}')
+    assert "unknown: no run.json" in str(compared(tmp_path))
 
 
 def test_a_run_named_twice_counts_once(tmp_path, monkeypatch):

@@ -236,8 +236,10 @@ def test_exports_and_plans(place, layout, data):
 @given(data=st.data())
 @fuzz
 def test_reports(place, data):
-    """A report of somewhere else is shown as missing or failed, whatever is in it."""
-    report = filled()
+    """A report of somewhere else is shown as missing or failed beside a sound one, whatever is in it."""
+    sound, report = place / "sound", filled()
+    sound.mkdir(exist_ok=True)
+    (sound / "report.json").write_bytes(as_json(report))
     for key in data.draw(st.lists(st.sampled_from(sorted(report)), max_size=2)):
         inner = report[key]
         if isinstance(inner, dict) and inner and data.draw(st.booleans()):
@@ -247,7 +249,8 @@ def test_reports(place, data):
     folder = place / "reports" / "rte" / "seed0"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_bytes(data.draw(RAW | VALUES.map(as_json) | st.just(as_json(report))))
-    rows = compare.table(compare.lines(compare.find([str(folder)])))
-    assert len(rows) == 1
+    rows = compare.table(compare.lines(compare.find([str(folder), str(sound)])))
+    assert len(rows) == 2
+    read(lambda: compare.find([str(folder)]))
     cells = [glue_table.read_cell(place / "reports", "rte", 0)]
     assert glue_table.markdown(glue_table.summary(cells, ["rte"], [0]))
