@@ -75,7 +75,7 @@ def options_of(method: str) -> list[str]:
         return ["--method", name]
     if (
         name == "peft"
-    ):  # at our default rate: for the sample the better of the two tried for plain LoRA, in results/tuning
+    ):  # at our default rate, for the sample the better of the two that results/tuning tried for plain LoRA
         return ["--method", "lora"]
     if name == "trainer-full":
         return ["--method", "full", "--learning_rate", "5e-5"]

@@ -16,7 +16,7 @@ import numpy as np
 
 BASE = "peft"
 OF_HF_TRAINER = (BASE, "trainer-full")
-BF16_ROUNDING = 2**-8  # at most, as a share of the value
+BF16_ROUNDING, FP32_ROUNDING = 2**-8, 2**-24  # at most, as a share of the value
 ENOUGH = 0.97  # share of the base's final score whose time is compared
 BOOTSTRAPS = 2000
 Results = dict[str, dict[str, list[dict]]]  # by task and method, a dictionary per seed; every task has all methods
@@ -49,13 +49,13 @@ def _read(path: Path) -> dict:
 def agree_on_labels(runs: list[dict]) -> None:
     """Give all runs of a task the same labels, in place, so that their examples are paired. Raises ValueError if they differ.
 
-    Labels of a regression were rounded in older results of HF Trainer in bf16; there the other runs' are taken.
+    Labels of a regression were rounded in older results, to fp32, and HF Trainer's in bf16 to that.
     """
     exact: dict[str, dict] = {}  # a run of each task, of ours if there is one
     for run in sorted(runs, key=lambda run: run["method"] in OF_HF_TRAINER):
         first = exact.setdefault(run["task"], run)
         known, found = np.array(first["labels"]), np.array(run["labels"])
-        rounding = BF16_ROUNDING if run["method"] in OF_HF_TRAINER else 0
+        rounding = BF16_ROUNDING if run["method"] in OF_HF_TRAINER else FP32_ROUNDING
         if known.shape != found.shape or not np.allclose(found, known, rtol=rounding, atol=0):
             names = " and ".join(f"{r['task']}-{r['method']}-{r['seed']}" for r in (first, run))
             raise ValueError(f"{names} have different labels: they were measured on different data")
