@@ -50,9 +50,10 @@ def prepare_program() -> None:
 def end_on_interrupt() -> None:
     """Let Ctrl-C end this process by the signal: in imports, Python would print a traceback of wherever it was.
 
-    `interruptible` brings back the exception, which lets work clean up.
+    `interruptible` brings back the exception, which lets work clean up. A job in the background goes on ignoring the signal.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -86,12 +86,21 @@ leave(entry.guarded(work))
 """
 
 
+def in_front():
+    """Before the program starts: Ctrl-C reaches it, although these tests may run in the background, where it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def in_the_background():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.mark.parametrize("moment, code", [("imports", -signal.SIGINT), ("work", 130)])
 def test_ctrl_c_leaves_no_traceback_and_nothing_half_done(tmp_path, moment, code):
     """In a program's imports the signal ends it; in its work an exception does, so that what was begun is removed."""
     program = PROGRAM.format(moment=moment, output=str(tmp_path / "answers.csv"))
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=in_front) as process:
         assert process.stdout.readline() == "here\n"
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[1]
@@ -106,4 +115,9 @@ def test_programs_are_interrupted_so_and_libraries_keep_their_handler():
         "with interruptible(): assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, preexec_fn=in_front).returncode == 0
+    code = (
+        "import signal; from prunadapt_ds.environment import interruptible, prepare_program; prepare_program()\n"
+        "with interruptible(): assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, preexec_fn=in_the_background).returncode == 0
