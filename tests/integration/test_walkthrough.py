@@ -3,6 +3,7 @@
 Programs are the real ones. Trainings are told to be short, and tasks to be read from a folder, as no hub is there.
 """
 
+import csv
 import json
 import os
 import re
@@ -74,13 +75,18 @@ def start(tmp_path_factory):
         for suffix in theirs.split():
             shutil.copy(data / f"train.{suffix}", folder / f"train.{suffix}")
             shutil.copy(data / f"validation.{suffix}", folder / f"dev.{suffix}")
+    for name in ("train.csv", "dev.csv"):  # single texts, as on the page about own data
+        rows = list(csv.DictReader((folder / name).open(newline="")))
+        lines = [f"{row['sentence1']},{row['label']}\n" for row in rows]
+        (folder / name).write_text("sentence1,label\n" + "".join(lines))
+    (folder / "reviews.csv").write_text("sentence1\nsun and joy\npain\n")
     (folder / "new.csv").write_text("sentence1,sentence2\nsun and joy,rain\npain,tree\n")
-    argv = ["--task_name", "mrpc", "--data_dir", str(folder / "glue_data"), *SHORT, "--num_decisions", "1"]
-    argv += ["--target_sparsity", "0.3", "--model_name_or_path", str(folder / "bert-base-uncased"), "--output_dir"]
+    asked = [*SHORT, "--num_decisions", "1", "--target_sparsity", "0.3"]
+    asked += ["--model_name_or_path", str(folder / "bert-base-uncased")]
+    argv = ["--task_name", "mrpc", "--data_dir", str(folder / "glue_data"), *asked, "--output_dir"]
     assert run_ranks(runs.whole_run, 1, [*argv, str(folder / "outputs"), "--uniform"]) == [0]
     copies = [
         "bert_mrpc",
-        "own",
         "mrpc/0.5",
         "rte/0.5",
         *(f"glue/{task}/seed{seed}" for task in ("mrpc", "rte") for seed in range(3)),
@@ -90,6 +96,8 @@ def start(tmp_path_factory):
     for copy in (folder / "copies").iterdir():
         shutil.move(copy, folder / "outputs" / copy.name)
     assert run_ranks(runs.whole_run, 1, [*argv, str(folder / "outputs" / "quickstart")]) == [0]
+    own = ["--train_file", str(folder / "train.csv"), "--validation_file", str(folder / "dev.csv"), "--output_dir"]
+    assert run_ranks(runs.whole_run, 1, [*asked, *own, str(folder / "outputs" / "own")]) == [0]
     return folder
 
 
