@@ -45,7 +45,7 @@ RESOLVED = {
 }
 EXPORT_OPTIONS = {"export_formats", "export_dtype"}
 LATENCY = "latency.json"
-LEFT_BEHIND = ("report.json", "report.md", "report.html", "plan.json", "predictions.jsonl", "run.json", LATENCY)
+LEFT_BEHIND = ("report.json", "report.md", "report.html", "plan.json", "predictions.jsonl", LATENCY)
 REBUILDS = "rebuilds.json"
 
 
@@ -279,11 +279,8 @@ def _finished(output_dir: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
     Raises UserError if that run was another one, OSError if the report cannot be read.
     """
-    try:
-        report = json.loads((output_dir / "report.json").read_text())
-        if report["status"] != "complete":
-            return None
-    except (*checkpoint.NOT_THERE, ValueError, KeyError, TypeError, RecursionError):
+    report = unless_damaged(output_dir / "report.json")
+    if report.get("status") != "complete":
         return None
     try:
         before = json.loads((output_dir / "run.json").read_text())
@@ -325,7 +322,9 @@ def begin(session: Session) -> None:
             sums.unlink()
         for name in LEFT_BEHIND:
             (session.output_dir / name).unlink(missing_ok=True)
-        _write_options(session)
+        _write_options(
+            session
+        )  # in place of an earlier run's: without one the next run would take what is left for somebody else's
 
     distributed.on_rank_0("clearing the output folder", clear)
     write_latency(session)
