@@ -18,8 +18,9 @@ from prunadapt_ds.config import SECTIONS, Config
 from prunadapt_ds.ds_config import DsConfig
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.faults import fault_point
+from prunadapt_ds.inputs import content_of, refuse_changed
 from prunadapt_ds.session import Session, add_trainables
-from prunadapt_ds.setup import agreed_ds_config, content_of, refuse_changed
+from prunadapt_ds.setup import agreed_ds_config
 
 # Options that may change when a run is resumed: because they do not change what it computes ...
 FREE = {

@@ -22,13 +22,14 @@ from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.faults import fault_point
 from prunadapt_ds.finish import finish, report_unfinished
 from prunadapt_ds.importance import CRITERIA, save_sums
+from prunadapt_ds.inputs import read_inputs
 from prunadapt_ds.keeper import Keeper
 from prunadapt_ds.one_shot import prune_once, score_only
 from prunadapt_ds.progress import Interval, log_interval, say_what_will_happen
 from prunadapt_ds.rebuild import pays_to_shrink, shrink_model
 from prunadapt_ds.schedule import LearningRateSchedule, PruningSchedule
 from prunadapt_ds.session import Session, add_trainables, evaluate
-from prunadapt_ds.setup import read_inputs, setup
+from prunadapt_ds.setup import setup
 from prunadapt_ds.signals import StopSignals
 from prunadapt_ds.step import watched_step
 

@@ -413,7 +413,7 @@ MUTANTS = (
     Mutant("special tokens that version 4 cannot read", "older_readers.py",
            'values["additional_special_tokens"] = values.pop("extra_special_tokens")', "pass",
            "tests/unit/test_older_readers.py::test_a_tokenizer_of_a_class_that_both_have"),
-    Mutant("another tokenizer goes unnoticed", "setup.py", "    if before != digest:", "    if False:",
+    Mutant("another tokenizer goes unnoticed", "inputs.py", "    if before != digest:", "    if False:",
            f"{RESUME}::test_what_would_be_another_run_is_refused[tokenizer]"),
     Mutant("ranks are told different things", "resume.py",
            'distributed.same_on_all_ranks("what the options and the DeepSpeed file ask for", _digest(config, ds))', "pass",

@@ -51,7 +51,7 @@ FLOORS = (
         "initial_adapter",
         "token_teacher",
     },
-    {"tracking"},
+    {"tracking", "inputs"},
     {"card", "session", "graphs", "trained_folder", "adapter_folder", "pages"},
     {"setup", "step", "snapshot"},
     {"finish", "resume", "answers", "one_shot"},

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunadapt_ds import checkpoint, clocks, files, formats, resume, setup, snapshot
+from prunadapt_ds import checkpoint, clocks, files, formats, inputs, resume, setup, snapshot
 from prunadapt_ds.clocks import StepTimes
 from prunadapt_ds.commands import unfinished
 from prunadapt_ds.config import OPTIONS, parse
@@ -508,7 +508,7 @@ def test_a_complete_run_answers_for_what_it_was_made_with_alone(tmp_path):
         return parse([*files, f"--model_name_or_path={tmp_path / 'bert'}", f"--output_dir={tmp_path}"])
 
     asked = {"seed": 0}
-    finished(tmp_path, **asked, **resume.names(config("data")), identity=setup.content_of(config("data")))
+    finished(tmp_path, **asked, **resume.names(config("data")), identity=inputs.content_of(config("data")))
     assert resume._find(config("data"), asked).finished["status"] == "complete"
     (tmp_path / "data").rename(tmp_path / "moved")
     assert resume._find(config("moved"), asked).finished["status"] == "complete"

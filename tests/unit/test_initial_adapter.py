@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from prunadapt_ds import adapter_folder, adapters, backbone, initial_adapter, labels
 from prunadapt_ds.config import LoraOptions, parse
 from prunadapt_ds.errors import UserError
-from prunadapt_ds.setup import refuse_changed
+from prunadapt_ds.inputs import refuse_changed
 from tests.tiny import tiny_folder
 from tests.unit.test_resize import inputs
 
