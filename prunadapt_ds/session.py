@@ -75,7 +75,7 @@ class Session:
     scores: ScoreAverage | None = None
     losses: list[Tensor] = field(default_factory=list)  # [3] of each step since the last log line, see step.train_step
     rebuilt: dict[int, bool] = field(default_factory=dict)  # by decision step, whether timing favoured a rebuild
-    options: dict[str, Any] = field(default_factory=dict)  # by which a run is recognised; see resume.py
+    options: dict[str, Any] = field(default_factory=dict)  # by which a run is recognised; see earlier_run.py
     identity: dict[str, str] = field(default_factory=dict)  # sha256: "data", "tokens", "backbone", "adapter"
     timing: dict[str, int] = field(default_factory=dict)  # how latency is measured: batch_size, seq_length, repeats
     initial_adapter: InitialAdapter | None = None  # that the run starts from

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunadapt_ds import board, distributed, files, gates, resume, snapshot, token_teacher, watchdog
+from prunadapt_ds import board, distributed, earlier_run, files, gates, resume, snapshot, token_teacher, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds import report as reports
 from prunadapt_ds.budget import decide
@@ -47,7 +47,7 @@ def run(config: Config) -> dict[str, Any]:
     distributed.init()
     with owned(config) as signals:
         try:
-            start = resume.find(config)
+            start = earlier_run.find(config)
         except UserError as error:
             raise error.beside(lambda: read_inputs(config)) from error
         if start.finished is not None:
@@ -84,7 +84,7 @@ def begin(session: Session) -> None:
     snapshot.seed_this_rank(session.config.train.seed, step=0)
 
 
-def go_on(session: Session, start: resume.Start) -> None:
+def go_on(session: Session, start: earlier_run.Start) -> None:
     """Resume an interrupted run: restore the shape of its model and what it had learnt."""
     assert start.checkpoint is not None
     resume.rebuild(session, start.checkpoint)

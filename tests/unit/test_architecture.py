@@ -54,6 +54,7 @@ FLOORS = (
     {"tracking", "inputs"},
     {"card", "session", "graphs", "trained_folder", "adapter_folder", "pages"},
     {"setup", "step", "snapshot"},
+    {"earlier_run"},
     {"finish", "resume", "answers", "one_shot"},
     {"keeper", "rebuild", "distillation"},
     {"progress"},

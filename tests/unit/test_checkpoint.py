@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunadapt_ds import checkpoint, clocks, files, formats, inputs, resume, setup, snapshot
+from prunadapt_ds import checkpoint, clocks, earlier_run, files, formats, inputs, resume, setup, snapshot
 from prunadapt_ds.clocks import StepTimes
 from prunadapt_ds.commands import unfinished
 from prunadapt_ds.config import OPTIONS, parse
@@ -108,7 +108,7 @@ def test_nothing_intact_is_nothing(tmp_path):
 
 
 def auto(tmp_path, *argv):
-    return resume.find(parse(["--output_dir", str(tmp_path / "out"), *argv]))
+    return earlier_run.find(parse(["--output_dir", str(tmp_path / "out"), *argv]))
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
@@ -185,10 +185,10 @@ def test_a_checkpoint_that_vanishes_before_it_is_used_is_every_rank_s_error(tmp_
 def test_what_was_passed_over_below_a_named_folder_is_said(tmp_path):
     save(tmp_path, 1, 2)
     os.truncate(tmp_path / "step-2" / checkpoint.TENSORS, 10)
-    found, passed_over = resume._given(tmp_path)
+    found, passed_over = earlier_run._given(tmp_path)
     assert found.step == 1 and len(passed_over) == 1 and "step-2" in passed_over[0]
     with pytest.raises(UserError, match=r"resume='.*nowhere': there is no such folder"):
-        resume._given(tmp_path / "nowhere")
+        earlier_run._given(tmp_path / "nowhere")
 
 
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
@@ -378,7 +378,7 @@ def ds_config(tmp_path):
 
 def asked(path, *argv):
     config = parse(["--ds_config", path, *argv])
-    return resume.options(config, setup.agreed_ds_config(config))
+    return earlier_run.options(config, setup.agreed_ds_config(config))
 
 
 SAME = {
@@ -397,7 +397,7 @@ SAME = {
 @pytest.mark.parametrize("case", SAME)
 def test_changes_that_do_not_change_the_run(ds_config, case):
     values, argv = SAME[case]
-    assert not resume.changes(asked(ds_config(**values), *argv), asked(ds_config()), "out")
+    assert not earlier_run.changes(asked(ds_config(**values), *argv), asked(ds_config()), "out")
 
 
 OTHER = {
@@ -417,7 +417,7 @@ OTHER = {
 def test_changes_that_do_are_named_with_both_values(ds_config, name):
     values, argv = OTHER[name]
     before, now = asked(ds_config()), asked(ds_config(**values), *argv)
-    (problem,) = resume.changes(now, before, "out")
+    (problem,) = earlier_run.changes(now, before, "out")
     assert problem.field == name and problem.value == now[name] and repr(before[name]) in problem.remedy
     assert "--resume never" in problem.remedy
     assert ("ranks x --per_device_train_batch_size x" in problem.remedy) is (name == "train_batch_size")
@@ -429,10 +429,10 @@ def test_going_on_from_elsewhere_takes_no_other_runs_folder(tmp_path, ds_config)
     (tmp_path / "out" / "run.json").write_text(json.dumps(other))
     argv = ["--output_dir", str(tmp_path / "out"), "--resume", str(tmp_path)]
     with pytest.raises(UserError, match=r"seed=0: the run in .*out began with 1"):
-        resume._find(parse(argv), mine)
+        earlier_run._find(parse(argv), mine)
     (tmp_path / "out" / "run.json").write_text(json.dumps(mine))
     with pytest.raises(UserError, match="no intact checkpoint"):
-        resume._find(parse(argv), mine)
+        earlier_run._find(parse(argv), mine)
 
 
 def test_going_on_from_elsewhere_takes_no_folder_of_other_data(tmp_path):
@@ -441,19 +441,19 @@ def test_going_on_from_elsewhere_takes_no_folder_of_other_data(tmp_path):
     (tmp_path / "b" / "run.json").write_text(json.dumps({"train_file": "b.csv", "seed": 0}))
     found = checkpoint.Checkpoint(tmp_path / "a" / "checkpoints" / "step-2", 2, {"names": {"train_file": "a.csv"}})
     with pytest.raises(UserError, match=r"train_file='a.csv': the run in .*b has 'b.csv'.* name another --output_dir"):
-        resume._refuse_other_inputs(tmp_path / "b", found, {"train_file": "moved.csv"})
-    resume._refuse_other_inputs(tmp_path / "a", found, {})
-    resume._refuse_other_inputs(tmp_path / "new", found, {})
-    resume._refuse_other_inputs(
+        earlier_run._refuse_other_inputs(tmp_path / "b", found, {"train_file": "moved.csv"})
+    earlier_run._refuse_other_inputs(tmp_path / "a", found, {})
+    earlier_run._refuse_other_inputs(tmp_path / "new", found, {})
+    earlier_run._refuse_other_inputs(
         tmp_path / "b", found, {"train_file": "b.csv"}
     )  # the same command again: compared by content
     (tmp_path / "b" / "run.json").write_text(json.dumps({"train_file": "a.csv"}))
-    resume._refuse_other_inputs(tmp_path / "b", found, {"train_file": "moved.csv"})
+    earlier_run._refuse_other_inputs(tmp_path / "b", found, {"train_file": "moved.csv"})
 
 
 def test_every_option_is_compared_or_free_for_a_reason(ds_config):
-    assert set(OPTIONS) >= resume.FREE | resume.BY_CONTENT | resume.RESOLVED
-    assert set(OPTIONS) - set(asked(ds_config())) == resume.FREE | resume.BY_CONTENT | {
+    assert set(OPTIONS) >= earlier_run.FREE | earlier_run.BY_CONTENT | earlier_run.RESOLVED
+    assert set(OPTIONS) - set(asked(ds_config())) == earlier_run.FREE | earlier_run.BY_CONTENT | {
         "ds_config",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
@@ -467,7 +467,7 @@ def test_bf16_is_taken_by_itself_where_every_rank_is_fast_at_it(ds_config, monke
     monkeypatch.setattr("prunadapt_ds.distributed.true_on_all_ranks", lambda holds: holds and others)
     config = parse(["--ds_config", ds_config(bf16={"enabled": "auto"}), "--resume", "never"])
     assert setup.agreed_ds_config(config).dtype == dtype
-    assert resume.find(config).options["bf16"] is (dtype == "bf16")
+    assert earlier_run.find(config).options["bf16"] is (dtype == "bf16")
 
 
 def finished(folder, **options):
@@ -477,12 +477,12 @@ def finished(folder, **options):
 
 def test_a_complete_run_is_known_again_by_its_options(tmp_path):
     finished(tmp_path, seed=0)
-    assert resume._finished(tmp_path, {"seed": 0, "an option of a later version": 1})["status"] == "complete"
+    assert earlier_run._finished(tmp_path, {"seed": 0, "an option of a later version": 1})["status"] == "complete"
     with pytest.raises(UserError, match=r"seed=1.*began with 0"):
-        resume._finished(tmp_path, {"seed": 1})
+        earlier_run._finished(tmp_path, {"seed": 1})
     (tmp_path / "run.json").unlink()
     with pytest.raises(UserError, match="unknown options"):
-        resume._finished(tmp_path, {"seed": 0})
+        earlier_run._finished(tmp_path, {"seed": 0})
 
 
 def test_other_exports_of_a_complete_run_need_no_training(tmp_path):
@@ -490,12 +490,12 @@ def test_other_exports_of_a_complete_run_need_no_training(tmp_path):
     asked = {"seed": 0, "export_formats": ["compact", "padded"], "export_dtype": "bfloat16"}
     words = f"prunadapt export --run_dir {tmp_path} --export_formats padded --export_dtype bfloat16"
     with pytest.raises(UserError, match=f"this run is complete; .*{words}"):
-        resume._finished(tmp_path, asked)
+        earlier_run._finished(tmp_path, asked)
     with pytest.raises(UserError, match=r"seed=1.*began with 0"):
-        resume._finished(tmp_path, {**asked, "seed": 1})
+        earlier_run._finished(tmp_path, {**asked, "seed": 1})
     for others in ({"export_formats": ["compact"]}, {"export_formats": ["compact", "adapter"]}):
         with pytest.raises(UserError, match=r"export_dtype='bfloat16'.*began with None"):
-            resume._finished(tmp_path, {**asked, **others})
+            earlier_run._finished(tmp_path, {**asked, **others})
 
 
 def test_a_complete_run_answers_for_what_it_was_made_with_alone(tmp_path):
@@ -508,20 +508,20 @@ def test_a_complete_run_answers_for_what_it_was_made_with_alone(tmp_path):
         return parse([*files, f"--model_name_or_path={tmp_path / 'bert'}", f"--output_dir={tmp_path}"])
 
     asked = {"seed": 0}
-    finished(tmp_path, **asked, **resume.names(config("data")), identity=inputs.content_of(config("data")))
-    assert resume._find(config("data"), asked).finished["status"] == "complete"
+    finished(tmp_path, **asked, **earlier_run.names(config("data")), identity=inputs.content_of(config("data")))
+    assert earlier_run._find(config("data"), asked).finished["status"] == "complete"
     (tmp_path / "data").rename(tmp_path / "moved")
-    assert resume._find(config("moved"), asked).finished["status"] == "complete"
+    assert earlier_run._find(config("moved"), asked).finished["status"] == "complete"
     tiny_data(tmp_path / "data", n_train=9, n_dev=4)
     with pytest.raises(UserError, match=r"train_file='.*train.csv': its content is not what the run began with"):
-        resume._find(config("data"), asked)
+        earlier_run._find(config("data"), asked)
     tiny_folder(tmp_path / "bert", "bert", seed=1)
     with pytest.raises(UserError, match=r"model_name_or_path='.*bert': its content"):
-        resume._find(config("moved"), asked)
-    finished(tmp_path, **asked, **resume.names(config("moved")), identity=[])  # an older version wrote none
-    assert resume._find(config("moved"), asked).finished["status"] == "complete"
+        earlier_run._find(config("moved"), asked)
+    finished(tmp_path, **asked, **earlier_run.names(config("moved")), identity=[])  # an older version wrote none
+    assert earlier_run._find(config("moved"), asked).finished["status"] == "complete"
     with pytest.raises(UserError, match=r"train_file='.*began with"):
-        resume._find(config("data"), asked)
+        earlier_run._find(config("data"), asked)
 
 
 @pytest.mark.parametrize(
@@ -531,14 +531,14 @@ def test_a_complete_run_answers_for_what_it_was_made_with_alone(tmp_path):
 def test_a_run_replaces_nothing_where_no_run_has_been(tmp_path, ds_config, name, how):
     """The user's own file is named, whatever --resume says; with what a run leaves beside it, it counts as that run's."""
     config = parse(["--output_dir", str(tmp_path), "--resume", how])
-    assert resume._find(config, {}).checkpoint is None
+    assert earlier_run._find(config, {}).checkpoint is None
     (tmp_path / "metrics.jsonl").touch()  # of a run that ended while it began
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=rf"output_dir=.*holds {'/'.join(name.split('/')[:2])} of something else"):
-        resume._find(config, {})
+        earlier_run._find(config, {})
     (tmp_path / "run.json").write_text("{}")
-    assert resume._find(config, {}).checkpoint is None
+    assert earlier_run._find(config, {}).checkpoint is None
 
 
 def test_a_run_that_goes_on_elsewhere_leaves_its_options_there(tmp_path):
@@ -551,11 +551,29 @@ def test_a_run_that_goes_on_elsewhere_leaves_its_options_there(tmp_path):
     assert stated["seed"] == 3 and stated["r"] == 4 and stated["model_name_or_path"] == "sample"
 
 
+def test_a_folder_keeps_its_run_until_the_next_one_takes_it(tmp_path, monkeypatch):
+    """A kill while the folder is cleared leaves what the next run recognises as a run's, not as somebody else's files."""
+    session = SimpleNamespace(config=parse(["--output_dir", str(tmp_path)]), options={"seed": 1}, output_dir=tmp_path)
+    session.identity, session.latency = {}, None
+    finished(tmp_path, seed=0)
+    (tmp_path / "exports").mkdir()
+    (tmp_path / "predictions.jsonl").write_text("{}")
+    with monkeypatch.context() as killed:
+        killed.setattr(resume.graphs, "discard_exports", lambda folder: 1 / 0)
+        with pytest.raises(PrunadaptError, match="clearing the output folder"):
+            resume.begin(session)
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 0
+    earlier_run._refuse_foreign_files(tmp_path)
+    resume.begin(session)
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 1
+    assert not (tmp_path / "predictions.jsonl").exists() and not (tmp_path / "report.json").exists()
+
+
 @pytest.mark.parametrize("status", ["failed", "interrupted"])
 def test_an_unfinished_run_is_no_complete_one(tmp_path, status):
     finished(tmp_path, seed=0, status=status)
-    assert resume._finished(tmp_path, {"seed": 0}) is None
-    assert resume._finished(tmp_path / "absent", {"seed": 0}) is None
+    assert earlier_run._finished(tmp_path, {"seed": 0}) is None
+    assert earlier_run._finished(tmp_path / "absent", {"seed": 0}) is None
 
 
 # -------------------------------------------------------------------------------------- sums of an open window

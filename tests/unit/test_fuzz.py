@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prunadapt_ds import checkpoint, formats, model_folder, resume
+from prunadapt_ds import checkpoint, earlier_run, formats, model_folder, resume
 from prunadapt_ds.commands import compare, glue_table
 from prunadapt_ds.config import OPTIONS, Config, parse
 from prunadapt_ds.data import TASKS, TaskData, load_language, load_task
@@ -186,7 +186,7 @@ def test_checkpoints(place, raw):
         assert (found is None) == bool(damaged) and (found is None or isinstance(found.step, int))
     except checkpoint.Unread:  # a later version's, or files of names that no file can have
         pass
-    read(lambda: resume._given(folder))
+    read(lambda: earlier_run._given(folder))
 
 
 @given(
@@ -199,7 +199,7 @@ def test_what_an_earlier_run_left(place, report, run, noted):
     (out / "report.json").write_bytes(report)
     (out / "run.json").write_bytes(run)
     (out / "checkpoints" / resume.REBUILDS).write_text(json.dumps(noted))
-    read(lambda: resume._finished(out, {"seed": 0}))
+    read(lambda: earlier_run._finished(out, {"seed": 0}))
     rebuilds = resume.noted_rebuilds(parse(["--output_dir", str(out)]))
     assert all(isinstance(step, int) and isinstance(done, bool) for step, done in rebuilds.items())
 
