@@ -20,7 +20,7 @@ BF16_ROUNDING, FP32_ROUNDING = 2**-8, 2**-24  # at most, as a share of the value
 ENOUGH = 0.97  # share of the base's final score whose time is compared
 BOOTSTRAPS = 2000
 Results = dict[str, dict[str, list[dict]]]  # by task and method, a dictionary per seed; every task has all methods
-TIMES = ("train_s", "train_cpu_s", "step_s", "last_step_s", "latency", "scores")
+TIMES = ("train_s", "train_cpu_s", "step_s", "last_step_s", "latency_batch_1", "latency", "scores")
 
 
 def load(folder: Path, tasks: Sequence[str] = (), methods: Sequence[str] = ()) -> Results:
@@ -114,7 +114,7 @@ def seconds_until(run: dict, level: float) -> float | None:
 
 QUALITY = ("task", "method", "seeds", "score", "of peft", "95 % interval")
 COSTS = ("train time (CPU)", "train time (wall)", "last step", "until 97 %", "live memory after / before", "peak")
-COSTS += ("parameters", "MACs", "latency, batch 32")
+COSTS += ("parameters", "MACs", "latency, batch 1", "latency, batch 32")
 COLUMNS = QUALITY + COSTS
 Pair = tuple[list[dict], list[dict]]  # runs of a method, and of the base on the same task
 
@@ -209,7 +209,7 @@ def _costs(pairs: list[Pair], until: str) -> list[str]:
 
     cells = [ratio("train_cpu_s"), ratio("train_s"), ratio("last_step_s", "step_s"), until]
     cells += [f"{ratio('live_after', 'live_bytes')} / {ratio('live_bytes')}", ratio("peak_bytes")]
-    return [*cells, share("params"), share("macs"), share("latency")]
+    return [*cells, share("params"), share("macs"), share("latency_batch_1"), share("latency")]
 
 
 def draw(results: Results, path: Path) -> None:

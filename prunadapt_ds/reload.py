@@ -189,6 +189,7 @@ def answer_on(device_name: str, request: dict[str, Any], why: str = "") -> None:
             config = AutoConfig.from_pretrained(request["folder"], trust_remote_code=False)
             dense = auto_class.from_config(config, dtype=getattr(torch, dtype)).to(device).eval()
             options = {k: request["latency"][k] for k in ("batch_size", "seq_length", "repeats")}
+            single, _ = latency([dense, model], **{**options, "batch_size": 1}, device=device)
             (dense_ms, exported_ms), options["repeats"] = latency([dense, model], **options, device=device)
             result["latency"] = {
                 "dense_ms": dense_ms,
@@ -197,6 +198,7 @@ def answer_on(device_name: str, request: dict[str, Any], why: str = "") -> None:
                 "dtype": dtype,
                 "threads": torch.get_num_threads(),
                 "speedup": dense_ms / exported_ms,
+                **dict(zip(("dense_ms_batch_1", "exported_ms_batch_1"), single, strict=True)),
             }
         except RuntimeError as error:  # no memory for the dense model as well: proven, but not timed
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # on a CPU

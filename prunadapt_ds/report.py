@@ -67,7 +67,7 @@ _SCHEMA: dict[str, Any] = {
     "communication": {"sent_bytes": _nothing("dense", "after_shrink")},  # per rank and optimizer step
     "latency": _nothing(
         *("dense_ms", "exported_ms", "batch_size", "seq_length", "dtype", "threads", "repeats", "speedup"),
-        *("target_speedup", "table_speedup"),
+        *("target_speedup", "table_speedup", "dense_ms_batch_1", "exported_ms_batch_1"),
     ),
     "parity": _nothing("max_abs_logit_diff", "tolerance", "examples"),
     "exports": {},
@@ -179,10 +179,12 @@ def costs(report: dict[str, Any]) -> list[Row]:
     """The rows of the cost table: the dense model, the pruned one, and their ratio."""
     params, macs, latency, time = report["params"], report["macs"], report["latency"], report["time"]
     live, peak = report["memory"]["live_tensor_bytes"], report["memory"]["peak_rank_bytes"]
-    sent = report.get("communication", _SCHEMA["communication"])["sent_bytes"]  # older reports lack the key
+    sent = report.get("communication", _SCHEMA["communication"])["sent_bytes"]  # older reports lack these keys
+    single = latency.get("dense_ms_batch_1"), latency.get("exported_ms_batch_1")
     return [
         _compared("encoder parameters", params["encoder_dense"], params["encoder_kept"], "{:,.0f}"),
         _compared(f"MACs, {macs['seq_length']} tokens (M)", macs["dense"], macs["kept"], "{:,.0f}", 1e6),
+        *([_compared("latency (ms), batch 1", *single)] if latency["batch_size"] != 1 else []),
         _compared(f"latency (ms), batch {latency['batch_size']}", latency["dense_ms"], latency["exported_ms"]),
         _compared("training step (s)", time["dense_step_s"], time["last_step_s"], "{:,.3f}"),
         _compared("live memory per rank (MiB)", live["dense"], live["after_shrink"], scale=2**20),

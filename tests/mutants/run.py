@@ -500,6 +500,8 @@ MUTANTS = (
            "tests/unit/test_label_scale.py::test_a_resumed_run_keeps_the_scale_that_it_began_with"),
     Mutant("somebody's files are cleared", "earlier_run.py", "    if written:\n", "    if False:\n",
            f"{CHECKPOINT}::test_a_run_replaces_nothing_where_no_run_has_been[auto-report.md]"),
+    Mutant("one request timed as a batch", "reload.py", '{**options, "batch_size": 1}', "options",
+           "tests/unit/test_latency.py::test_the_dense_model_is_timed_beside_the_exported_one"),
     Mutant("a folder loses its run.json first", "resume.py", "    def clear() -> None:\n",
            '    def clear() -> None:\n        (session.output_dir / "run.json").unlink(missing_ok=True)\n',
            f"{CHECKPOINT}::test_a_folder_keeps_its_run_until_the_next_one_takes_it"),

@@ -130,7 +130,8 @@ import importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("reload", sys.argv[1])
 reload = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(reload)
-reload.latency = lambda models, **options: ([float(sum(p.numel() for p in m.parameters())) for m in models], 1)
+reload.latency = lambda models, batch_size, **options: (
+    [float(batch_size * sum(p.numel() for p in m.parameters())) for m in models], 1)
 reload.answer(json.loads(open(sys.argv[2]).read()))
 """
 
@@ -144,7 +145,7 @@ def test_the_dense_model_is_timed_beside_the_exported_one(tmp_path):
     tokenizer, folder = tiny_tokenizer(tmp_path / "tokenizer"), tmp_path / "compact"
     assert export.export(model, layout, plan, tokenizer, folder)
     rows = Rows(Dataset.from_list([{"input_ids": [2, 7, 3], "attention_mask": [1, 1, 1], "labels": 0}]), tokenizer)
-    timing = {"batch_size": 1, "seq_length": 4, "repeats": 1, "dtype": "float32"}
+    timing = {"batch_size": 3, "seq_length": 4, "repeats": 1, "dtype": "float32"}
     asked = proof.Reload(folder, {"rows": rows}, 1, torch.device("cpu"), needs_remote_code=True, latency=timing)
     (tmp_path / "request.json").write_text(json.dumps(asked.request(tmp_path)))
     words = [sys.executable, "-c", TIMED_BY_SIZE, reload.__file__, str(tmp_path / "request.json")]
@@ -153,7 +154,9 @@ def test_the_dense_model_is_timed_beside_the_exported_one(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "result.json").read_text())["latency"]
     kept = sum(t.numel() for t in load_file(folder / "model.safetensors").values())
-    assert found["dense_ms"] == sum(p.numel() for p in model.parameters()) > found["exported_ms"] == kept
+    dense = sum(p.numel() for p in model.parameters())
+    assert found["dense_ms_batch_1"] == dense > found["exported_ms_batch_1"] == kept
+    assert found["dense_ms"] == 3 * dense and found["exported_ms"] == 3 * kept
     assert found["speedup"] == pytest.approx(found["dense_ms"] / found["exported_ms"])
 
 

@@ -39,6 +39,19 @@ def test_speed_that_was_asked_for_and_measured():
         assert "Speed-up: 2.00 requested, 2.01 predicted" in text and "1.93 measured" in text
 
 
+def test_one_request_is_timed_beside_a_batch():
+    """Once, if that is the batch; reports of older versions do not say."""
+    rows = {name: cells for name, *cells in report.costs(filled())}
+    assert rows["latency (ms), batch 1"] == ["-", "-"] and rows["latency (ms), batch 32"] == ["10.0", "5.0 (50.0%)"]
+    older, single = filled(), filled()
+    del older["latency"]["dense_ms_batch_1"], older["latency"]["exported_ms_batch_1"]
+    assert report.costs(older) == report.costs(filled())
+    single["latency"] |= {"batch_size": 1, "dense_ms_batch_1": 2.0, "exported_ms_batch_1": 1.5}
+    assert [name for name, *_ in report.costs(single) if name.startswith("latency")] == ["latency (ms), batch 1"]
+    single["latency"]["batch_size"] = 8
+    assert ("latency (ms), batch 1", "2.0", "1.5 (75.0%)") in report.costs(single)
+
+
 def test_keys_are_null_never_absent(tmp_path):
     report.validate(report.empty())
     report.write(tmp_path, report.empty())
