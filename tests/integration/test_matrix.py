@@ -66,6 +66,7 @@ def test_offloading_to_a_disk(base, tmp_path):  # noqa: F811
 
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("needs libaio to build on: Debian's libaio-dev")
+    AsyncIOBuilder().load()  # the first time this compiles for minutes, for which ranks would not be waited
     tiny_folder(base / "wide", "llama", hidden_size=512, intermediate_size=2048)
     values = json.loads((ROOT / "ds_configs" / "zero3_offload_nvme.json").read_text())
     values["zero_optimization"]["offload_param"] |= {"nvme_path": str(tmp_path), "buffer_size": 2_000_000}
