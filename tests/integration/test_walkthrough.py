@@ -36,7 +36,7 @@ LLAMA_70B |= {
     "architectures": ["LlamaForCausalLM"],
 }
 SHIM = """#!{python}
-import os, sys
+import os, socket, sys
 words, name = sys.argv[1:], os.path.basename(sys.argv[0])
 behind = [b for a, b in zip([name, *words], words) if a in ("prunadapt", "prunadapt_ds")]
 said = [*behind[:1], *[os.path.basename(w)[:-3] for w in words if w.startswith("launcher/")]]
@@ -50,6 +50,9 @@ if said[:1] == ["train"]:
     words += {short} + ([] if "--method" in words else ["--num_decisions", "1"])
 if said[:1] in (["train"], ["evaluate"]) and "--task_name" in words and "--data_dir" not in words:
     words += ["--data_dir", "glue_data"]
+if name in ("deepspeed", "torchrun") and not any("port" in w for w in words):  # pages may be walked side by side
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        words = ["--master_port", str(free.getsockname()[1]), *words]
 program = {programs!r} + "/" + name
 os.execv(program, [program, *words])
 """
