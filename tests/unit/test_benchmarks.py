@@ -21,6 +21,7 @@ import step
 import stored
 import tune
 
+from prunadapt_ds import report
 from prunadapt_ds.config import parse
 
 pytestmark = pytest.mark.fast
@@ -131,6 +132,20 @@ def test_mistakes_are_said_before_the_first_run(argv, said, monkeypatch, capsys,
     with pytest.raises(SystemExit) as ended:
         compare.main()
     assert ended.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+def test_a_run_s_latencies_are_those_of_its_report(tmp_path):
+    found = report.empty()
+    for part in (found["params"], found["macs"], found["memory"]["peak_rank_bytes"], found["latency"]):
+        part |= dict.fromkeys(part, 2.0)
+    found["latency"] |= {"dense_ms_batch_1": 8.0, "exported_ms_batch_1": 4.0, "dense_ms": 10.0, "exported_ms": 2.0}
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    line = {"split": "validation", "label": 1, "exported": {"prediction": 0}}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "metrics.jsonl").touch()
+    cell = compare.collect("ours@0.6", tmp_path)
+    assert cell["latency_batch_1"] == 0.5 and cell["latency"] == 0.2
+    assert cell["predictions"] == [0] and cell["labels"] == [1]
 
 
 def test_table_and_picture_from_a_results_folder(tmp_path):
