@@ -10,8 +10,10 @@ RANKS := $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); [ $$n -gt 0 ]
 
 .PHONY: quickstart test test-fast test-ci test-full test-slurm test-slurm-ci slurm-tools doctor quality style mutants coverage tensorboard docs docs-serve clean tools
 
+# Where its port is taken: make quickstart MASTER_PORT=29501
+MASTER_PORT ?= 29500
 quickstart: $(INSTALLED)
-	$(RUN) deepspeed --num_accelerators $(RANKS) launcher/train.py --ds_config ds_configs/zero3.json --output_dir outputs/quickstart
+	$(RUN) deepspeed --num_accelerators $(RANKS) --master_port $(MASTER_PORT) launcher/train.py --ds_config ds_configs/zero3.json --output_dir outputs/quickstart
 
 test: test-fast test-ci
 

@@ -21,12 +21,11 @@ from typing import Any
 from torch import Tensor
 
 from prunadapt_ds.faults import fault_point
-from prunadapt_ds.files import discard, identity, whole_folder
+from prunadapt_ds.files import NOT_THERE, discard, identity, whole_folder
 
 FORMAT = 1
 PREFIX = "step-"
 TENSORS, STATE = "tensors.safetensors", "checkpoint.json"
-NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class Damaged(Exception):

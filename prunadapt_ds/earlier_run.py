@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,6 +16,7 @@ from prunadapt_ds.checkpoint import Checkpoint, Damaged, Unread
 from prunadapt_ds.config import Config
 from prunadapt_ds.ds_config import DsConfig
 from prunadapt_ds.errors import Problem, UserError
+from prunadapt_ds.files import unless_damaged
 from prunadapt_ds.inputs import content_of, refuse_changed
 from prunadapt_ds.setup import agreed_ds_config
 
@@ -157,14 +157,6 @@ def _refuse_foreign_files(output_dir: Path) -> None:
     if written:
         remedy = f"holds {', '.join(written)} of something else than a run, which this run would replace; name another"
         raise UserError(Problem("output_dir", str(output_dir), remedy))
-
-
-def unless_damaged(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, or an empty one if the file is missing or damaged."""
-    with contextlib.suppress(*checkpoint.NOT_THERE, ValueError, RecursionError):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def _refuse_other_content(output_dir: Path, config: Config) -> None:

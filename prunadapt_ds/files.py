@@ -19,6 +19,7 @@ from typing import IO, Any
 from prunadapt_ds.errors import Problem, UserError
 
 LOCK_NAME = ".lock"
+NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # a failure to read for want of the file
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # from Lustre or NFS mounted without locking
 
 
@@ -52,6 +53,14 @@ def read_object(file: Path, refuse: Callable[[str], UserError]) -> dict[str, Any
     if not isinstance(values, dict):
         raise refuse(f"{file.name} is not a JSON object; fetch it again")
     return values
+
+
+def unless_damaged(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, or an empty one if the file is missing or damaged. Raises OSError if it cannot be read now."""
+    with contextlib.suppress(*NOT_THERE, ValueError, RecursionError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def sync(path: Path) -> None:

@@ -192,12 +192,13 @@ def as_config(values: dict[str, Any]) -> Any:
 
 
 def dense_shapes(stock: dict[str, Any]) -> Shapes:
-    """The shapes of all tensors of the stock model, by name. Allocates nothing."""
+    """The shapes of the tensors that the stock model's files hold, by name: of tied ones the first name. Allocates nothing."""
     import transformers
 
     with unsharded(), torch.device("meta"):
         model = getattr(transformers, stock["architectures"][0])(as_config(stock))
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = model.all_tied_weights_keys
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 @contextmanager
@@ -260,7 +261,7 @@ def _rewrite_weights(source: Path, target: Path, change: Change, shapes: Shapes)
     from safetensors.torch import save_file
 
     files = sorted(source.glob("*.safetensors"))
-    missing = set(shapes) - {name for file in files for name, _ in tensors_of(file)} - _tied(source, set(shapes))
+    missing = set(shapes) - {name for file in files for name, _ in tensors_of(file)}
     weight_map: dict[str, str] = {}
     total = 0
     for file in files:
@@ -285,12 +286,6 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
         for name in opened.keys():  # noqa: SIM118
             if prod(opened.get_slice(name).get_shape()):
                 yield name, opened.get_tensor(name)
-
-
-def _tied(source: Path, names: set[str]) -> set[str]:
-    """Names that are a second name of a tied tensor and therefore in no file."""
-    config = json.loads((source / "config.json").read_text())
-    return names & {"lm_head.weight", "embed_out.weight"} if config.get("tie_word_embeddings") else set()
 
 
 def cast(folder: Path, dtype: torch.dtype) -> None:

@@ -266,7 +266,9 @@ def _serve(place: Place) -> Any:
     except (DistError, RuntimeError) as error:
         taken = "EADDRINUSE" in str(error) or "in use" in str(error)
         why = "is in use" if taken else f"cannot be listened on ({str(error).splitlines()[0][:100]})"
-        remedy = f"{why} on {socket.gethostname()}; name a free one"
+        remedy = (
+            f"{why} on {socket.gethostname()}; name a free one (deepspeed --master_port N, torchrun --master-port N)"
+        )
         raise LaunchError(Problem("MASTER_PORT", place.master_port, remedy)) from None
 
 

@@ -6,9 +6,7 @@ end of a run. Any number of ranks will do; each holds its shard.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from prunadapt_ds import checkpoint, distributed, files, resume
 from prunadapt_ds.checkpoint import Checkpoint, Unread
@@ -18,24 +16,15 @@ from prunadapt_ds.finish import finish
 from prunadapt_ds.setup import setup
 
 
-def report_of(run_dir: Path) -> dict[str, Any]:
-    """The report of a run, or an empty one if none can be read."""
-    try:
-        report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
-        return report if isinstance(report, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
 def find(run_dir: Path) -> Checkpoint | None:
     """The newest intact checkpoint of a run that is not complete, or None. Prints which newer ones are damaged. For rank 0.
 
-    Raises UserError if there is no such folder, or one cannot be read.
+    Raises UserError if there is no such folder, or a checkpoint cannot be read; OSError if the report cannot.
     """
     if not run_dir.is_dir():
         remedy = "is a file" if run_dir.exists() else "is missing: there is no such folder"
         raise UserError(Problem("run_dir", str(run_dir), f"{remedy}; name the --output_dir of a run"))
-    if report_of(run_dir).get("status") == "complete":
+    if files.unless_damaged(run_dir / "report.json").get("status") == "complete":
         return None
     try:
         newest, damaged = checkpoint.newest(run_dir / "checkpoints")
@@ -51,7 +40,7 @@ def is_exported(run_dir: Path, start: Checkpoint) -> bool:
 
     def look() -> bool:
         try:
-            report = report_of(run_dir)
+            report = files.unless_damaged(run_dir / "report.json")
             is_there = "compact" in report["exports"] and (run_dir / "plan.json").is_file()
             return is_there and report["time"]["steps"] == start.step
         except (KeyError, TypeError):
@@ -74,7 +63,7 @@ def export(run_dir: Path, start: Checkpoint, dtype: str | None, *, trust_remote_
         )
         session = setup(config, saved, ds=ds, tracked=False)
         resume.rebuild(session, start, to_train=False)
-        before = report_of(run_dir)
+        before = files.unless_damaged(run_dir / "report.json")
         facts = {"status": "interrupted", "world_size": saved["world_size"], **saved.get("place", {})}
         facts |= {name: before.get(name) for name in ("launcher", "nodes", "command")}
         finish(session, facts=facts)

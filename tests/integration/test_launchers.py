@@ -186,6 +186,7 @@ def test_a_port_in_use(tmp_path):
         ranks = run([TRAIN, "--output_dir", tmp_path / "out"], *({**p, "MASTER_PORT": port} for p in places))
     first, beside, elsewhere = ranks
     one_line(first, f"MASTER_PORT={port}: is in use")
+    one_line(first, "deepspeed --master_port N")
     one_line(elsewhere, "found something other than rank 0")
     assert beside.code == 2 and not beside.errors
     assert max(rank.seconds for rank in ranks) < SOON and not (tmp_path / "out").exists()

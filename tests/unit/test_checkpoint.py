@@ -149,6 +149,19 @@ def test_what_cannot_be_read_is_neither_damaged_nor_passed_over(tmp_path, monkey
     assert steps_in(root) == [2, 1]
 
 
+def test_a_run_whose_report_cannot_be_read_is_not_taken_for_an_interrupted_one(tmp_path, monkeypatch):
+    save(tmp_path / "checkpoints", 1)
+    finished(tmp_path, seed=0)
+    assert unfinished.find(tmp_path) is None
+
+    def failing(path, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "read_text", failing)
+    with pytest.raises(OSError, match=r"report\.json"):
+        unfinished.find(tmp_path)
+
+
 def test_a_folder_that_does_not_answer_is_not_empty(tmp_path, monkeypatch):
     root, plain = tmp_path / "out" / "checkpoints", os.listdir
     save(root, 1)

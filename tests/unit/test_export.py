@@ -11,14 +11,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prunadapt_ds import export, formats, gates, proof, reload, trained_folder, weight_files
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.resize import resize
-from tests.tiny import layout_and_structure, tiny_model, tiny_tokenizer
+from tests.tiny import layout_and_structure, tiny_config, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.fast
 
@@ -181,6 +181,16 @@ def test_all_chat_templates_are_copied(tmp_path):
     formats.copy_others(tmp_path / "compact", tmp_path / "padded")
     assert (tmp_path / "padded" / "additional_chat_templates" / "tool_use.jinja").read_text() == "a template"
     assert len(list((tmp_path / "padded").iterdir())) == 1, "and nothing that others keep there"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.is_decoder])
+def test_a_tied_tensor_has_a_shape_once(model_type, tied):
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, tie_word_embeddings=tied))
+    names = {tensor.data_ptr(): name for name, tensor in reversed(model.state_dict().items())}  # the first of each
+    shapes = formats.dense_shapes(model.config.to_dict() | {"architectures": [type(model).__name__]})
+    assert shapes == {name: tuple(model.state_dict()[name].shape) for name in names.values()}
+    assert (len(shapes) < len(model.state_dict())) == tied
 
 
 @pytest.mark.parametrize("program", [[reload.__file__], ["-m", "prunadapt_ds.tracing"]], ids=["reload", "tracing"])
