@@ -219,6 +219,8 @@ def export(
     needs_remote_code = not bool(plan.mask().all())
     weights = WeightFiles(folder.with_name(f".{folder.name}.weights.tmp"))
     for name, tensor in pruned_tensors(model, layout, plan, present, head):
+        if not needs_remote_code:
+            name = older_readers.tensor_name(model.config.model_type, name)
         tensor.write(weights.room_for(name, tensor.shape) if rank() == 0 else None)
     config = exported_config(model, layout, plan, needs_remote_code)
     generation, tokenizer = None, to_save(tokenizer)

@@ -28,7 +28,7 @@ from prunadapt_ds.models import auto_classes
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.layouts import head_dim_of, representable_heads, stock_fields
 from prunadapt_ds.models.modeling_prunadapt import Layout
-from prunadapt_ds.older_readers import write_config
+from prunadapt_ds.older_readers import tensor_name, write_config
 
 MODELING_FILE = "modeling_prunadapt.py"
 CHAT_TEMPLATES = "additional_chat_templates"  # where transformers keeps all but the default one
@@ -54,6 +54,11 @@ def convert(
     stock = stock_config(config)
     change: Change = lambda name, tensor: (name, tensor)  # noqa: E731
     shapes: Shapes = {}
+
+    def stored(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        name, tensor = change(name, tensor)
+        return tensor_name(config["model_type"], name), tensor
+
     if structure is not None and kind == "uniform":
         stock |= uniform_fields(config, plan)
         renamed = without_gaps(structure["layout"]["layers"], layers_left(config, plan))
@@ -72,7 +77,7 @@ def convert(
     with whole_folder(folder) as unfinished:
         copy_others(compact, unfinished)
         write_config(unfinished, stock)
-        _rewrite_weights(compact, unfinished, change, shapes)
+        _rewrite_weights(compact, unfinished, stored, shapes)
         finish(unfinished)
 
 

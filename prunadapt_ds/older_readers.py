@@ -1,4 +1,4 @@
-"""Writes `config.json` and `tokenizer_config.json` so that transformers 4, and servers built on it, read them as well.
+"""What transformers 4, and servers built on it, read of an export: the names in its JSON files, and those of tensors.
 
 transformers 5 renamed or regrouped a few fields. Version 4 does not know the new names and silently falls back to its
 defaults: it would run a Llama 3 with `rope_theta` 10000 instead of 500000. Version 5 accepts the old names beside the new.
@@ -17,6 +17,7 @@ _BASES = {
     "modernbert": ("global_rope_theta", "local_rope_theta"),
     "gemma3_text": ("rope_theta", "rope_local_base_freq"),
 }
+_HEADS = {"gpt_neox": "embed_out"}  # of language models, where transformers 5 renamed it to lm_head
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 
@@ -33,6 +34,12 @@ def write_tokenizer_config(folder: Path, values: dict[str, Any]) -> None:
     if isinstance(values.get("extra_special_tokens"), list):
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
     _write(folder / TOKENIZER_CONFIG, values)
+
+
+def tensor_name(model_type: str, name: str) -> str:
+    """The name of a stock model's tensor in a file that both versions read: the hub's."""
+    module, _, parameter = name.rpartition(".")
+    return f"{_HEADS[model_type]}.{parameter}" if module == "lm_head" and model_type in _HEADS else name
 
 
 def add_old_names(folder: Path) -> None:

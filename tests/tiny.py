@@ -148,6 +148,15 @@ def tiny_model(model_type, num_labels=2, seed=0, **changes):
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
+def tiny_language_model(model_type, seed=0, **changes):
+    """A random causal language model in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes)).eval()
+
+
 def layout_and_structure(model, seq_length):
     """The layout of a model's family, and its measured structure."""
     from prunadapt_ds.models.layouts import family_of, layout_of

@@ -338,8 +338,17 @@ class _Pruned:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         structure = config.pruned_structure
         layout = Layout.from_dict(structure["layout"])
-        in_base = layout.layers.partition(".")[2]  # without the base model's name, which depends on the head
-        narrow(self.base_model, replace(layout, layers=in_base), structure["kept"])  # type: ignore[attr-defined]
+        name, _, in_base = layout.layers.partition(
+            "."
+        )  # the base model has another name under some heads, and none alone
+        base = getattr(self, name, None) or self.base_model  # type: ignore[attr-defined]
+        narrow(base, replace(layout, layers=in_base), structure["kept"])
+
+    def _fix_state_dict_key_on_load(self, key: str) -> tuple[str, bool]:
+        """In transformers 4: its own name of a tensor of the file, and whether that differs."""
+        if key.startswith("lm_head.") and hasattr(self, "embed_out"):  # GPT-NeoX's head
+            return key.replace("lm_head", "embed_out", 1), True
+        return super()._fix_state_dict_key_on_load(key)  # type: ignore[misc, no-any-return]
 
     def _get_static_cache_init_shape(self) -> None:
         """Layers differ in heads: a static cache learns their numbers from the first tokens, not from the configuration."""

@@ -183,8 +183,32 @@ def test_all_chat_templates_are_copied(tmp_path):
     assert len(list((tmp_path / "padded").iterdir())) == 1, "and nothing that others keep there"
 
 
+DECODERS = [name for name, family in FAMILIES.items() if family.is_decoder]
+
+
+@pytest.mark.parametrize("kind", ["dense", "padded", "uniform"])
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_stock_folders_name_tensors_as_transformers_does(tmp_path, model_type, kind):
+    """Whatever the model calls them in memory: other programs know the names of the hub."""
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type))
+    layout, structure = layout_and_structure(model, 16)
+    keep = torch.ones(structure.num_units, dtype=torch.bool)
+    for sublayer in structure.sublayers:
+        if kind != "dense" and sublayer.kind == "neurons":
+            keep[sublayer.span.stop - 8 : sublayer.span.stop] = False
+    plan = PruningPlan.from_mask(structure, keep)
+    written = tmp_path / "compact"
+    export.export(model, layout, plan, tiny_tokenizer(tmp_path / "tokenizer", of_decoder=True), written)
+    if kind != "dense":
+        written = tmp_path / kind
+        formats.convert(kind, tmp_path / "compact", plan.to_dict(), written)
+    model.save_pretrained(tmp_path / "theirs")
+    found, theirs = (load_file(folder / "model.safetensors") for folder in (written, tmp_path / "theirs"))
+    assert found.keys() == theirs.keys()
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.is_decoder])
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_a_tied_tensor_has_a_shape_once(model_type, tied):
     model = AutoModelForCausalLM.from_config(tiny_config(model_type, tie_word_embeddings=tied))
     names = {tensor.data_ptr(): name for name, tensor in reversed(model.state_dict().items())}  # the first of each

@@ -10,7 +10,7 @@ from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.modeling_prunadapt import Layout, narrow
 from prunadapt_ds.resize import resize
-from tests.tiny import VARIANTS, layout_and_structure, tiny_model
+from tests.tiny import VARIANTS, layout_and_structure, tiny_language_model, tiny_model
 
 pytestmark = pytest.mark.fast
 TOKENS = 10
@@ -19,9 +19,10 @@ CUTS = [(model, how) for model in MODELS for how in ("unequal", "no-heads", "no-
 CUTS += [(name, "skipped") for name, family in FAMILIES.items() if family.drops_layers]
 
 
-def adapted(model_type, seed=0, skips=False):
+def adapted(model_type, seed=0, skips=False, of_language=False):
     """A tiny model with LoRA and gates, everything random, biases too. `skips`: layers without units are skipped."""
-    model = tiny_model(model_type, num_labels=3, seed=seed)
+    build = tiny_language_model if of_language else tiny_model
+    model = build(model_type, num_labels=3, seed=seed)
     layout, structure = layout_and_structure(model, TOKENS)
     layout, structure = replace(layout, skips=skips), replace(structure, skips=skips)
     torch.manual_seed(seed)
