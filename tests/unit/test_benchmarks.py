@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -331,7 +332,7 @@ OLDER_COMPARISONS = {  # what the pages say of how they were measured
     "compare_gpu": ["--ranks", "1", "--batch_size", "32"],
     "compare_jemalloc": ["--epochs", "2", "--max_train_samples", "640"],
     "compare_sst2": ["--dtype", "bf16", "--max_train_samples", "10000"],
-    "time_to_score": ["--dtype", "bf16", "--evaluations", "24"],
+    "compare_bf16": ["--dtype", "bf16", "--evaluations", "24"],
     "ablation": ["--dtype", "bf16"],
 }
 
@@ -339,23 +340,16 @@ OLDER_COMPARISONS = {  # what the pages say of how they were measured
 @pytest.mark.parametrize("folder", OLDER_COMPARISONS)
 def test_results_that_hold_fewer_settings_still_count(folder, monkeypatch, capsys):
     results = compare.ROOT / "benchmarks/results" / folder
-    names = [path.stem for path in results.glob("*.json")]
-    tasks, methods = ({name.split("-", 1)[0] for name in names}, {name.split("-", 1)[1][:-2] for name in names})
-    argv = [
-        "--data_dir",
-        "GLUE",
-        "--dry_run",
-        "--results",
-        str(results),
-        "--seeds",
-        "0",
-        "1",
-        "2",
-        *OLDER_COMPARISONS[folder],
-    ]
-    monkeypatch.setattr(sys, "argv", ["compare.py", *argv, "--tasks", *tasks, "--methods", *methods])
+    every = [json.loads(path.read_text()) for path in results.glob("*.json")]
+    older = [run for run in every if "evaluations" not in run]
+    tasks, methods, seeds = (sorted({str(run[name]) for run in older}) for name in ("task", "method", "seed"))
+    argv = ["--data_dir", "GLUE", "--dry_run", "--results", str(results), *OLDER_COMPARISONS[folder]]
+    asked = ["--seeds", *seeds, "--tasks", *tasks, "--methods", *methods]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *argv, *asked])
     compare.main()
-    missing = 3 * len(tasks) * len(methods) - len(names)
+    cells = product(tasks, methods, seeds)
+    missing = sum(not (results / f"{'-'.join(cell)}.json").exists() for cell in cells)
+    assert older
     assert f"\n{missing} runs" in capsys.readouterr().out
 
 
