@@ -63,7 +63,8 @@ def export(run_dir: Path, start: Checkpoint, dtype: str | None, *, trust_remote_
         )
         session = setup(config, saved, ds=ds, tracked=False)
         resume.rebuild(session, start, to_train=False)
-        before = files.unless_damaged(run_dir / "report.json")
+        report = run_dir / "report.json"
+        before = distributed.on_rank_0(f"reading {report}", lambda: files.unless_damaged(report))
         facts = {"status": "interrupted", "world_size": saved["world_size"], **saved.get("place", {})}
         facts |= {name: before.get(name) for name in ("launcher", "nodes", "command")}
         finish(session, facts=facts)

@@ -338,9 +338,8 @@ class _Pruned:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         structure = config.pruned_structure
         layout = Layout.from_dict(structure["layout"])
-        name, _, in_base = layout.layers.partition(
-            "."
-        )  # the base model has another name under some heads, and none alone
+        # The path begins with the base model's name, which it has under this head, under another one, or not at all (alone).
+        name, _, in_base = layout.layers.partition(".")
         base = getattr(self, name, None) or self.base_model  # type: ignore[attr-defined]
         narrow(base, replace(layout, layers=in_base), structure["kept"])
 
