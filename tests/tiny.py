@@ -231,12 +231,7 @@ def tiny_data(folder, n_train=96, n_dev=40, regression=False, factor=1.0, shift=
 
 def tiny_language_folder(folder, model_type, **changes):
     """A causal language model as from the hub, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = tiny_config(model_type, **{"initializer_range": 0.2, **changes})
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_language_model(model_type, **{"initializer_range": 0.2, **changes}).save_pretrained(folder)
     tiny_tokenizer(folder, of_decoder=True)
     return folder
 

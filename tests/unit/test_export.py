@@ -11,14 +11,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from prunadapt_ds import export, formats, gates, proof, reload, trained_folder, weight_files
 from prunadapt_ds.budget import PruningPlan
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.resize import resize
-from tests.tiny import layout_and_structure, tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny import layout_and_structure, tiny_language_model, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.fast
 
@@ -190,7 +190,7 @@ DECODERS = [name for name, family in FAMILIES.items() if family.is_decoder]
 @pytest.mark.parametrize("model_type", DECODERS)
 def test_stock_folders_name_tensors_as_transformers_does(tmp_path, model_type, kind):
     """Whatever the model calls them in memory: other programs know the names of the hub."""
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type))
+    model = tiny_language_model(model_type)
     layout, structure = layout_and_structure(model, 16)
     keep = torch.ones(structure.num_units, dtype=torch.bool)
     for sublayer in structure.sublayers:
@@ -210,7 +210,7 @@ def test_stock_folders_name_tensors_as_transformers_does(tmp_path, model_type, k
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", DECODERS)
 def test_a_tied_tensor_has_a_shape_once(model_type, tied):
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, tie_word_embeddings=tied))
+    model = tiny_language_model(model_type, tie_word_embeddings=tied)
     names = {tensor.data_ptr(): name for name, tensor in reversed(model.state_dict().items())}  # the first of each
     shapes = formats.dense_shapes(model.config.to_dict() | {"architectures": [type(model).__name__]})
     assert shapes == {name: tuple(model.state_dict()[name].shape) for name in names.values()}
