@@ -8,45 +8,44 @@ norms, softmax, GELU and the lower efficiency of small matrices. Existing result
 batches, lengths or repeats, are refused.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import stored
 from ranks import ROOT
 
 from prunadapt_ds.environment import prepare_environment
 
-prepare_environment()
 
-import torch  # noqa: E402
-from transformers import AutoModelForSequenceClassification  # noqa: E402
-
-from prunadapt_ds.model_folder import locate  # noqa: E402
-
-
-def macs(config: object, length: int) -> tuple[float, float]:
-    """Multiply-accumulates of the blocks per token: (kept, dense), from the structure in the exported configuration."""
-    structure = config.pruned_structure
-    hidden = config.hidden_size
-    width = [sum(sub["output"]["parts"]) for sub in structure["layout"]["sublayers"]]
-    per_unit = [
-        (len(s["inputs"]) + 1) * w * hidden for s, w in zip(structure["layout"]["sublayers"], width, strict=True)
-    ]
-    per_unit[0] += 2 * length * width[0]
-    dense = structure["layout"]["num_layers"] * sum(
-        cost * sub["num_units"] for cost, sub in zip(per_unit, structure["layout"]["sublayers"], strict=True)
-    )
-    kept = sum(cost * count for row in structure["kept"] for cost, count in zip(per_unit, row, strict=True))
-    return kept, dense
+def macs(exported: Any, dense: Any, length: int) -> float:
+    """Multiply-accumulates of the exported model's blocks as a ratio to the dense model's, for one sequence of `length` tokens."""
+    whole = blocks(dense, length)
+    pruned = getattr(exported.config, "pruned_structure", None)
+    if pruned is None:  # of a stock class, by its own sizes
+        return blocks(exported, length).dense_cost("macs") / whole.dense_cost("macs")
+    structure = replace(whole, skips=pruned["layout"].get("skips", False))
+    return structure.cost("macs", [count for row in pruned["kept"] for count in row]) / whole.dense_cost("macs")
 
 
-@torch.inference_mode()
-def sweep(
-    dense: torch.nn.Module, exported: torch.nn.Module, batches: list[int], lengths: list[int], repeats: int
-) -> list[dict]:
+def blocks(model: Any, length: int) -> Any:
+    """The `Structure` of a stock model's blocks."""
+    from prunadapt_ds.models.layouts import family_of, layout_of
+    from prunadapt_ds.models.structure import structure_of
+
+    layout = layout_of(family_of(model.config), model.config, model.base_model_prefix)
+    return structure_of(model, layout, length)
+
+
+def sweep(dense: Any, exported: Any, batches: list[int], lengths: list[int], repeats: int) -> list[dict]:
+    import torch
+
     device = next(dense.parameters()).device
     rows = []
     for batch in batches:
@@ -57,13 +56,13 @@ def sweep(
             for turn in range(repeats + 2):
                 for name, model in (("dense", dense), ("exported", exported)):
                     start = time.perf_counter()
-                    model(**inputs)
+                    with torch.inference_mode():
+                        model(**inputs)
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     if turn >= 2:  # the first two are a warm-up
                         seconds[name].append(time.perf_counter() - start)
-            kept, whole = macs(exported.config, length)
-            row = {"batch": batch, "length": length, "macs": kept / whole}
+            row = {"batch": batch, "length": length, "macs": macs(exported, dense, length)}
             row |= {f"{name}_ms": 1e3 * median(times) for name, times in seconds.items()}
             rows.append(row | {"latency": row["exported_ms"] / row["dense_ms"]})
     return rows
@@ -101,6 +100,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/inference")
     parser.add_argument("--dry_run", action="store_true")
     args = parser.parse_args()
+    prepare_environment()
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from prunadapt_ds.model_folder import locate
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     exports = dict(export.split("=", 1) for export in args.exports)
     paths = {(name, dtype): args.results / f"{name}-{dtype}.json" for name in exports for dtype in args.dtype}

@@ -3,9 +3,9 @@
     python benchmarks/scaling.py [--ranks 1 2 4] [--sizes sample base large] [--sparsity 0.6]
 
 Bytes are counted, not estimated: live bytes on the rank that has most, and all collectives of DeepSpeed during one step (ring
-algorithms: an all-gather of n shards sends n - 1 of them, an all-reduce twice (n - 1) / n of its tensor). `base` and `large`
-have random weights in BERT's usual shapes. Existing results are kept, those of another sparsity or batch refused; the picture and
-the table show all of them.
+algorithms: an all-gather of n shards sends n - 1 of them, a reduce-scatter (n - 1) / n of its tensor, an all-reduce twice that).
+`base` and `large` have random weights in BERT's usual shapes. Existing results are kept, those of another sparsity or batch
+refused; the picture and the table show all of them.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ def model_folder(size: str, work: Path) -> str:
     return str(folder)
 
 
+def sent_share(name: str, n: int) -> float:
+    """Bytes that each of `n` ranks sends in a collective, per byte that DeepSpeed logs: of a shard to gather, else of all."""
+    if "all_reduce" in name:
+        return 2 * (n - 1) / n
+    return (n - 1) / n if "reduce_scatter" in name else n - 1
+
+
 class Traffic:
     """Counts DeepSpeed's collectives. `take` returns, since its last call, (calls, bytes that this rank sent) by kind."""
 
@@ -60,9 +67,8 @@ class Traffic:
 
         n, calls, sent = world_size(), {}, {}
         for name, by_size in self.logger.comms_dict.items():
-            factor = 2 * (n - 1) / n if "all_reduce" in name else n - 1
             calls[name] = sum(entry[0] for entry in by_size.values())
-            sent[name] = int(sum(factor * size * entry[0] for size, entry in by_size.items()))
+            sent[name] = int(sent_share(name, n) * sum(size * entry[0] for size, entry in by_size.items()))
         self.logger.comms_dict.clear()
         return calls, sent
 
@@ -82,8 +88,7 @@ def measure(argv: list[str], result: Path) -> None:
         seconds = []
         for step in range(STEPS):
             start = time.perf_counter()
-            record = phase == "dense"
-            train.watched_step(session, step, record=record)
+            train.watched_step(session, step, record=False)
             seconds.append(time.perf_counter() - start)
             calls, sent = traffic.take()
         found[phase] = {
@@ -95,6 +100,7 @@ def measure(argv: list[str], result: Path) -> None:
             "frozen_bytes": int(distributed.dist_max(memory.parameter_bytes(session.model, only_frozen=True))),
         }
         if phase == "dense":
+            train.watched_step(session, STEPS, record=True)
             scores = session.recorder.all_reduce().mean("grad_sq")
             start = time.perf_counter()
             session.plan = decide(scores, session.backbone.structure, session.config.prune.target_sparsity)

@@ -132,10 +132,10 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
         teaching = distill_weight(session, pruning, step)
         with session.clocks.timed(f"{phase}_phase"):
             losses = watched_step(session, step, record=record, distill_weight=teaching)
-        session.step = done = step + 1
-        decides = pruning is not None and pruning.decides_at(done)
-        evaluates = config.train.eval_steps is not None and done % config.train.eval_steps == 0
-        keeper.step_done(losses, settle=decides or evaluates)
+            session.step = done = step + 1
+            decides = pruning is not None and pruning.decides_at(done)
+            evaluates = config.train.eval_steps is not None and done % config.train.eval_steps == 0
+            keeper.step_done(losses, settle=decides or evaluates)
         fault_point(f"step-{done}")
         if pruning and config.prune.distill_weight and pruning.averages_at(done, config.prune.teacher_window):
             with session.clocks.timed("teacher"):
@@ -148,7 +148,8 @@ def fit(session: Session, keeper: Keeper | None = None) -> None:
             score = evaluate(session)[0]["score"]
             session.tracker.log(done, phase, {"eval/score": score, "time/train(s)": session.clocks.train_seconds()})
         if done % config.train.logging_steps == 0 or done == session.total_steps:
-            log_interval(session, phase, pruning, interval, learning_rates)
+            with session.clocks.timed(f"{phase}_phase"):
+                log_interval(session, phase, pruning, interval, learning_rates)
         session.tracker.advance(done, phase)
         keeper.save_if_due()
 
@@ -187,15 +188,16 @@ def decide_and_cut(session: Session, pruning: PruningSchedule, step: int) -> Non
         )
         distributed.same_on_all_ranks(f"the pruning plan of step {step}", plan.hash)
         gates.apply_mask(session.model, plan.mask()[session.present.mask()])
-    session.plan = plan
-    scales = engines.gate_values(session.model)
-    session.tracker.show(lambda writer: board.decision(writer, step=step, plan=plan, scores=scores, gates=scales))
-    if pays_to_shrink(session, pruning, step):
+        session.plan = plan
+        scales = engines.gate_values(session.model)
+        session.tracker.show(lambda writer: board.decision(writer, step=step, plan=plan, scores=scores, gates=scales))
+        if prune.save_scores:
+            seen = (i for s in range(pruning.window_start(step), step) for i in session.sampler.step_samples(s))
+            save_sums(window, session.output_dir / "scores", step, [session.train_rows.places[i] for i in seen])
+        pays = pays_to_shrink(session, pruning, step)
+    if pays:
         start = time.perf_counter()
         with session.clocks.timed("shrink"):
             shrink_model(session)
         seconds = time.perf_counter() - start
         session.tracker.say(f"step {step}: shrunk to {1 - plan.sparsity(prune.budget):.1%} in {seconds:.1f} s")
-    if prune.save_scores:
-        seen = (i for s in range(pruning.window_start(step), step) for i in session.sampler.step_samples(s))
-        save_sums(window, session.output_dir / "scores", step, [session.train_rows.places[i] for i in seen])

@@ -1,4 +1,4 @@
-"""What a run says that its ranks send, beside what DeepSpeed counts."""
+"""What a run says that its ranks send, beside what DeepSpeed counts, and the seconds that it says it took."""
 
 import json
 
@@ -56,3 +56,10 @@ def test_a_run_writes_it_down_and_it_falls_with_the_model(folder, tmp_path):
     assert [line["distillation/weight"] for line in taught] == pytest.approx(weights) and weights[0] > weights[-1] > 0
     assert not any("distillation/loss" in line for line in lines if line["phase"] == "dense")
     assert report["nodes"] == 1 and report["time"]["checkpoint_s"] > 0 and report["versions"]["prunadapt_ds"]
+
+
+def test_all_that_a_user_waits_for_is_training_or_evaluation(folder, tmp_path):
+    """Also pictures of decisions, lines of the log and waiting for other ranks, which differ from what other programs do."""
+    argv = arguments(folder, tmp_path / "out", target_sparsity=0.6, max_steps=6, num_decisions=2, logging_steps=2)
+    ((uncounted, counted),) = run_ranks(runs.uncounted, 1, argv)
+    assert uncounted < runs.SLOWER < counted

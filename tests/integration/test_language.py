@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from prunadapt_ds import outline
+from prunadapt_ds import outline, token_teacher
 from prunadapt_ds import report as reports
 from prunadapt_ds.config import parse
 from tests.distributed import runs
@@ -76,6 +76,11 @@ def test_two_ranks_on_a_text_file_and_its_score(tmp_path):
     assert run_ranks(runs.whole_run, 2, argv) == [0, 0]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["task"] == "causal_lm" and report["metric"]["exported"]["perplexity"] > 1
+    teacher = tmp_path / "out" / token_teacher.FOLDER
+    assert not teacher.exists(), "a finished run needs it no more"
+    teacher.mkdir()
+    assert run_ranks(runs.whole_run, 2, argv) == [0, 0]
+    assert not teacher.exists(), "nor does one that was killed between its report and this"
     data = tmp_path / "data"
     argv = [
         "--task_type",

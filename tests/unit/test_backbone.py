@@ -186,6 +186,18 @@ def test_what_the_hub_does_not_give_comes_from_the_cache(tmp_path, monkeypatch):
         hub.snapshot("some/other")
 
 
+def test_a_licence_that_is_not_accepted_is_the_reason(monkeypatch):
+    """Anyone may ask what a gated repository holds; only the download is refused."""
+
+    def refused(*args, **options):
+        raise huggingface_hub.errors.GatedRepoError.__new__(huggingface_hub.errors.GatedRepoError)
+
+    monkeypatch.setattr(hub, "why_offline", lambda name: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    with pytest.raises(hub.UnavailableError, match="accept its licence on its page, then run `hf auth login`"):
+        hub.snapshot("some/gated")
+
+
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
 def test_no_memory_is_no_fault_of_the_folder(error):
     """Other ranks are in the middle of loading: this one has to end at once, not to meet them for a common answer."""

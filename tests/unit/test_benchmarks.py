@@ -14,6 +14,7 @@ import checkpointing
 import compare
 import compare_table
 import generation
+import inference
 import large
 import loading
 import ranks
@@ -24,6 +25,8 @@ import tune
 
 from prunadapt_ds import report
 from prunadapt_ds.config import parse
+from prunadapt_ds.models.families import FAMILIES
+from tests.tiny import layout_and_structure, tiny_model
 
 pytestmark = pytest.mark.fast
 
@@ -147,6 +150,9 @@ def test_a_run_s_latencies_are_those_of_its_report(tmp_path):
     cell = compare.collect("ours@0.6", tmp_path)
     assert cell["latency_batch_1"] == 0.5 and cell["latency"] == 0.2
     assert cell["predictions"] == [0] and cell["labels"] == [1]
+    found["latency"] |= {"dense_ms": None, "exported_ms": None}  # there was no memory for the dense model
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    assert compare.collect("ours@0.6", tmp_path)["latency"] is None
 
 
 def test_table_and_picture_from_a_results_folder(tmp_path):
@@ -432,3 +438,23 @@ def test_a_work_folder_that_exists_is_not_removed(program, monkeypatch, capsys, 
     with pytest.raises(SystemExit):
         program.main()
     assert "name a new folder" in capsys.readouterr().err and tmp_path.exists()
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_the_latency_is_held_against_the_macs_of_every_family(model_type):
+    """Grouped or fused projections, projections of positions, a tail that stays: as the budget counts them."""
+    dense = tiny_model(model_type)
+    layout, structure = layout_and_structure(dense, 24)
+    kept = [[sub.num_units - 1 for sub in layout.sublayers] for _ in range(layout.num_layers)]
+    pruned = {"layout": layout.to_dict(), "kept": kept}
+    found = inference.macs(SimpleNamespace(config=SimpleNamespace(pruned_structure=pruned)), dense, 24)
+    assert 0.5 < found < 1
+    assert found == structure.cost("macs", [n for row in kept for n in row]) / structure.dense_cost("macs")
+    assert inference.macs(dense, dense, 24) == 1, "a folder of a stock class"
+
+
+@pytest.mark.parametrize(
+    "name, sent", [("all_gather_into_tensor", 3), ("reduce_scatter_tensor", 0.75), ("all_reduce", 1.5)]
+)
+def test_what_each_of_four_ranks_sends(name, sent):
+    assert scaling.sent_share(name, 4) == sent and scaling.sent_share(name, 1) == 0

@@ -26,6 +26,12 @@ pytestmark = pytest.mark.fast
 NAMES = [command.name for command in console.COMMANDS]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Folders that the examples name are made here."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def prunadapt(monkeypatch, capsys):
     """Runs the command in process: (exit code, standard output, standard error)."""

@@ -71,6 +71,8 @@ def test_what_a_rank_sees_by_itself(tmp_path, monkeypatch):
         "no C++ compiler (no-such-compiler)",
         "ninja is not on the PATH",
     ]
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert any(text.startswith("Python's headers are missing") for text in doctor.compiler_problems())
     (tmp_path / "file").write_text("")
     assert doctor.folder_problems(tmp_path / "file" / "out")[0].endswith("file is a file")
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
