@@ -35,11 +35,11 @@ class StepTimes:
     def add(self, size: int, seconds: float, *, records: bool = False) -> None:
         (self.recording if records else self.plain).setdefault(size, []).append(seconds)
 
-    def ends(self, dense: int | None = None) -> tuple[float | None, float | None]:
-        """Median seconds of a step at the first and the last size, the largest and the smallest; None if no step was timed.
+    def ends(self, dense: int) -> tuple[float | None, float | None]:
+        """Median seconds of a step at the size `dense` and at the last, the smallest, size; None if no step was timed.
 
-        `dense`: the size that the first one must have; the first is None if it has another. Both come from plain steps if both
-        sizes have some, else from recording steps if both have those; otherwise each comes from plain steps if its size has any.
+        Both come from plain steps if both sizes have some, else from recording steps if both have those; otherwise each comes
+        from plain steps if its size has any.
         """
         sizes = self.plain.keys() | self.recording.keys()
         if not sizes:
@@ -47,7 +47,7 @@ class StepTimes:
         first, last = max(sizes), min(sizes)
         alike = [times for times in (self.plain, self.recording) if times.keys() >= {first, last}]
         times = alike[0] if alike else {**self.recording, **self.plain}
-        return median(times[first]) if dense in (None, first) else None, median(times[last])
+        return median(times[first]) if first == dense else None, median(times[last])
 
     def predict(self, size: int) -> float:
         """Predict the seconds of a step at `size`: a constant plus a slope, fitted to the medians of all sizes so far.

@@ -129,6 +129,9 @@ def take_optimizer(values: dict[str, Any], problems: list[Problem]) -> dict[str,
         problems.append(Problem("optimizer.params", block, "must be an object"))
         return {}
     params = {k: v for k, v in block.items() if v != AUTO}
+    if params.get("adam_w_mode", True) is not True:
+        remedy = "decay is not added to the gradients here, as in Adam, but to the step, as in AdamW; remove it"
+        problems.append(Problem("optimizer.params.adam_w_mode", params["adam_w_mode"], remedy))
     for name in sorted(params.keys() - ADAM_PARAMS.keys() - {"torch_adam", "adam_w_mode"}):
         problems.append(Problem(f"optimizer.params.{name}", params[name], "not an option of AdamW"))
     found = {}

@@ -129,7 +129,7 @@ def _find(config: Config, asked: dict[str, Any]) -> Start:
         _refuse_another_run(Path(config.output.output_dir), asked)
         found, damaged = _given(Path(config.output.resume))
         _refuse_other_inputs(Path(config.output.output_dir), found, names(config))
-        start = Start(asked, found, notes=damaged)
+        start = Start(asked, _as_if_here(found, Path(config.output.output_dir)), notes=damaged)
     else:
         finished = _finished(Path(config.output.output_dir), asked)
         if finished is not None:
@@ -189,6 +189,13 @@ def _refuse_other_inputs(output_dir: Path, found: Checkpoint, now: Mapping[str, 
         if name in before and before[name] not in (value, now.get(name))
     ]:
         raise UserError(problems)
+
+
+def _as_if_here(found: Checkpoint, output_dir: Path) -> Checkpoint:
+    """The checkpoint as it would be in `output_dir`: the lines of metrics.jsonl before it stay with the run that wrote them."""
+    if found.run_dir.resolve() == output_dir.resolve():
+        return found
+    return dataclasses.replace(found, state={**found.state, "metrics_bytes": 0})
 
 
 def _newest(root: Path) -> tuple[Checkpoint | None, list[str]]:

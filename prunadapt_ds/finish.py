@@ -255,9 +255,9 @@ def describe(session: Session) -> None:
     train_s, train_cpu_s = clocks.train_seconds(), distributed.dist_max(clocks.train_cpu_seconds())
     on_cpu = clocks.on_cpu
     is_pruning = config.prune.method == "prunadapt"
-    dense = (
-        structure.dense_cost("macs") if is_pruning else None
-    )  # a run that went on elsewhere may not have timed it there
+    dense = structure.dense_cost(
+        "macs"
+    )  # TMP never trains it, and a run that went on elsewhere may not have timed it there
     (dense_step, last_step), (dense_cpu, last_cpu) = clocks.steps.ends(dense), clocks.cpu_steps.ends(dense)
     trainable = sum(full_numel(p) for p in session.model.parameters() if p.requires_grad)
     frozen_bytes = memory.parameter_bytes(session.model, only_frozen=True)

@@ -355,7 +355,8 @@ def _out_of_limits(o: Option, value: Any) -> str:
         bounds.setdefault("most", MOST)
     if (o.kind is int or math.isfinite(value)) and all(holds[k](value, b) for k, b in bounds.items()):
         return ""
-    return "must be a finite number, " + " and ".join(f"{words[k]} {b}" for k, b in bounds.items())
+    limits = " and ".join(f"{words[k]} {b}" for k, b in bounds.items())
+    return f"must be a finite number{', ' * bool(limits)}{limits}"
 
 
 def _without_effect(o: Option, value: Any, options: Mapping[str, Option], filled: Mapping[str, Any]) -> str:

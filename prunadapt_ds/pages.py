@@ -31,11 +31,18 @@ def write(output_dir: Path, result: dict[str, Any], texts: Texts | None = None) 
     report.write(output_dir, result, _examples_markdown(examples))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
+    found = []
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        for line in file:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                if not skip_damaged:
+                    raise
+    return found
 
 
 # ----------------------------------------------------------------------------------------------- worst examples
@@ -100,7 +107,7 @@ def pictures(output_dir: Path, result: Mapping[str, Any], predictions: Sequence[
 
 def scores_over_steps(output_dir: Path) -> list[tuple[int, float]]:
     """(step, score) of every evaluation in metrics.jsonl, in order; of several at one step, the last."""
-    lines = _lines(output_dir / "metrics.jsonl")
+    lines = _lines(output_dir / "metrics.jsonl", skip_damaged=True)  # a full disk leaves half a line
     return sorted({line["step"]: line["eval/score"] for line in lines if line.get("eval/score") is not None}.items())
 
 

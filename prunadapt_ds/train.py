@@ -36,16 +36,17 @@ from prunadapt_ds.step import watched_step
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse `argv` (None: the command line) and run; returns the process's exit code (see errors.py)."""
-    return guarded(lambda: run(parse(argv)))
+    return guarded(lambda: run(parse(argv), process_ends=True))
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, *, process_ends: bool = False) -> dict[str, Any]:
     """Do one training run on the calling rank; returns the report, which rank 0 writes to `output_dir`. Collective.
 
     With --score_only no report is written. Raises UserError for the user's mistakes, and other PrunadaptErrors if the run fails.
+    `process_ends`: whether the process has nothing else to do. A run that was asked to stop then ignores all further signals.
     """
     distributed.init()
-    with owned(config) as signals:
+    with owned(config, process_ends) as signals:
         try:
             start = earlier_run.find(config)
         except UserError as error:
@@ -95,7 +96,7 @@ def go_on(session: Session, start: earlier_run.Start) -> None:
 
 
 @contextlib.contextmanager
-def owned(config: Config) -> Iterator[StopSignals]:
+def owned(config: Config, process_ends: bool) -> Iterator[StopSignals]:
     """Lock the output folder, start the watchdog, and let stop signals end the run in good order instead of the process."""
     folder = Path(config.output.output_dir)
     lock = distributed.together(lambda: files.OwnedFolder(folder) if distributed.rank() == 0 else None)
@@ -106,7 +107,7 @@ def owned(config: Config) -> Iterator[StopSignals]:
         yield signals
     finally:
         watchdog.stop()
-        if not signals.name:  # the launcher may send a stop signal again while the process ends
+        if not (process_ends and signals.name):  # the launcher may send a stop signal again while the process ends
             signals.forget()
         if lock is not None:
             lock.release()

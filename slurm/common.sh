@@ -85,8 +85,9 @@ train() {
     for word in "$@"; do
         [[ "$word" != --output_dir && "$word" != --output_dir=* ]] || fail "$word: a job names it itself, to find it again; set OUTPUT_DIR (of glue_all.sh OUTPUT_ROOT)"
     done
-    # A requeued job resumes, even if its arguments say --resume never.
-    ((${SLURM_RESTART_COUNT:-0} == 0)) || set -- "$@" --resume auto
+    # A requeued job goes on from its own checkpoint, if it got so far, even if its arguments say how to begin.
+    local own=("$output"/checkpoints/step-*)
+    if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -e "${own[0]}" ]]; then set -- "$@" --resume auto; fi
     mkdir -p -- "$output" || fail "$output cannot be made: set OUTPUT_DIR (of glue_all.sh OUTPUT_ROOT) to a folder that can"
     if is_taken "$output"; then
         code=2 # as the program would return; log.txt and exit_code in the folder belong to the other run
@@ -94,6 +95,7 @@ train() {
         return
     fi
     printf 'running\n' >"$output/exit_code"
+    printf 'start of job %s\n' "$SLURM_JOB_ID" >>"$output/log.txt" # the table looks for errors below the last such line
     # --wait: if one rank ends alone, the others wait for it, on GPUs forever.
     # In the foreground: bash handles a signal only after the step has ended, and the last line is in the log, which the table
     # reads, before the script continues.
@@ -111,8 +113,8 @@ train() {
 # Exit code 75: the run stopped on request and wants to be restarted; there is a checkpoint if there were steps to save.
 requeue_and_exit() {
     local job="$SLURM_JOB_ID" restarts="${SLURM_RESTART_COUNT:-0}" again
-    again="submit it again with OUTPUT_DIR=$(printf %q "$output")"
-    [[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" again="submit it again"
+    again="submit it again with OUTPUT_DIR=$(printf %q "$output") and --resume auto"
+    [[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" again="submit it again with --resume auto"
     # Cancelling sends TERM too, and SLURM would requeue a job that is being cancelled.
     if [[ "$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null)" =~ JobState=(CANCELLED|COMPLETING) ]]; then
         echo "job $job was cancelled; $again to go on from its checkpoint" >&2

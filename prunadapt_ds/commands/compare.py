@@ -280,7 +280,8 @@ def titles(found: Sequence[Line]) -> list[str]:
     """A short label for each line, made of the cells in which the lines differ."""
     cells = [(*line.key, line.options) for line in found]
     told = [i for i in range(len(KEY) + 1) if len({row[i] for row in cells}) > 1]
-    words = [[report.short_model(row[i]) for i in told if row[i] != "-"] for row in cells]
+    short = {KEY.index("model"): report.short_model}
+    words = [[short.get(i, str)(row[i]) for i in told if row[i] != "-"] for row in cells]
     return [" ".join(some) or row[1] for some, row in zip(words, cells, strict=True)]
 
 

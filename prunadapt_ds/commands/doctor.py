@@ -172,11 +172,9 @@ def problems(ranks: Sequence[Rank]) -> list[str]:
     for name in PACKAGES:
         if len(kinds := {r.versions[name] for r in ranks}) > 1:
             found.append(f"{name} differs between ranks: {', '.join(sorted(kinds))}")
-    gpus = [(r.host, r.device) for r in ranks if r.device.startswith("cuda")]
-    if gpus and len(gpus) < len(ranks):
-        found.append(f"{len(ranks) - len(gpus)} of {len(ranks)} ranks have no GPU")
-    if not os.environ.get("CUDA_VISIBLE_DEVICES") and len(set(gpus)) < len(gpus):
-        found.append("ranks share a GPU: start as many ranks on a host as it has GPUs")
+    without = sum(r.device == "cpu" for r in ranks)
+    if 0 < without < len(ranks):
+        found.append(f"{without} of {len(ranks)} ranks have no GPU")
     for host in dict.fromkeys(r.host for r in ranks):
         here = [r for r in ranks if r.host == host]
         threads, cores = sum(r.threads for r in here), len(frozenset().union(*(r.cores for r in here)))

@@ -94,8 +94,13 @@ def _text(path: Path) -> str:
 
 
 def _last_error(log: str) -> str:
-    """The program's own last error message, else the last line of a traceback, else SLURM's last error message."""
+    """The program's own last error message, else the last line of a traceback, else SLURM's last error message.
+
+    Of the last job alone: a folder's log has all jobs that ran there, each below a line of slurm/common.sh.
+    """
     lines = [line.strip() for line in log.splitlines()]
+    starts = [i for i, line in enumerate(lines) if line.startswith("start of job ")]
+    lines = lines[starts[-1] + 1 :] if starts else lines
     for pattern in (r"errors?:", r"(\w+\.)*\w*(Error|Exception)\b", r"(srun|slurmstepd): error"):
         for i in range(len(lines) - 1, -1, -1):
             if re.match(pattern, lines[i]):

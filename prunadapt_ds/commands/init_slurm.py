@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def copy(target: Path) -> None:
     """Write `slurm/` and `ds_configs/` to `target`. Raises UserError, before anything is copied, if one of them exists."""
-    there = [name for name in resources.FOLDERS if (target / name).exists()]
+    there = [name for name in resources.FOLDERS if os.path.exists(target / name)]  # a path's own method may raise
     if there:
         remedy = "exists already and may contain your changes; name another folder, or move it away"
         raise UserError([Problem("folder", str(target / name), remedy) for name in there])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunadapt_ds import checkpoint, distributed, files, resume
+from prunadapt_ds import checkpoint, distributed, files, resources, resume
 from prunadapt_ds.checkpoint import Checkpoint, Unread
 from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.errors import Problem, UserError
@@ -56,6 +56,7 @@ def export(run_dir: Path, start: Checkpoint, dtype: str | None, *, trust_remote_
         saved = start.state
         config = distributed.together(lambda: resume.config_of(run_dir, saved))
         config.model.trust_remote_code = trust_remote_code
+        config.train.ds_config = str(resources.folder("ds_configs") / "zero3.json")  # the user's may be for other ranks
         config.output.export_formats = ["compact"]
         config.output.export_dtype = dtype or config.output.export_dtype
         ds = distributed.together(

@@ -140,7 +140,8 @@ def out_of_range():
 
 @pytest.mark.parametrize("name, value", list(out_of_range()))
 def test_every_number_has_its_range(base, place, name, value):
-    refused(place, right(base, **{name: value}), (name, "must be"))
+    (line, *_) = refused(place, right(base, **{name: value}), (name, "must be"))
+    assert not line.endswith(", ")
 
 
 @pytest.mark.parametrize("name", [o.name for o in OPTIONS.values() if o.limits["choices"]])
@@ -256,6 +257,10 @@ DS_CASES = {
     "value of the optimizer": (
         {"optimizer": {"type": "AdamW", "params": {"betas": 0.9}}},
         ("optimizer.params.betas", "two numbers"),
+    ),
+    "decay as in Adam": (
+        {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},
+        ("optimizer.params.adam_w_mode", "as in AdamW"),
     ),
     "scheduler": ({"scheduler": {"type": "WarmupLR"}}, ("scheduler", "--warmup_ratio")),
     "fp16": ({"fp16": {"enabled": True}}, ("fp16.enabled", "bf16")),

@@ -464,6 +464,17 @@ def test_going_on_from_elsewhere_takes_no_folder_of_other_data(tmp_path):
     earlier_run._refuse_other_inputs(tmp_path / "b", found, {"train_file": "moved.csv"})
 
 
+def test_metrics_of_another_folder_say_nothing_about_these(tmp_path, monkeypatch):
+    """The same command again, after a kill: the lines in the folder are all of steps that are trained once more."""
+    state = {"options": {}, "metrics_bytes": 690, "names": {}}
+    found = checkpoint.Checkpoint(tmp_path / "a" / "checkpoints" / "step-2", 2, state)
+    monkeypatch.setattr(earlier_run, "_given", lambda folder: (found, []))
+    (tmp_path / "a").mkdir()
+    for name, kept in (("a", 690), ("b", 0)):
+        start = earlier_run._find(parse(["--output_dir", str(tmp_path / name), "--resume", str(tmp_path / "a")]), {})
+        assert start.saved == {**state, "metrics_bytes": kept} and start.checkpoint.folder == found.folder
+
+
 def test_every_option_is_compared_or_free_for_a_reason(ds_config):
     assert set(OPTIONS) >= earlier_run.FREE | earlier_run.BY_CONTENT | earlier_run.RESOLVED
     assert set(OPTIONS) - set(asked(ds_config())) == earlier_run.FREE | earlier_run.BY_CONTENT | {

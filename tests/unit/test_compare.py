@@ -199,6 +199,11 @@ def test_points_are_called_by_what_tells_them_apart(tmp_path):
     assert compare.titles(compare.lines(compare.find([str(tmp_path / "b")]))) == [
         "learning_rate=0.001", "learning_rate=0.002",
     ]  # fmt: skip
+    for fold in (0, 1):
+        run(tmp_path / "c" / str(fold), options={"train_file": f"data/fold{fold}/train.csv"})
+    assert compare.titles(compare.lines(compare.find([str(tmp_path / "c")]))) == [
+        "train_file=data/fold0/train.csv", "train_file=data/fold1/train.csv",
+    ]  # fmt: skip
     assert report.short_model("/data/models/bert/") == "bert" and report.short_model("org/bert") == "org/bert"
 
 

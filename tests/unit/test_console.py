@@ -205,6 +205,8 @@ def test_init_slurm(tmp_path, prunadapt):
     (tmp_path / "file").write_text("")
     code, _, said = prunadapt("init-slurm", tmp_path / "file")
     assert code == 2 and "cannot be written" in said and len(said.splitlines()) == 1
+    code, _, said = prunadapt("init-slurm", tmp_path / ("long" * 100))
+    assert code == 2 and "cannot be written (File name too long)" in said and len(said.splitlines()) == 1
     with pytest.raises(UserError):
         init_slurm.copy(tmp_path / "a")
 

@@ -29,10 +29,9 @@ def test_nothing_is_wrong():
             "torch differs between ranks: 1.0, 2.0",
         ),
         ([GPU, replace(CPU, rank=1, host="b")], "1 of 2 ranks have no GPU"),
-        ([GPU, replace(GPU, rank=1, local_rank=1)], "ranks share a GPU"),
         ([CPU, replace(CPU, rank=1, threads=2)], "a: 3 threads of 2 ranks on 2 cores"),
     ],
-    ids=["one rank", "one of two", "versions", "no GPU", "shared GPU", "threads"],
+    ids=["one rank", "one of two", "versions", "no GPU", "threads"],
 )
 def test_what_is_wrong_is_said_once(ranks, said, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -87,6 +87,11 @@ def test_all_nine_are_glue(tmp_path):
             "failed",
             "logits differ",
         ),
+        (
+            {"code": "137", "log": "error: data_dir='d': mended since\nstart of job 8\nslurmstepd: error: oom_kill\n"},
+            "failed",
+            "exit code 137: slurmstepd: error: oom_kill",
+        ),
         ({"code": "75", "log": ""}, "interrupted", "checkpoint"),
         ({"code": "75", "score": 0.5, "status": "interrupted"}, "interrupted", "checkpoint"),
         ({"code": "running", "log": "step 1/9"}, "missing", "never ended"),

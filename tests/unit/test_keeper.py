@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from prunadapt_ds import keeper as keepers
+from prunadapt_ds import train
+from prunadapt_ds.config import parse
 from prunadapt_ds.errors import Interrupted, PrunadaptError
 from prunadapt_ds.keeper import Keeper
 from prunadapt_ds.pulse import Pulse
-from prunadapt_ds.signals import StopSignals
+from prunadapt_ds.signals import STOP_SIGNALS, StopSignals
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.fast
@@ -162,6 +164,22 @@ def test_signals_are_noted_and_given_back():
     finally:
         signals.forget()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("process_ends", [True, False])
+def test_a_notebook_gets_its_signals_back_and_a_program_ends_in_peace(tmp_path, process_ends):
+    """Also after a stop: the launcher of a program may send its signal again, and a notebook goes on."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        with train.owned(parse(["--output_dir", str(tmp_path)]), process_ends) as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.name == "SIGTERM"
+        assert (signal.getsignal(signal.SIGTERM) is before[signal.SIGTERM]) is not process_ends
+        assert (signal.getsignal(signal.SIGINT) is before[signal.SIGINT]) is not process_ends
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("speaks", [True, False], ids=["rank 0", "another rank"])

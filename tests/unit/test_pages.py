@@ -35,7 +35,8 @@ def run_folder(folder):
     (folder / "plan.json").write_text(json.dumps(PLAN))
     (folder / "predictions.jsonl").write_text("".join(json.dumps(a) + "\n" for a in ANSWERS))
     lines = [{"step": 4, "phase": "dense", "eval/score": 0.7}, {"step": 8, "phase": "finish", "eval/score": 0.75}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    half = '{"step": 9, "pha'  # of a disk that was full for a while
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + half)
     result = filled() | {"labels": ["no", "yes & <no>"], "command": "python launcher/train.py --seed 1"}
     result["progress"] = [
         {"step": 4 * (i + 1), "phase": phase, "loss": 1.0 / (i + 1), "sparsity": 0.2 * i, "samples_per_s": 9.0}

@@ -82,13 +82,13 @@ def test_what_recording_adds_tells_nothing_about_sizes():
 
 def test_first_and_last_steps_are_compared_within_their_kind():
     times = StepTimes()
-    assert times.ends() == (None, None)
+    assert times.ends(100) == (None, None)
     for size, seconds, records in ((100, 1.0, False), (100, 1.3, True), (50, 0.8, True)):
         times.add(size, seconds, records=records)
-    assert times.ends() == (1.3, 0.8), "the last size had no other"
+    assert times.ends(100) == (1.3, 0.8), "the last size had no other"
     times.add(50, 0.5)
-    assert times.ends() == (1.0, 0.5)
-    assert StepTimes({100: [1.0]}, {50: [0.8]}).ends() == (1.0, 0.8), "or of what there is"
+    assert times.ends(100) == (1.0, 0.5)
+    assert StepTimes({100: [1.0]}, {50: [0.8]}).ends(100) == (1.0, 0.8), "or of what there is"
     assert StepTimes({100: [1.0], 50: [0.5]}).ends(100) == (1.0, 0.5)
     assert StepTimes({100: [1.0], 50: [0.5]}).ends(200) == (None, 0.5), "other ranks had the dense model"
 

@@ -181,11 +181,17 @@ def test_a_job_names_its_folder_itself(shell):
         assert done.returncode == 2 and "set OUTPUT_DIR" in done.stderr and not calls
 
 
-@pytest.mark.parametrize("restarts, ends", [("0", ["--resume", "never"]), ("1", ["never", "--resume", "auto"])])
-def test_a_requeued_job_goes_on_however_it_was_told_to_begin(shell, restarts, ends):
-    _, calls = shell("train.sh", "--resume", "never", SLURM_RESTART_COUNT=restarts)
+@pytest.mark.parametrize("told", ["never", "outputs/old"])
+@pytest.mark.parametrize("restarts, trained, goes_on", [("0", True, False), ("1", False, False), ("1", True, True)])
+def test_a_requeued_job_goes_on_however_it_was_told_to_begin(shell, told, restarts, trained, goes_on):
+    """From its own checkpoint, if it got so far: one that was stopped while it started begins as it was told."""
+    if trained:
+        (shell.project / "outputs" / "7" / "checkpoints" / "step-3").mkdir(parents=True)
+    _, calls = shell("train.sh", "--resume", told, SLURM_RESTART_COUNT=restarts)
     words = calls["srun"]
+    ends = [told, "--resume", "auto"] if goes_on else ["--resume", told]
     assert words[: words.index("--output_dir")][-len(ends) :] == ends
+    assert (shell.project / "outputs" / "7" / "log.txt").read_text() == "start of job 7\n"
 
 
 def test_llm_needs_a_model(shell):
@@ -253,7 +259,7 @@ def test_the_last_line_is_in_the_log_when_the_script_ends(shell):
     shell.put("tee", f'exec >/dev/null 2>&1; sleep 1; {shutil.which("tee")} "$@"')  # does not hold what the test reads
     done, _ = shell("train.sh", OUTPUT_DIR="out")
     assert done.returncode == 2
-    assert (shell.project / "out" / "log.txt").read_text() == "error: seed=-1: the reason\n"
+    assert (shell.project / "out" / "log.txt").read_text() == "start of job 7\nerror: seed=-1: the reason\n"
 
 
 @pytest.mark.parametrize("when", ["while it runs", "as it ends"])
