@@ -127,7 +127,7 @@ def main(argv):
         bf16=bf16,
         use_cpu=not cuda,
         per_device_train_batch_size=config.train.per_device_train_batch_size,
-        per_device_eval_batch_size=config.train.per_device_eval_batch_size,
+        per_device_eval_batch_size=config.eval_batch_size(),
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         num_train_epochs=config.train.num_train_epochs,
         learning_rate=config.train.learning_rate or default_learning_rate(model_config.hidden_size, is_full=full),

@@ -28,6 +28,7 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 SHRINKING = ("auto", "always", "never")
 LR_SCHEDULES = ("linear", "warmup_stable_decay")
 DEFAULT_SPARSITY = 0.5
+EVAL_BATCH_SIZE, LANGUAGE_EVAL_BATCH_SIZE = 64, 8
 
 when_deciding = functools.partial(option, needs={"method": ("prunadapt",)})  # the method that decides while it trains
 with_lora = functools.partial(option, needs={"method": ("prunadapt", "tmp", "lora")})
@@ -179,7 +180,12 @@ class TrainOptions:
 
     ds_config: str = option("ds_configs/zero3.json", "DeepSpeed configuration (JSON)")
     per_device_train_batch_size: int = option(32, "samples per rank and micro-batch", least=1, most=2**20)
-    per_device_eval_batch_size: int = option(64, "samples per rank in evaluation", least=1)
+    per_device_eval_batch_size: int | None = option(
+        None,
+        f"samples per rank in evaluation ({EVAL_BATCH_SIZE}; of language models, whose logits are large, as many as in training, "
+        f"at most {LANGUAGE_EVAL_BATCH_SIZE})",
+        least=1,
+    )
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", least=1)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass; saves memory")
     learning_rate: float | None = option(
@@ -269,6 +275,11 @@ class Config:
     def is_language(self) -> bool:
         """Whether the task is language modelling, as opposed to classification or regression."""
         return self.data.task_type == "causal_lm"
+
+    def eval_batch_size(self, micro_batch_size: int = LANGUAGE_EVAL_BATCH_SIZE) -> int:
+        """Samples per rank in evaluation. `micro_batch_size`: those in training, whose memory language models should not exceed."""
+        usual = min(micro_batch_size, LANGUAGE_EVAL_BATCH_SIZE) if self.is_language else EVAL_BATCH_SIZE
+        return self.train.per_device_eval_batch_size or usual
 
     def to_dict(self) -> dict[str, Any]:
         """All options by section."""

@@ -242,5 +242,5 @@ def scatter(labels: Sequence[float], predictions: Sequence[float]) -> Picture:
     axis.set_xlabel("labelled")
     axis.set_ylabel("predicted")
     error = float(np.mean(np.abs(np.subtract(labels, predictions))))
-    alt = f"{len(labels)} examples; predictions are off by {error:.3f} on average. The dashed line marks correct predictions."
+    alt = f"{len(labels)} examples; predictions are off by {error:.3g} on average. The dashed line marks correct predictions."
     return picture("Predictions against labels", alt, drawing)

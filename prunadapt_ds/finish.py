@@ -35,6 +35,7 @@ from prunadapt_ds.batches import Rows
 from prunadapt_ds.clocks import PHASES
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.faults import fault_point
+from prunadapt_ds.label_scale import LabelScale
 from prunadapt_ds.logits import exact_products, upcast_parameters
 from prunadapt_ds.models.structure import full_numel
 from prunadapt_ds.session import Session, answers, evaluate, measures
@@ -185,7 +186,7 @@ def prove(
     files.replace(session.output_dir / "plan.json", json.dumps(session.plan.to_dict(), sort_keys=True))
     others = [write_format(session, kind, folder) for kind in formats_of(session)[1:]]
     reloaded = proof.reload_in_fresh_process(compact("float32", latency=export_dtype == "float32"), *others)
-    found = [parity(reference, one) for one in reloaded]
+    found = [parity(reference, one, session.label_scale) for one in reloaded]
     result["parity"] |= max(found, key=lambda one: one["max_abs_logit_diff"])
     exported = reloaded[0]
     if export_dtype != "float32":
@@ -210,11 +211,11 @@ def prove(
         files.replace(folder.parent / kind / "README.md", card.render(result, model, session.data.task, kind, base))
 
 
-def parity(reference: dict[str, Tensor], exported: proof.Reloaded) -> dict[str, float]:
+def parity(reference: dict[str, Tensor], exported: proof.Reloaded, scale: LabelScale) -> dict[str, float]:
     """Compare the rows that both sides have; one of them may have the first ones only. Logits are float32 [N, C] by dataset."""
     pairs = {name: (logits, exported.logits[name]) for name, logits in reference.items()}
     shared = {name: min(len(logits) for logits in pair) for name, pair in pairs.items()}
-    return proof.compare_logits({name: (a[: shared[name]], b[: shared[name]]) for name, (a, b) in pairs.items()})
+    return proof.compare_logits({name: (a[: shared[name]], b[: shared[name]]) for name, (a, b) in pairs.items()}, scale)
 
 
 def write_format(session: Session, kind: str, compact: Path) -> proof.Reload:

@@ -23,6 +23,7 @@ from prunadapt_ds import formats, proof
 from prunadapt_ds.config import EXPORT_FORMATS
 from prunadapt_ds.errors import ParityError, Problem, PrunadaptError
 from prunadapt_ds.files import discard, whole_folder
+from prunadapt_ds.label_scale import OWN_UNIT, LabelScale
 from prunadapt_ds.older_readers import TOKENIZER_CONFIG, write_config, write_tokenizer_config
 
 KINDS = ("onnx", "torch_export")
@@ -52,8 +53,10 @@ def problems(kinds: Sequence[str], dtype: str | None) -> list[Problem]:
     return found
 
 
-def convert(kind: str, compact: Path, folder: Path) -> dict[str, Any]:
+def convert(kind: str, compact: Path, folder: Path, scale: LabelScale = OWN_UNIT) -> dict[str, Any]:
     """Write `folder` in the format `kind` and check its logits. Returns the report's entries {parity, latency}.
+
+    `scale`: that of a regression's labels.
 
     Raises ParityError if the graph's logits differ from those of the compact folder's model, and PrunadaptError if no graph
     could be made. In both cases, no folder is left behind.
@@ -62,7 +65,8 @@ def convert(kind: str, compact: Path, folder: Path) -> dict[str, Any]:
         formats.copy_others(compact, unfinished)
         write_small_files(compact, unfinished)
         logits, found = traced(kind, compact, unfinished, Path(scratch))
-        parity = proof.compare_logits({kind: (logits["compact"], logits["exported"])}) | {"examples": found["examples"]}
+        parity = proof.compare_logits({kind: (logits["compact"], logits["exported"])}, scale)
+        parity |= {"examples": found["examples"]}
         if not parity["max_abs_logit_diff"] <= parity["tolerance"]:
             difference = f"{parity['max_abs_logit_diff']:.2e}; the tolerance is {parity['tolerance']:.2e}"
             raise ParityError(f"{folder} differs from {compact} in its logits by {difference}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os.path
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunadapt_ds import adapters, hub
+from prunadapt_ds import adapters, hub, labels
 from prunadapt_ds.adapters import ADAPTER, PREFIX
 from prunadapt_ds.backbone import Backbone
 from prunadapt_ds.config import LoraOptions
@@ -37,7 +37,10 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisat
 
 @dataclass(frozen=True)
 class InitialAdapter:
-    """A checked adapter. `shapes`: shapes of its tensors by the model's names, `lora_A.weight` without the adapter's name."""
+    """A checked adapter. `shapes`: shapes of its tensors by the model's names, `lora_A.weight` without the adapter's name.
+
+    `classes`: what its head calls the classes, in its order; () if its folder does not say.
+    """
 
     name: str
     config: Path
@@ -46,6 +49,7 @@ class InitialAdapter:
     lora_alpha: float
     base: str  # the base model that its configuration names
     shapes: dict[str, tuple[int, ...]]
+    classes: tuple[str, ...] = ()
 
     @property
     def modules(self) -> list[str]:
@@ -95,7 +99,12 @@ def read(name: str) -> InitialAdapter:
     except (SafetensorError, OSError) as error:
         raise refused(f"{WEIGHTS} cannot be loaded: it is damaged or cut short ({error}); fetch it again") from error
     named = {key.removeprefix(PREFIX): shape for key, shape in shapes.items()}
-    return InitialAdapter(name, file, weights, r, float(alpha), str(config.get("base_model_name_or_path") or ""), named)
+    try:
+        classes = labels.stored(file.parent)
+    except (ValueError, OSError) as error:
+        raise refused(f"{labels.FILE} cannot be read ({error}); mend or remove it") from error
+    base = str(config.get("base_model_name_or_path") or "")
+    return InitialAdapter(name, file, weights, r, float(alpha), base, named, classes)
 
 
 def _file(name: str, file: str) -> Path:
@@ -120,11 +129,13 @@ def _file(name: str, file: str) -> Path:
     return found
 
 
-def take_over(adapter: InitialAdapter, loaded: Backbone, lora: LoraOptions, given: frozenset[str]) -> list[str]:
+def take_over(
+    adapter: InitialAdapter, loaded: Backbone, lora: LoraOptions, given: frozenset[str], label_names: Sequence[str] = ()
+) -> list[str]:
     """Set the run's LoRA options to the adapter's, in place. Returns the projections that get LoRA, in the model's order.
 
-    `given`: names of the options that the user gave. Raises UserError if one of them contradicts the adapter, or if the adapter
-    does not fit the model.
+    `given`: names of the options that the user gave. `label_names`: the task's classes. Raises UserError if an option
+    contradicts the adapter, or if the adapter does not fit the model.
     """
     targets = _fitting(adapter, loaded)
     says = {"r": adapter.r, "lora_alpha": adapter.lora_alpha}
@@ -140,14 +151,31 @@ def take_over(adapter: InitialAdapter, loaded: Backbone, lora: LoraOptions, give
     if problems:
         raise UserError(problems)
     lora.r, lora.lora_alpha = adapter.r, adapter.lora_alpha
-    heads = [name for name in adapter.whole if name in loaded.task_head_names]
-    new = _of_other_size(adapter, loaded)
-    head = ", its head" if set(heads) - new else ", without a head for this task, which starts from scratch"
     loaded.notes.append(
         f"starts from the adapter {adapter.name} (made for {adapter.base or 'an unnamed model'}): r={adapter.r}, "
-        f"lora_alpha={adapter.lora_alpha:g}, {len(targets)} projections{head}"
+        f"lora_alpha={adapter.lora_alpha:g}, {len(targets)} projections{_head_words(adapter, loaded, label_names)}"
     )
     return targets
+
+
+def _head_words(adapter: InitialAdapter, loaded: Backbone, label_names: Sequence[str]) -> str:
+    """Where the head comes from, for the note; empty where it is the model's own."""
+    if heads(adapter, loaded):
+        theirs = _classes(adapter, loaded)
+        moved = f", which knew the classes as {', '.join(theirs)} and was reordered to match the task"
+        return ", its head" + moved * labels.are_ours_elsewhere(theirs, label_names)
+    begins = loaded.task_head_names and not loaded.known_classes
+    return ", without a head for this task, which starts from scratch" if begins else ""
+
+
+def _classes(adapter: InitialAdapter, loaded: Backbone) -> tuple[str, ...]:
+    """What the adapter's head calls the classes; if its folder does not say, it has them from the model that it was made for."""
+    return adapter.classes or loaded.known_classes
+
+
+def heads(adapter: InitialAdapter, loaded: Backbone) -> set[str]:
+    """Parameters of the head that the adapter brings, of the size that the task needs."""
+    return set(adapter.whole) & loaded.task_head_names - _of_other_size(adapter, loaded)
 
 
 def _fitting(adapter: InitialAdapter, loaded: Backbone) -> list[str]:
@@ -192,10 +220,10 @@ def _of_other_size(adapter: InitialAdapter, loaded: Backbone) -> set[str]:
     return {name for name in heads if full_shape(parameters[name]) != adapter.shapes[name]}
 
 
-def load(adapter: InitialAdapter, loaded: Backbone) -> bool:
+def load(adapter: InitialAdapter, loaded: Backbone, label_names: Sequence[str] = ()) -> bool:
     """Copy the adapter's values into the model, which must already have LoRA; returns whether a head was among them.
 
-    In place; collective if parameters are sharded.
+    Its classes are brought into the order of `label_names`. In place; collective if parameters are sharded.
     """
     from safetensors import safe_open
 
@@ -210,4 +238,7 @@ def load(adapter: InitialAdapter, loaded: Backbone) -> bool:
                 ours = ours.replace(matrix, matrix.replace(".weight", f".{ADAPTER}.weight"))
             with gathered([parameters[ours]], write_from=0):
                 parameters[ours].copy_(opened.get_tensor(keys[name]))
-    return bool(loaded.task_head_names & set(adapter.shapes) - skipped)
+    if not heads(adapter, loaded):
+        return False
+    labels.reorder_head(loaded, _classes(adapter, loaded), label_names)
+    return True

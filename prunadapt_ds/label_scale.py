@@ -29,7 +29,7 @@ class LabelScale:
     std: float = 1.0
 
     def standardised(self, labels: Tensor) -> Tensor:
-        """Labels [N] as the head learns them, float32 [N]; class numbers and all else that has no scale as they are."""
+        """Labels (or answers) as the head learns them, float32 of the same shape; what has no scale as it is, class numbers too."""
         return labels if self == OWN_UNIT else ((labels.double() - self.mean) / self.std).float()
 
     def restored(self, logits: Tensor) -> Tensor:

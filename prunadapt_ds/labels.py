@@ -21,12 +21,14 @@ from prunadapt_ds.models.structure import full_shape
 FILE = "labels.json"  # in an adapter's folder, whose other files lack class names
 
 
-def of_outputs(config: Any) -> tuple[str, ...]:
-    """What a classifier's labels are called in data for it: its class names, or their numbers if it has none; () for regression."""
+def of_outputs(config: Any) -> list[tuple[str, ...]]:
+    """What a classifier's labels may be called in data for it, the likelier last: its class names, or their numbers if these
+    are names that nobody gave. [()] for regression.
+    """
     if config.num_labels == 1:
-        return ()
+        return [()]
     names = class_names(config)
-    return tuple(map(str, range(len(names)))) if _are_generic(names) else names
+    return [names, tuple(map(str, range(len(names))))] if _are_generic(names) else [names]
 
 
 def _are_generic(names: Sequence[str]) -> bool:
@@ -60,37 +62,49 @@ def write(config: Any, folder: Path) -> None:
     (folder / FILE).write_text(json.dumps(class_names(config), indent=1) + "\n", encoding="utf-8")
 
 
+def stored(folder: Path) -> tuple[str, ...]:
+    """The class names that the adapter in `folder` was trained with; () if it has none. Raises ValueError for something else."""
+    file = folder / FILE
+    names = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"{FILE} is not a list of class names")
+    return tuple(names)
+
+
 def read(config: Any, folder: Path) -> None:
     """Give a base model's configuration the class names that the adapter in `folder` was trained with, if it has them.
 
     Raises ValueError if they do not fit the configuration's number of classes.
     """
-    file = folder / FILE
-    if not file.is_file():
+    names = stored(folder)
+    if not names:
         return
-    names = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(names, list) or len(names) != config.num_labels or not all(isinstance(n, str) for n in names):
+    if len(names) != config.num_labels:
         raise ValueError(f"{FILE} does not name the {config.num_labels} classes")
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
 
 
-def reorder_head(backbone: Backbone, ours: Sequence[str]) -> None:
-    """Move the rows of a head that came with the model to the order of our classes. Collective.
+def are_ours_elsewhere(theirs: Sequence[str], ours: Sequence[str]) -> bool:
+    """Whether both name the same classes, in different orders."""
+    order = columns(theirs, ours)
+    return order is not None and order != sorted(order)
 
-    A head that knows the same classes in another order would otherwise start out worse than a new one.
+
+def reorder_head(backbone: Backbone, theirs: Sequence[str], ours: Sequence[str]) -> bool:
+    """Move the rows of a head that knows our classes in the order `theirs`; returns whether that was another. Collective.
+
+    Such a head would otherwise start out worse than a new one.
     """
-    order = columns(backbone.known_classes, ours)
-    if order is None or order == sorted(order):
-        return
+    order = columns(theirs, ours)
+    if order is None or not are_ours_elsewhere(theirs, ours):
+        return False
     module = [m for m in task_head_linears(backbone) if full_shape(m.weight)[0] == len(order)][-1]
     parameters: list[Any] = [p for p in (module.weight, module.bias) if p is not None]
     with torch.no_grad(), gathered(parameters, write_from=0):
         for parameter in parameters:
             if parameter.numel():
                 parameter.copy_(parameter[order].clone())
-    backbone.notes.append(
-        f"its head knew the classes as {', '.join(backbone.known_classes)}, and was reordered to match the task"
-    )
+    return True
 
 
 def task_head_linears(backbone: Backbone) -> list[Any]:

@@ -73,7 +73,7 @@ def _wrongness(p: Prediction, labels: Sequence[str]) -> tuple[float, report.Row]
         return nll, ("-", "-", f"{nll:.2f} nats per token")
     if not labels:
         error = abs(answer["prediction"] - p["label"])
-        return error, (f"{p['label']:g}", f"{answer['prediction']:.3g}", f"off by {error:.3g}")
+        return error, (f"{p['label']:g}", f"{answer['prediction']:.6g}", f"off by {error:.3g}")
     wrong, right = answer["prediction"], p["label"]
     if wrong == right:
         return 0.0, ("", "", "")

@@ -23,9 +23,11 @@ from prunadapt_ds import reload
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
 from prunadapt_ds.formats import auto_class_of
+from prunadapt_ds.label_scale import OWN_UNIT, LabelScale
 from prunadapt_ds.signals import STOP_SIGNALS
 
 TOLERANCE = 1e-4  # for max |logit difference|, relative to max(1, max |logit|)
+ROUNDING = 2**-22  # of a label far from 0 in fp32, relative to it: what the export answers is rounded to that
 
 
 @dataclass(frozen=True)
@@ -143,15 +145,18 @@ def raise_if_stopped(done: subprocess.CompletedProcess[str]) -> None:
         )
 
 
-def compare_logits(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+def compare_logits(pairs: dict[str, tuple[Tensor, Tensor]], scale: LabelScale = OWN_UNIT) -> dict[str, float]:
     """The report's parity block over all datasets.
 
-    pairs: (trained, exported) logits by dataset, float32 [N, C] each. A NaN counts as an infinite difference.
+    pairs: (trained, exported) logits by dataset, float32 [N, C] each. A NaN counts as an infinite difference. `scale`: that of
+    a regression's labels, in whose unit the logits are. As the model learnt them they are numbers around 1, and the tolerance
+    is for these.
     """
     trained, exported = (torch.cat([pair[i].flatten() for pair in pairs.values()]) for i in (0, 1))
     difference = float((trained - exported).abs().nan_to_num(nan=torch.inf).max())
     return {
         "max_abs_logit_diff": difference if difference < torch.inf else sys.float_info.max,
-        "tolerance": TOLERANCE * max(1.0, float(trained.abs().max())),
+        "tolerance": TOLERANCE * scale.std * max(1.0, float(scale.standardised(trained).abs().max()))
+        + ROUNDING * abs(scale.mean),
         "examples": sum(len(logits) for logits, _ in pairs.values()),
     }

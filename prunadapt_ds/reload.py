@@ -44,8 +44,8 @@ def summary(logits: Any, attention_mask: Any, labels: Any) -> Any:
 
     if logits.dim() == 2:
         return logits.float()
-    if labels is not None:
-        return torch.stack(token_losses(logits, labels), 1)
+    if labels is not None:  # row by row: fp32 copies of all would be several times the logits
+        return torch.cat([torch.stack(token_losses(x[None], y[None]), 1) for x, y in zip(logits, labels, strict=True)])
     last = (attention_mask * torch.arange(attention_mask.shape[1], device=logits.device)).argmax(1)
     return logits[torch.arange(len(logits), device=logits.device), last].float()
 

@@ -70,6 +70,7 @@ def begin(session: Session) -> None:
 def _write_options(session: Session) -> None:
     """Write run.json, by which the run is recognised. For rank 0."""
     stated = {**asked_of(session), **names(session.config), "identity": session.identity}
+    stated |= {"label_scale": dataclasses.astuple(session.label_scale)}
     files.replace(session.output_dir / "run.json", json.dumps(stated, indent=2, sort_keys=True) + "\n")
 
 

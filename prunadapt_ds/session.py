@@ -99,7 +99,7 @@ class Session:
 
     @property
     def eval_batch_size(self) -> int:
-        return self.config.train.per_device_eval_batch_size
+        return self.config.eval_batch_size(self.sampler.micro_batch_size)
 
     @property
     def is_shrunk(self) -> bool:
@@ -141,7 +141,7 @@ def add_trainables(session: Session, cut_to: PruningPlan | None = None) -> None:
     targets = still_there(loaded.model, session.lora_targets)
     adapters.prepare(loaded.model, loaded.layout, targets, config, session.rank_per_layer)
     if session.initial_adapter is not None:
-        brings_head = initial_adapter.load(session.initial_adapter, loaded)
+        brings_head = initial_adapter.load(session.initial_adapter, loaded, session.data.task.label_names)
         if brings_head:
             label_scale.unfold(session.label_scale, loaded)
     if config.prune.method == "prunadapt":

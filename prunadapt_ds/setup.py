@@ -67,7 +67,7 @@ def setup(
     zero3 = engines.shard_while_loading(ds.values)
     load_libraries(data)
     peak = memory.PeakMemory(device)
-    loaded = distributed.together(lambda: load_model(config, ds, data))
+    loaded = distributed.together(lambda: load_model(config, ds, data, adapter))
     identity |= distributed.same_on_all_hosts("the model's files", lambda: model_identity(config, adapter))
     distributed.together(lambda: refuse_changed(config, identity, saved))
     timing = timing_of(config, loaded.model)
@@ -78,7 +78,7 @@ def setup(
     lora_targets = adapters.target_modules(loaded.layout, config.lora.target_modules, only_head_inputs=only_head_inputs)
     if adapter is not None:
         lora_targets = distributed.together(
-            lambda: initial_adapter.take_over(adapter, loaded, config.lora, config.given),
+            lambda: initial_adapter.take_over(adapter, loaded, config.lora, config.given, data.task.label_names),
         )
     # Together: a tokenizer that differs on one host may fail there alone.
     train_rows, validation_rows = distributed.together(
@@ -142,8 +142,13 @@ def load_libraries(data: TaskData) -> None:
             load_metric(data.task.name)
 
 
-def load_model(config: Config, ds: DsConfig, data: TaskData) -> backbone.Backbone:
-    """Load the frozen backbone, sharded under ZeRO-3, with dropout and recomputation as configured. Raises UserError."""
+def load_model(
+    config: Config, ds: DsConfig, data: TaskData, adapter: initial_adapter.InitialAdapter | None = None
+) -> backbone.Backbone:
+    """Load the frozen backbone, sharded under ZeRO-3, with dropout and recomputation as configured. Raises UserError.
+
+    `adapter`: the one that the run starts from, whose head may take the place of the model's.
+    """
     loaded = backbone.load(
         config.model.model_name_or_path,
         num_labels=data.task.num_labels,
@@ -155,7 +160,10 @@ def load_model(config: Config, ds: DsConfig, data: TaskData) -> backbone.Backbon
         trust_remote_code=config.model.trust_remote_code,
         is_language=data.task.is_language,
     )
-    labels.reorder_head(loaded, data.task.label_names)
+    keeps_head = adapter is None or not initial_adapter.heads(adapter, loaded)
+    if keeps_head and labels.reorder_head(loaded, loaded.known_classes, data.task.label_names):
+        names = ", ".join(loaded.known_classes)
+        loaded.notes.append(f"its head knew the classes as {names}, and was reordered to match the task")
     if not config.train.dropout:
         backbone.no_dropout(loaded.model)
     if config.train.gradient_checkpointing:

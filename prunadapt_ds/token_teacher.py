@@ -112,7 +112,7 @@ class _Parts:
 
     @property
     def is_full(self) -> bool:
-        return self.end * self.words[-1].shape[1] * BYTES_PER_WORD >= PART_BYTES
+        return bool(self.words) and self.end * self.words[-1].shape[1] * BYTES_PER_WORD >= PART_BYTES
 
     def write(self) -> None:
         """Write the current part, unless nothing was added to it, and begin the next one."""
@@ -152,12 +152,11 @@ def write(engine: Any, rows: Rows, k: int, batch_size: int, device: torch.device
     for batch, _, logits in forward_passes(engine, rows, batch_size, device):
         labels = rows.padded_labels(batch or [0], logits.shape[1])
         assert labels is not None
-        real = labels[: len(batch), 1:] >= 0
-        top = logits[: len(batch), :-1][real.to(device)].float().log_softmax(-1).topk(min(k, logits.shape[-1]))
-        ends = parts.end + real.sum(1).cumsum(0)
-        for position, end, count in zip(batch, ends.tolist(), real.sum(1).tolist(), strict=True):
-            place[:, position] = torch.tensor([parts.number, end - count, count])
-        parts.add(top.indices, top.values)
+        for i, position in enumerate(batch):  # fp32 copies of all rows would be several times the logits
+            real = labels[i, 1:] >= 0
+            top = logits[i, :-1][real.to(device)].float().log_softmax(-1).topk(min(k, logits.shape[-1]))
+            place[:, position] = torch.tensor([parts.number, parts.end, len(top.indices)])
+            parts.add(top.indices, top.values)
         if parts.is_full:
             parts.write()
     mine = distributed.together(parts.finish)

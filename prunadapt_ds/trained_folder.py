@@ -11,6 +11,7 @@ import torch
 
 from prunadapt_ds import backbone, distributed, files, model_folder
 from prunadapt_ds import labels as labels_of
+from prunadapt_ds.adapters import PREFIX
 from prunadapt_ds.config import DataOptions
 from prunadapt_ds.data import Task
 from prunadapt_ds.errors import Problem, UserError
@@ -82,13 +83,19 @@ def _load_model(name: str, folder: Path, trust: bool, *, is_language: bool) -> A
     if info["mismatched_keys"]:
         key = min(str(key[0]) for key in info["mismatched_keys"])
         raise _refuse(name, f"its weights have other shapes than config.json says, e.g. {key}")
-    if info["missing_keys"]:
-        is_a = ", ".join(model.config.architectures or ["model of no named class"])
-        if not is_language and is_a.endswith(("ForCausalLM", "LMHeadModel")):
-            raise _refuse(name, LANGUAGE_MODEL)
-        lacks = ", ".join(sorted(info["missing_keys"])[:3])
-        raise _refuse(name, f"is not trained for this: a {is_a} by its config.json, it has no {lacks}")
+    _refuse_untrained(name, model, set(info["missing_keys"]), is_language=is_language)
     return model
+
+
+def _refuse_untrained(name: str, model: Any, new: set[str], *, is_language: bool) -> None:
+    """Raise UserError if the model has parameters, `new`, that no file gave: they are random."""
+    if not new:
+        return
+    is_a = ", ".join(model.config.architectures or ["model of no named class"])
+    if not is_language and is_a.endswith(("ForCausalLM", "LMHeadModel")):
+        raise _refuse(name, LANGUAGE_MODEL)
+    lacks = ", ".join(sorted(new)[:3])
+    raise _refuse(name, f"is not trained for this: a {is_a} by its config.json, it has no {lacks}")
 
 
 def _pruned_class(folder: Path) -> Any:
@@ -124,13 +131,16 @@ def _load_adapter(name: str, folder: Path, num_labels: int | None, *, is_languag
         raise _refuse(name, remedy) from error
     count = adapter_outputs(folder) if num_labels is None and not is_language else num_labels
     with backbone.quiet():
-        model = auto_classes.auto_class(is_language).from_pretrained(
+        model, info = auto_classes.auto_class(is_language).from_pretrained(
             str(model_folder.folder_of(base)),
             dtype=torch.float32,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
+            output_loading_info=True,
             **({} if count is None else {"num_labels": count}),
         )
+        new = {*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])}
+        _refuse_untrained(name, model, new - saved_whole(folder), is_language=is_language)
         model = PeftModel.from_pretrained(model, str(folder))
     if not is_language:
         labels_of.read(model.config, folder)
@@ -139,13 +149,22 @@ def _load_adapter(name: str, folder: Path, num_labels: int | None, *, is_languag
 
 def adapter_outputs(folder: Path) -> int | None:
     """The number of outputs of the head in an adapter's folder, which PEFT's configuration does not state; None without a head."""
+    heads = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
+    return next((shape[0] for name, shape in _shapes(folder).items() if f".{name}".endswith(heads)), None)
+
+
+def saved_whole(folder: Path) -> set[str]:
+    """The model's names of what an adapter's folder holds: of parameters that were saved whole, such as a head's."""
+    return set(_shapes(folder))
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in an adapter's folder, by the model's names. Raises ValueError if the file is damaged."""
     from safetensors import SafetensorError, safe_open
 
-    heads = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            head = next((name for name in file.keys() if name.endswith(heads)), None)  # noqa: SIM118
-            return None if head is None else int(file.get_slice(head).get_shape()[0])
+            return {key.removeprefix(PREFIX): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"adapter_model.safetensors is damaged or cut short: {error}") from error
 

@@ -91,7 +91,7 @@ def run(config: Config) -> dict[str, float]:
         tokens = tokenize_language(split, tokenizer, longest) if is_language else tokenize(split, tokenizer, longest)
         rows = Rows(tokens, tokenizer)
         refuse_unknown_tokens(config.model.model_name_or_path, model, rows)
-        found = predict(model, rows, config.train.per_device_eval_batch_size, distributed.device())
+        found = predict(model, rows, config.eval_batch_size(), distributed.device())
         if not is_language:
             found = labels_of.in_order(found, backbone.class_names(model.config), task.label_names)
         logits[name] = found.numpy()

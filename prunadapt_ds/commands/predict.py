@@ -304,7 +304,7 @@ def answered(logits: Tensor, answerer: Answerer, start: int) -> Iterator[dict[st
     """
     if not answerer.label_names:
         for i, value in enumerate(logits[:, 0].tolist(), start=start):
-            yield {"index": i, "prediction": round(value, 6)}
+            yield {"index": i, "prediction": float(f"{value:.7g}")}  # labels may have any unit
         return
     best, shares = logits.argmax(dim=1).tolist(), logits.softmax(dim=1).tolist()
     for i, (place, row) in enumerate(zip(best, shares, strict=True)):

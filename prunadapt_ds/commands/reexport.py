@@ -20,6 +20,7 @@ from prunadapt_ds.commands import unfinished
 from prunadapt_ds.config import EXPORT_DTYPES
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import ParityError, Problem, UserError
+from prunadapt_ds.label_scale import LabelScale
 from prunadapt_ds.models import modeling_prunadapt
 from prunadapt_ds.options import Help, Parser, as_called
 
@@ -122,14 +123,15 @@ def make(run_dir: Path, kind: str, dtype: str | None, status: str) -> None:
     folder = run_dir / "exports" / kind
     kept = formats.read_plan(plan, compact)
     more: dict[str, Any] = {}
+    scale = LabelScale(*files.unless_damaged(run_dir / "run.json").get("label_scale", ()))
 
     def prove_and_cast(unfinished: Path) -> None:
-        prove(compact, unfinished)
+        prove(compact, unfinished, scale)
         if dtype is not None:
             formats.cast(unfinished, getattr(torch, dtype))
 
     if kind in graphs.KINDS:
-        more = graphs.convert(kind, compact, folder)
+        more = graphs.convert(kind, compact, folder, scale)
     else:
         formats.convert(kind, compact, kept, folder, prove_and_cast)
     if (compact / "README.md").is_file():
@@ -166,7 +168,7 @@ def only_our_code(folder: Path, config: dict[str, Any]) -> bool:
         return False
 
 
-def prove(compact: Path, folder: Path) -> None:
+def prove(compact: Path, folder: Path, scale: LabelScale) -> None:
     """Check in a fresh process that both folders compute the same on random rows. Raises ParityError."""
     rows = {"random": random_rows(compact)}
     pair = [
@@ -174,7 +176,7 @@ def prove(compact: Path, folder: Path) -> None:
         for path in (compact, folder)
     ]
     found = [answer.logits["random"] for answer in proof.reload_in_fresh_process(*pair)]
-    parity = proof.compare_logits({"random": (found[0], found[1])})
+    parity = proof.compare_logits({"random": (found[0], found[1])}, scale)
     if not parity["max_abs_logit_diff"] <= parity["tolerance"]:
         raise ParityError(f"{folder} differs from {compact} by {parity['max_abs_logit_diff']:.2e} in its logits")
 

@@ -57,6 +57,7 @@ def export(run_dir: Path, start: Checkpoint, dtype: str | None, *, trust_remote_
         config = distributed.together(lambda: resume.config_of(run_dir, saved))
         config.model.trust_remote_code = trust_remote_code
         config.train.ds_config = str(resources.folder("ds_configs") / "zero3.json")  # the user's may be for other ranks
+        config.train.per_device_eval_batch_size = config.eval_batch_size(saved["memory"]["micro_batch"])
         config.output.export_formats = ["compact"]
         config.output.export_dtype = dtype or config.output.export_dtype
         ds = distributed.together(

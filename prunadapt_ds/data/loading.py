@@ -5,6 +5,7 @@ Nothing here depends on the rank: every process that passes the same arguments g
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prunadapt_ds.data.glue import load_hub, load_tsv
@@ -34,14 +35,14 @@ def load_task(config: Any, seed: int) -> TaskData:
     return TaskData(task, train, _limited(sets, config))
 
 
-def load_validation(config: Any, classes: tuple[str, ...] | None) -> tuple[Task, dict[str, Dataset]]:
+def load_validation(config: Any, outputs: Sequence[tuple[str, ...]] | None) -> tuple[Task, dict[str, Dataset]]:
     """Load only the development sets, by key, to score a model. `config`: as for `load_task` or `load_language`.
 
-    `classes`: for a --validation_file without a --train_file, whose labels would name the classes: the names of the model's
-    outputs in their order, () for regression. Raises UserError with every problem found."""
+    `outputs`: for a --validation_file without a --train_file, whose labels would name the classes: see `load_files`. Raises
+    UserError with every problem found."""
     if config.task_type == "causal_lm":
         return load_language_validation(config)
-    task, sets = _read(config, trains=False, classes=classes)
+    task, sets = _read(config, trains=False, outputs=outputs)
     sets.pop(TRAIN, None)
     return task, _limited(sets, config)
 
@@ -51,12 +52,14 @@ def _limited(validation: dict[str, Dataset], config: Any) -> dict[str, Dataset]:
     return validation if most is None else {key: _first(data, most) for key, data in validation.items()}
 
 
-def _read(config: Any, *, trains: bool, classes: tuple[str, ...] | None = None) -> tuple[Task, dict[str, Dataset]]:
+def _read(
+    config: Any, *, trains: bool, outputs: Sequence[tuple[str, ...]] | None = None
+) -> tuple[Task, dict[str, Dataset]]:
     """The task and its sets by key, the training set among them if the run `trains` or its labels name the classes."""
     if config.validation_file:
         names = ("train_file", "validation_file")
         paths = {name: getattr(config, name) for name in names if getattr(config, name)}
-        task, found = load_files(paths, config.problem_type, classes)
+        task, found = load_files(paths, config.problem_type, outputs)
     else:
         task = get_task(config.task_name or "sample")
         if task.name != "sample" and not config.data_dir:

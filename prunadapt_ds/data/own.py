@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +29,15 @@ class _File:
 
 
 def load_files(
-    paths: Mapping[str, str], problem_type: str | None = None, classes: tuple[str, ...] | None = None
+    paths: Mapping[str, str], problem_type: str | None = None, outputs: Sequence[tuple[str, ...]] | None = None
 ) -> tuple[Task, dict[str, Columns]]:
     """Read the files and infer the task, unless `problem_type` ("regression" or "single_label_classification") states it:
     regression if the training labels are floats, otherwise classification.
 
-    `paths`: by option, "train_file" first. Class names are sorted, integers by value. `classes`: for a validation file
-    alone, the names of the model's outputs in their order, () for regression. Returns the task and the columns of "train" and
-    "validation", with labels encoded as int or float. Raises UserError with the problems of all files."""
+    `paths`: by option, "train_file" first. Class names are sorted, integers by value. `outputs`: for a validation file
+    alone, what the model's outputs may be called, in their order, () for regression: the first that names all labels counts,
+    or else the last. Returns the task and the columns of "train" and "validation", with labels encoded as int or float. Raises
+    UserError with the problems of all files."""
     files: list[_File] = []
     problems: list[Problem] = []
     for field, path in paths.items():
@@ -58,7 +59,9 @@ def load_files(
             problems.append(
                 lack.problem(f"has no column 'sentence2', but {have.field} does; use it in both files or in neither")
             )
-    if problem_type == "single_label_classification":
+    found = set(map(_text, files[0].columns["label"]))
+    classes = None if outputs is None else next((names for names in outputs if found <= set(names)), outputs[-1])
+    if problem_type == "single_label_classification" or (classes and all(map(INTEGER.fullmatch, classes))):
         for file in files:
             file.columns["label"] = _whole_numbers(file.columns["label"])
     kinds = [_kind(file.columns["label"]) for file in files]

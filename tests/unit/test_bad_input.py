@@ -787,6 +787,7 @@ SCORED_CASES = {
     "a pickled adapter": (lambda f: cut(f / "adapter_config.json", "{}"), "pickled ones are never loaded"),
     "an adapter of nothing": (lambda f: adapter(f, "{}"), "names no model; set base_model_name_or_path"),
     "an adapter that is not JSON": (lambda f: adapter(f, "{"), "adapter_config.json cannot be read"),
+    "an adapter without a head": (lambda f: headless(f), "by its config.json, it has no classifier.bias"),
     "an adapter of nowhere": (
         lambda f: adapter(f, '{"base_model_name_or_path": "./nowhere"}'),
         "there is no such folder",
@@ -800,6 +801,12 @@ def lose_head(folder):
     tensors = load_file(folder / "model.safetensors")
     kept = {k: v for k, v in tensors.items() if not k.startswith("classifier")}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def headless(folder):
+    lose_head(folder)
+    shutil.copytree(folder, folder.parent / "base")
+    adapter(folder, '{"base_model_name_or_path": "./base"}')
 
 
 def adapter(folder, config):

@@ -22,6 +22,7 @@ from prunadapt_ds.config import OPTIONS, parse
 from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.files import LOCK_NAME, OwnedFolder, replace
 from prunadapt_ds.importance import Recorder
+from prunadapt_ds.label_scale import LabelScale
 from tests.conftest import ROOT
 from tests.tiny import tiny_data, tiny_folder
 
@@ -567,18 +568,20 @@ def test_a_run_replaces_nothing_where_no_run_has_been(tmp_path, ds_config, name,
 
 def test_a_run_that_goes_on_elsewhere_leaves_its_options_there(tmp_path):
     """Once: what it began with stays."""
-    session = SimpleNamespace(config=parse([]), options={"seed": 3, "r": 4}, output_dir=tmp_path, identity={})
+    found = {"config": parse([]), "options": {"seed": 3, "r": 4}, "output_dir": tmp_path, "identity": {}}
+    session = SimpleNamespace(**found, label_scale=LabelScale(2.0, 3.0))
     resume.keep_options(session)
     session.options = {"seed": 5}
     resume.keep_options(session)
     stated = json.loads((tmp_path / "run.json").read_text())
     assert stated["seed"] == 3 and stated["r"] == 4 and stated["model_name_or_path"] == "sample"
+    assert stated["label_scale"] == [2.0, 3.0]
 
 
 def test_a_folder_keeps_its_run_until_the_next_one_takes_it(tmp_path, monkeypatch):
     """A kill while the folder is cleared leaves what the next run recognises as a run's, not as somebody else's files."""
     session = SimpleNamespace(config=parse(["--output_dir", str(tmp_path)]), options={"seed": 1}, output_dir=tmp_path)
-    session.identity, session.latency = {}, None
+    session.identity, session.latency, session.label_scale = {}, None, LabelScale()
     finished(tmp_path, seed=0)
     (tmp_path / "exports").mkdir()
     (tmp_path / "predictions.jsonl").write_text("{}")

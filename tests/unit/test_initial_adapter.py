@@ -77,6 +77,38 @@ def test_a_head_for_other_labels_begins_anew(tmp_path):
     assert loaded.model.classifier.weight.shape[0] == 2
 
 
+@pytest.mark.parametrize("named_by", ["its base", "its folder", "nobody"])
+def test_the_adapter_s_head_is_put_into_our_order_of_the_classes(tmp_path, named_by):
+    base, theirs, ours = tiny_folder(tmp_path / "base", "bert"), ("C", "A", "B"), ("a", "b", "c")
+    if named_by == "its base":
+        names = {"id2label": dict(enumerate(theirs)), "label2id": {name: i for i, name in enumerate(theirs)}}
+        AutoModelForSequenceClassification.from_pretrained(base, pad_token_id=0, **names).save_pretrained(base)
+    saved = ["classifier", "bert.pooler"]
+    expected = write_adapter(base, tmp_path / "a", num_labels=3, target_modules=["query"], modules_to_save=saved)
+    if named_by == "its folder":
+        (tmp_path / "a" / labels.FILE).write_text(json.dumps(theirs))
+    given, loaded = initial_adapter.read(str(tmp_path / "a")), backbone.load(str(base), num_labels=3, label_names=ours)
+    names = initial_adapter.take_over(given, loaded, LoraOptions(), frozenset(), ours)
+    assert ("its head, which knew the classes as C, A, B" in loaded.notes[-1]) == (named_by != "nobody")
+    adapters.add_lora(loaded.model, loaded.layout, names, r=given.r, lora_alpha=given.lora_alpha)
+    assert initial_adapter.load(given, loaded, ours)
+    with torch.no_grad():
+        found = loaded.model.eval()(**inputs()).logits
+    torch.testing.assert_close(
+        found, expected if named_by == "nobody" else expected[:, [1, 2, 0]], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_head_that_is_the_model_s_own_does_not_begin_anew(tmp_path):
+    base = tiny_folder(tmp_path / "base", "bert")
+    write_adapter(base, tmp_path / "a", task_type=None, target_modules=["query"])
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0).save_pretrained(base)
+    given, loaded = initial_adapter.read(str(tmp_path / "a")), backbone.load(str(base), num_labels=2)
+    initial_adapter.take_over(given, loaded, LoraOptions(), frozenset())
+    assert loaded.notes[-1].endswith("projections")
+    assert not initial_adapter.heads(given, loaded)
+
+
 def test_options_that_contradict_the_adapter(tmp_path):
     base = tiny_folder(tmp_path / "base", "bert")
     write_adapter(base, tmp_path / "a", target_modules=["query"])
@@ -161,8 +193,9 @@ def test_a_fine_tuned_classifier_keeps_its_head(tmp_path, model_type):
     loaded = backbone.load(str(base), num_labels=3, label_names=("a", "b", "c"))
     with torch.no_grad():
         torch.testing.assert_close(loaded.model.eval()(**inputs()).logits, tuned(**inputs()).logits)
-    labels.reorder_head(loaded, ("a", "b", "c"))
-    assert not loaded.notes, "LABEL_0 is no name that anybody gave"
+    assert not labels.reorder_head(loaded, loaded.known_classes, ("a", "b", "c")), (
+        "LABEL_0 is no name that anybody gave"
+    )
     assert all(p.requires_grad for n, p in loaded.model.named_parameters() if n in loaded.task_head_names)
     assert any(n.startswith(("classifier", "score")) for n in loaded.task_head_names)
 
@@ -176,12 +209,10 @@ def test_a_head_that_knows_the_classes_in_another_order_is_put_into_ours(tmp_pat
     tuned.save_pretrained(base)
     ours = ("a", "b", "c")
     loaded = backbone.load(str(base), num_labels=3, label_names=ours)
-    labels.reorder_head(loaded, ours)
+    assert loaded.known_classes == ("C", "A", "B") and labels.reorder_head(loaded, loaded.known_classes, ours)
     with torch.no_grad():
         expected = tuned(**inputs()).logits[:, [1, 2, 0]]
         torch.testing.assert_close(loaded.model.eval()(**inputs()).logits, expected)
-    (note,) = loaded.notes
-    assert "C, A, B" in note
     new = backbone.load(str(base), num_labels=4, label_names=(*ours, "d"))
     assert new.known_classes == (), "of another size: it begins anew"
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from prunadapt_ds.errors import UserError
 from prunadapt_ds.importance import STATISTICS, Recorder
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.objective import TopTokens, losses_and_distillation, sample_losses
+from prunadapt_ds.session import Session
 from tests.tiny import VOCABULARY, layout_and_structure, tiny_config, tiny_instructions, tiny_tokenizer
 
 pytestmark = pytest.mark.fast
@@ -439,3 +441,19 @@ def test_a_teacher_for_whom_there_is_no_room_is_every_rank_s_error(rows, tmp_pat
     model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
     with pytest.raises(UserError, match="make room"):
         token_teacher.write(model, rows, 3, 2, torch.device("cpu"), tmp_path / "teacher")
+
+
+@pytest.mark.parametrize(
+    "given, micro_batch_size, size",
+    [
+        ([], 2, 2),
+        ([], 32, 8),  # the logits of a vocabulary are large
+        (["--per_device_eval_batch_size", "16"], 2, 16),
+    ],
+)
+def test_evaluation_takes_no_more_texts_than_training(given, micro_batch_size, size):
+    files = ["--train_file", __file__, "--validation_file", __file__]
+    sampler = SimpleNamespace(micro_batch_size=micro_batch_size)
+    for task, expected in (("causal_lm", size), ("sequence_classification", 16 if given else 64)):
+        config = parse([*given, "--task_type", task, *files])
+        assert Session.eval_batch_size.fget(SimpleNamespace(config=config, sampler=sampler)) == expected

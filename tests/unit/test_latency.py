@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from prunadapt_ds import export, latency, proof, reload
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.budget import PruningPlan
+from prunadapt_ds.label_scale import LabelScale
 from prunadapt_ds.models.families import FAMILIES
 from tests.tiny import VARIANTS, layout_and_structure, tiny_model, tiny_tokenizer
 
@@ -103,6 +104,21 @@ def test_the_worst_logit_of_all_sets_is_what_is_compared():
     first, second = torch.tensor([[1.0, -3.0]]), torch.tensor([[0.5, 2.0], [4.0, 0.0]])
     found = proof.compare_logits({"a": (first, first), "b": (second, second - torch.tensor([[0.0, 0.25], [0.0, 0.0]]))})
     assert found == {"max_abs_logit_diff": 0.25, "tolerance": pytest.approx(4e-4), "examples": 3}
+
+
+@pytest.mark.parametrize(
+    "scale, off, passes",
+    [
+        (LabelScale(0.0, 1e-5), 1e-8, False),  # a rate of something rare: an export that answers 0 would pass otherwise
+        (LabelScale(0.0, 1e-5), 1e-10, True),
+        (LabelScale(1e6, 10.0), 2.0, False),
+        (LabelScale(1e6, 10.0), 0.0625, True),  # fp32 holds these numbers no better
+    ],
+)
+def test_answers_of_a_regression_are_compared_in_units_of_its_labels(scale, off, passes):
+    trained = scale.restored(torch.tensor([[-1.0], [0.5], [1.5]]))
+    found = proof.compare_logits({"a": (trained, trained + off)}, scale)
+    assert (found["max_abs_logit_diff"] <= found["tolerance"]) is passes, found
 
 
 def test_a_gpu_that_does_not_compute_the_proof_leaves_it_to_the_cpu(monkeypatch):

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,9 @@ def test_regression_gives_the_number(base, tmp_path):
     torch.testing.assert_close(found, expected(base, "number")[:, 0], atol=1e-5, rtol=1e-5)
     text = run(base, tmp_path, "--input_file", base / "validation.csv", model="number", name="out.csv")
     assert text.splitlines()[0] == "index,prediction"
+    answerer = SimpleNamespace(label_names=())
+    rows = list(predict.answered(torch.tensor([[4.8123456e-5], [309875.0], [-2.5]]), answerer, start=7))
+    assert [row["prediction"] for row in rows] == [4.812346e-05, 309875, -2.5] and rows[0]["index"] == 7
 
 
 @pytest.fixture
@@ -168,6 +172,12 @@ def test_a_file_is_scored_without_training_data(base, tmp_path):
     config["id2label"] = {i: f"LABEL_{i}" for i in range(3)}
     (tmp_path / "unnamed" / "config.json").write_text(json.dumps(config))
     assert scores(tmp_path, "unnamed", validation=numbered) == expected
+    literal = file("literal.csv", [f"LABEL_{i}" for i in range(3)])
+    assert scores(tmp_path, "unnamed", validation=literal) == expected, "such names may have been the user's own"
+    config["id2label"] = dict(enumerate("123"))
+    (tmp_path / "unnamed" / "config.json").write_text(json.dumps(config))
+    as_pandas_writes = file("floats.csv", ["1.0", "2.0", "3.0"])
+    assert scores(tmp_path, "unnamed", validation=as_pandas_writes) == expected
     with pytest.raises(UserError, match=r"labels are integers|labels never seen in the model: .*known are"):
         scores(base, "model", validation=numbered)
 
