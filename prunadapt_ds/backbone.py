@@ -83,7 +83,7 @@ def load(
         lambda: _open(model_name_or_path, {} if is_language else answers, trust_remote_code, is_language)
     )
     family, config, tokenizer = opened.family, opened.config, opened.tokenizer
-    with refusals(model_name_or_path), quiet(), streaming(model_name_or_path) as loading:
+    with refusals(model_name_or_path), quiet(), streaming(model_name_or_path) as notes:
         model, info = auto_class(is_language).from_pretrained(
             str(model_folder.folder_of(model_name_or_path)),
             config=config,
@@ -108,7 +108,7 @@ def load(
     freeze(model, head)
     structure = structure_of(model, layout, seq_length)
     known = () if is_language or new & head else opened.classes
-    return Backbone(model, tokenizer, family, layout, structure, head, loading.notes, known, opened.dtype)
+    return Backbone(model, tokenizer, family, layout, structure, head, notes, known, opened.dtype)
 
 
 @dataclass(frozen=True)

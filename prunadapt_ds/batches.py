@@ -84,7 +84,8 @@ class Ragged:
 class Rows:
     """Tokenised examples by position, collated with dynamic padding.
 
-    labels: int64 or float64 [N], zeros if every token has a label of its own; those are in `token_labels`. places: int64 [N].
+    labels: [N], int64 or floating point, zeros if every token has a label of its own; those are in `token_labels`.
+    places: int64 [N].
     """
 
     def __init__(self, dataset: Any, tokenizer: Any):

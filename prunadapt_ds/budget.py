@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -127,8 +128,12 @@ def decide(
     assert scores.shape == (structure.num_units,) and bool(torch.isfinite(scores).all())
     how: dict[str, Any] = {"budget": budget, "neuron_multiple": neuron_multiple, "uniform": uniform}
     if uniform and (structure.skips or any(s.counts for s in structure.sublayers)):
-        shapes = _depths if structure.skips else _widths
-        return _nearest_of_least_score(shapes(scores, structure, sparsity, gone, how), scores, structure, sparsity, how)
+        most = max_sparsity(structure, budget)
+        if sparsity > most + 0.5 / structure.dense_cost(budget):  # costs are integers; less than one is rounding
+            raise _too_sparse(sparsity, most)
+        absent = torch.zeros(structure.num_units, dtype=torch.bool) if gone is None else gone
+        shapes = (_depths if structure.skips else _widths)(scores, structure, sparsity, absent, how)
+        return _nearest_of_least_score(shapes, scores, structure, sparsity, how)
     if gone is not None:
         scores = scores.masked_fill(gone, -torch.inf)  # before all others
     pieces = [cut_items(s, scores[s.span], neuron_multiple, s.floor) for s in structure.sublayers]
@@ -183,18 +188,15 @@ def _nearest_of_least_score(
 
 
 def _depths(
-    scores: Tensor, structure: Structure, sparsity: float, gone: Tensor | None, how: dict[str, Any]
+    scores: Tensor, structure: Structure, sparsity: float, gone: Tensor, how: dict[str, Any]
 ) -> Iterator[tuple[Structure, Tensor]]:
     """One candidate per depth: drop that many of the least important layers, then cut the others uniformly. See `decide`."""
-    gone = torch.zeros(structure.num_units, dtype=torch.bool) if gone is None else gone
     budget = how["budget"]
     owners = torch.cat([torch.full((s.num_units,), s.layer) for s in structure.sublayers])
     layers = sorted({s.layer for s in structure.sublayers})
     absent = {layer for layer in layers if bool(gone[owners == layer].all())}
     order = sorted(layers, key=lambda layer: (layer not in absent, float(scores[owners == layer].sum()), layer))
-    wanted, most = (1 - sparsity) * structure.dense_cost(budget), max_sparsity(structure, budget)
-    if sparsity > most + 0.5 / structure.dense_cost(budget):
-        raise _too_sparse(sparsity, most)
+    wanted = (1 - sparsity) * structure.dense_cost(budget)
     for depth in range(len(absent), len(layers)):
         rest, mine = without_layers(structure, order[:depth])
         dense = rest.dense_cost(budget)
@@ -207,15 +209,11 @@ def _depths(
 
 
 def _widths(
-    scores: Tensor, structure: Structure, sparsity: float, gone: Tensor | None, how: dict[str, Any]
+    scores: Tensor, structure: Structure, sparsity: float, gone: Tensor, how: dict[str, Any]
 ) -> Iterator[tuple[Structure, Tensor]]:
     """One candidate per allowed count: cut the limited sub-layers to it, and the others to meet the budget. See `decide`."""
-    gone = torch.zeros(structure.num_units, dtype=torch.bool) if gone is None else gone
     limited = [s for s in structure.sublayers if s.counts]
     present = min(s.num_units - int(gone[s.span].sum()) for s in limited)
-    most = max_sparsity(structure, how["budget"])
-    if sparsity > most + 0.5 / structure.dense_cost(how["budget"]):
-        raise _too_sparse(sparsity, most)
     for count in (count for count in reversed(limited[0].counts) if count <= present):
         shut = gone.clone()
         for s in limited:
@@ -299,11 +297,18 @@ def check_target(structure: Structure, target: float, budget: str, speedup: floa
         return
     if speedup is None:
         raise _too_sparse(target, most)
-    remedy = f"more than can be cut from this model; at most {1 / (1 - most):.2f} by the block times measured here"
+    remedy = f"more than can be cut from this model; at most {_rounded_down(1 / (1 - most), 2)} by the block times measured here"
     raise UserError(Problem("target_speedup", speedup, remedy))
 
 
 def _too_sparse(sparsity: float, maximum: float) -> UserError:
     return UserError(
-        Problem("target_sparsity", sparsity, f"more than can be cut from this model; at most {maximum:.4f}")
+        Problem(
+            "target_sparsity", sparsity, f"more than can be cut from this model; at most {_rounded_down(maximum, 4)}"
+        )
     )
+
+
+def _rounded_down(maximum: float, digits: int) -> str:
+    """A maximum as text: rounded up, it would be refused in turn."""
+    return f"{math.floor(maximum * 10**digits) / 10**digits:.{digits}f}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunadapt_ds import hub, model_folder
-from prunadapt_ds.data import HUB_DATASET, TASKS, Task
+from prunadapt_ds.data import GLUE, HUB_DATASET, Task
 from prunadapt_ds.models import auto_classes
 from prunadapt_ds.report import markdown
 
@@ -53,7 +53,7 @@ def metadata(report: dict[str, Any], model: str, task: Task, base: dict[str, Any
     """The card's `ModelCardData`, without any path of this machine. `base`: what the base model's card states."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    is_glue = task.name in TASKS and task.folder is not None
+    is_glue = task.name in GLUE
     is_local = Path(model).exists()
     exported = {name: value for name, value in (report["metric"]["exported"] or {}).items() if name != "score"}
     splits = {split.key: split.hub for split in task.validation_splits}

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunadapt_ds.data.tasks import TASKS
+from prunadapt_ds.data.tasks import GLUE, TASKS
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.options import Usage, option, options_of, read
 
@@ -365,7 +365,8 @@ def _contradictions(config: Config, trains: bool) -> list[Problem]:
     if prune.score_only:
         remedy = "has no effect with --score_only, which neither trains nor exports; leave it out"
         idle = sorted(config.given & NOT_SCORING)
-        found += [Problem(name, getattr(getattr(config, OPTIONS[name].section), name), remedy) for name in idle]
+        stated = config.by_name()
+        found += [Problem(name, stated[name], remedy) for name in idle]
         if output.resume not in ("auto", "never"):
             found.append(Problem("resume", output.resume, "scores are those of the initial weights; leave it out"))
     if train.max_steps == 0:
@@ -389,8 +390,8 @@ def _target_problems(config: Config) -> list[Problem]:
             for o in OPTIONS.values()
             if o.limits["needs"].get("method") == ("prunadapt",) and o.name not in WITHOUT_CUTS
         ]
-        values = [(o, getattr(getattr(config, o.section), o.name)) for o in idle]
-        found += [Problem(o.name, value, remedy) for o, value in values if value != o.default]
+        stated = config.by_name()
+        found += [Problem(o.name, stated[o.name], remedy) for o in idle if stated[o.name] != o.default]
     if prune.target_speedup is None:
         return found
     if "target_sparsity" in config.given:
@@ -437,7 +438,7 @@ def _data_problems(data: DataOptions, trains: bool) -> list[Problem]:
         if not data.task_name:
             found.append(Problem("task_name", None, "--data_dir needs the name of a GLUE task"))
         if data.task_name == "sample":
-            remedy = f"the sample is not read from a folder; name a task: {', '.join(TASK_NAMES[:-1])}"
+            remedy = f"the sample is not read from a folder; name a task: {', '.join(GLUE)}"
             found.append(Problem("data_dir", data.data_dir, remedy))
         elif not os.path.isdir(data.data_dir):
             found.append(

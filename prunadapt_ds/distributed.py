@@ -50,7 +50,7 @@ def init() -> None:
         torch.cuda.set_device(gpu)
         launchers.refuse_shared_gpu(place, store, str(torch.cuda.get_device_properties(gpu).uuid))
         show_deepspeed(gpu)
-    use_local_threads()
+    use_local_threads(place.local_size)
     dist.init_process_group(
         backend, store=store, rank=place.rank, world_size=place.world_size, timeout=_timeout(), device_id=gpu
     )
@@ -165,7 +165,7 @@ def together(work: Callable[[], T]) -> T:
 
 
 def on_rank_0(what: str, work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 while the others wait; every rank returns its result (small, JSON-like) or raises its failure.
+    """Run `work` on rank 0 while the others wait; every rank returns its result (small, picklable) or raises its failure.
 
     `what` begins the message of a failure that is not a PrunadaptError: "writing the report".
     """
@@ -259,12 +259,12 @@ def world_size() -> int:
 def launcher() -> str | None:
     """The program that started these ranks; None if that is unknown."""
     name = os.environ.get(launchers.LAUNCHER_VARIABLE)
-    return None if name == "the launcher" else name
+    return None if name == launchers.UNKNOWN else name
 
 
 def nodes() -> int:
     """The number of hosts, derived from the ranks per host; 1 if the launcher does not state those."""
-    of_one = launchers.number(os.environ, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), world_size())
+    of_one = launchers.number(os.environ, launchers.LOCAL_SIZE_VARIABLES, world_size())
     return -(-world_size() // max(1, of_one))
 
 
@@ -273,11 +273,10 @@ def cores() -> frozenset[int]:
     return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
-def use_local_threads() -> None:
-    """Divide this machine's cores evenly among its ranks, unless OMP_NUM_THREADS is set."""
+def use_local_threads(ranks: int) -> None:
+    """Divide this machine's cores evenly among its `ranks`, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
-        torch.set_num_threads(max(1, len(cores()) // max(1, local)))
+        torch.set_num_threads(max(1, len(cores()) // max(1, ranks)))
 
 
 def device() -> torch.device:
@@ -323,7 +322,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Broadcast rank 0's value, a small JSON-like object, to every rank."""
+    """Broadcast rank 0's value, a small picklable object, to every rank."""
     if world_size() == 1:
         return value
     box = [value]

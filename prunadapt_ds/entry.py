@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from prunadapt_ds import distributed, files
 from prunadapt_ds.environment import interruptible
@@ -37,3 +39,14 @@ def guarded(work: Callable[[], object]) -> int:
             raise
     distributed.shutdown()
     return code
+
+
+@contextlib.contextmanager
+def owned_folder(folder: Path) -> Iterator[None]:
+    """Lock `folder`, on rank 0, within the block. Collective. Raises UserError on all ranks if another live run has it."""
+    lock = distributed.together(lambda: files.OwnedFolder(folder) if distributed.rank() == 0 else None)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()

@@ -173,6 +173,12 @@ class OwnedFolder:
             remedy = f"cannot be written ({error.strerror}); name a folder where files can be made"
             raise UserError(Problem("output_dir", str(folder), remedy)) from error
 
+    def __enter__(self) -> OwnedFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def _lock(self) -> None:
         while True:
             self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)

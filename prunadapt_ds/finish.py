@@ -6,7 +6,9 @@ import contextlib
 import functools
 import gc
 import json
+import platform
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,17 @@ from prunadapt_ds import (
     formats,
     graphs,
     label_scale,
-    memory,
     model_folder,
     outline,
     pages,
     proof,
     report,
+    snapshot,
     watchdog,
 )
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.clocks import PHASES
-from prunadapt_ds.errors import Interrupted, ParityError, PrunadaptError
+from prunadapt_ds.errors import Interrupted, PrunadaptError
 from prunadapt_ds.faults import fault_point
 from prunadapt_ds.label_scale import LabelScale
 from prunadapt_ds.logits import exact_products, upcast_parameters
@@ -88,8 +90,7 @@ def finish(
         )
     describe(session)
     session.report["status"] = "complete"  # before the model cards, which state it
-    for name, fact in (facts or {}).items():
-        session.report[name] = {**session.report[name], **fact} if isinstance(fact, dict) else fact
+    report.fill(session.report, facts or {})
     session.report["metric"]["masked"] = masked_metrics
     fault_point("export/end")
     stop_if_asked()
@@ -195,11 +196,7 @@ def prove(
         (exported,) = proof.reload_in_fresh_process(compact(export_dtype, latency=True))
     result["latency"] |= exported.latency or {}
     write_predictions(session, masked, exported.logits)
-    difference, tolerance = result["parity"]["max_abs_logit_diff"], result["parity"]["tolerance"]
-    if not difference <= tolerance:
-        raise ParityError(
-            f"the export's logits differ by {difference:.2e} from the trained model's; the tolerance is {tolerance:.2e}"
-        )
+    proof.require(result["parity"], "the export", "the trained model")
     result["metric"]["exported"] = measures(session, exported.logits)
     result["exports"] = {
         kind: {"path": str(Path("exports") / kind), "needs_remote_code": needs_remote_code and kind == "compact"}
@@ -220,12 +217,11 @@ def parity(reference: dict[str, Tensor], exported: proof.Reloaded, scale: LabelS
 
 def write_format(session: Session, kind: str, compact: Path) -> proof.Reload:
     """Rank 0: write one more format beside the compact folder; returns how to prove it, with stock classes."""
-    folder = compact.parent / kind
-    if kind != "adapter":
+    folder, base = compact.parent / kind, None
+    if kind == "adapter":  # all ranks have written it
+        base = adapter_folder.base_of(session.backbone, session.config.model.model_name_or_path)
+    else:
         formats.convert(kind, compact, session.plan.to_dict(), folder)
-    base = (
-        adapter_folder.base_of(session.backbone, session.config.model.model_name_or_path) if kind == "adapter" else None
-    )
     return proof.Reload(folder, compared_rows(session), session.eval_batch_size, session.device, adapter_of=base)
 
 
@@ -261,7 +257,6 @@ def describe(session: Session) -> None:
     )  # TMP never trains it, and a run that went on elsewhere may not have timed it there
     (dense_step, last_step), (dense_cpu, last_cpu) = clocks.steps.ends(dense), clocks.cpu_steps.ends(dense)
     trainable = sum(full_numel(p) for p in session.model.parameters() if p.requires_grad)
-    frozen_bytes = memory.parameter_bytes(session.model, only_frozen=True)
     result |= {
         "task": session.data.task.name,
         "method": config.prune.method,
@@ -269,9 +264,7 @@ def describe(session: Session) -> None:
         "model": config.model.model_name_or_path,
         "seed": config.train.seed,
         "world_size": distributed.world_size(),
-        "zero_stage": session.ds.stage,
         "dtype": session.ds.dtype,
-        "device": distributed.device_name(session.device),
         "launcher": distributed.launcher(),
         "nodes": distributed.nodes(),
         "command": outline.command(config, distributed.world_size(), distributed.launcher(), distributed.nodes()),
@@ -319,7 +312,7 @@ def describe(session: Session) -> None:
         "dense_step_cpu_s": dense_cpu if on_cpu else None,
         "last_step_cpu_s": last_cpu if on_cpu else None,
     }
-    result["memory"]["frozen_shard_bytes"] = int(distributed.dist_max(frozen_bytes))
+    report.fill(result, snapshot.place(session))
     result["communication"]["sent_bytes"] |= session.memory.sent
     result["memory"]["live_tensor_bytes"] |= session.memory.live
     result["memory"]["live_parts_bytes"] |= session.memory.parts
@@ -336,8 +329,4 @@ def text_of(session: Session, name: str, index: int) -> str:
 
 
 def versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import version
-
-    packages = ("prunadapt_ds", "torch", "deepspeed", "transformers", "peft")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: version(name) for name in report.PACKAGES}}

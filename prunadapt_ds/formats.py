@@ -29,6 +29,7 @@ from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.layouts import head_dim_of, representable_heads, stock_fields
 from prunadapt_ds.models.modeling_prunadapt import Layout
 from prunadapt_ds.older_readers import tensor_name, write_config
+from prunadapt_ds.weight_files import INDEX, write_index
 
 MODELING_FILE = "modeling_prunadapt.py"
 CHAT_TEMPLATES = "additional_chat_templates"  # where transformers keeps all but the default one
@@ -253,7 +254,7 @@ def spread(tensor: Tensor, shape: tuple[int, ...], place: tuple[int, Tensor] | N
 
 def copy_others(source: Path, target: Path) -> None:
     """Copy the tokenizer and other files, but not weights, configuration, model card or modelling file."""
-    ours = {"config.json", "README.md", MODELING_FILE, "model.safetensors.index.json"}
+    ours = {"config.json", "README.md", MODELING_FILE, INDEX}
     for file in source.iterdir():
         if file.is_file() and file.name not in ours and file.suffix != ".safetensors":
             shutil.copyfile(file, target / file.name)
@@ -279,8 +280,7 @@ def _rewrite_weights(source: Path, target: Path, change: Change, shapes: Shapes)
         weight_map |= dict.fromkeys(tensors, file.name)
         total += sum(t.nbytes for t in tensors.values())
     if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_index(target, weight_map, total)
 
 
 def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -304,7 +304,7 @@ def cast(folder: Path, dtype: torch.dtype) -> None:
         with whole_path(file) as unfinished:
             save_file(tensors, unfinished, {"format": "pt"})
             unfinished.chmod(usual_mode())
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         values = json.loads(index.read_text())
         values["metadata"]["total_size"] = total

@@ -21,7 +21,7 @@ from typing import Any
 
 from prunadapt_ds import formats, proof
 from prunadapt_ds.config import EXPORT_FORMATS
-from prunadapt_ds.errors import ParityError, Problem, PrunadaptError
+from prunadapt_ds.errors import Problem, PrunadaptError
 from prunadapt_ds.files import discard, whole_folder
 from prunadapt_ds.label_scale import OWN_UNIT, LabelScale
 from prunadapt_ds.older_readers import TOKENIZER_CONFIG, write_config, write_tokenizer_config
@@ -37,7 +37,6 @@ def discard_exports(run_dir: Path, kept: Sequence[str] = ()) -> None:
 
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
 
 
 def problems(kinds: Sequence[str], dtype: str | None) -> list[Problem]:
@@ -67,9 +66,7 @@ def convert(kind: str, compact: Path, folder: Path, scale: LabelScale = OWN_UNIT
         logits, found = traced(kind, compact, unfinished, Path(scratch))
         parity = proof.compare_logits({kind: (logits["compact"], logits["exported"])}, scale)
         parity |= {"examples": found["examples"]}
-        if not parity["max_abs_logit_diff"] <= parity["tolerance"]:
-            difference = f"{parity['max_abs_logit_diff']:.2e}; the tolerance is {parity['tolerance']:.2e}"
-            raise ParityError(f"{folder} differs from {compact} in its logits by {difference}")
+        proof.require(parity, folder, compact)
     return {"parity": parity, "latency": found["latency"]}
 
 
@@ -102,9 +99,8 @@ def traced(kind: str, compact: Path, folder: Path, scratch: Path) -> tuple[dict[
 def trace(request: dict[str, Any], scratch: Path) -> None:
     """Answer `request` in a separate process, see tracing.py. Raises PrunadaptError with the end of its stderr if it fails."""
     (scratch / "request.json").write_text(json.dumps(request))
-    environment = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
-    environment |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    here = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = proof.environment(scratch) | {"PYTHONPATH": here}
     done = subprocess.run(
         [sys.executable, "-m", "prunadapt_ds.tracing", f"{scratch}/request.json"],
         env=environment,

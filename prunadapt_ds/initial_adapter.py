@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunadapt_ds import adapters, hub, labels
+from prunadapt_ds import adapters, hub, labels, weight_files
 from prunadapt_ds.adapters import ADAPTER, PREFIX
 from prunadapt_ds.backbone import Backbone
 from prunadapt_ds.config import LoraOptions
@@ -75,7 +75,7 @@ def read(name: str) -> InitialAdapter:
 
     Raises UserError if it cannot be read, is not plain LoRA, or has only pickled weights.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     refused = refuse(name)
     file, weights = _file(name, CONFIG), _file(name, WEIGHTS)
@@ -94,11 +94,10 @@ def read(name: str) -> InitialAdapter:
     if not isinstance(r, int) or not isinstance(alpha, int | float) or r < 1 or alpha <= 0:
         raise refused(f"{CONFIG} has r={r!r} and lora_alpha={alpha!r}; both must be positive numbers, r an integer")
     try:
-        with safe_open(weights, framework="pt") as opened:
-            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        stored = weight_files.shapes(weights)
     except (SafetensorError, OSError) as error:
         raise refused(f"{WEIGHTS} cannot be loaded: it is damaged or cut short ({error}); fetch it again") from error
-    named = {key.removeprefix(PREFIX): shape for key, shape in shapes.items()}
+    named = {key.removeprefix(PREFIX): shape for key, shape in stored.items()}
     try:
         classes = labels.stored(file.parent)
     except (ValueError, OSError) as error:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prunadapt_ds import adapters, backbone, gates, memory, tmp, zero3
 from prunadapt_ds.budget import PruningPlan, check_target
 from prunadapt_ds.config import Config
+from prunadapt_ds.engine import trainable_counts
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.auto_classes import auto_class
 from prunadapt_ds.models.families import Family
@@ -76,7 +77,7 @@ class Inventory:
 
 @dataclass
 class Skeleton:
-    """A model on the meta device, built as `setup.setup` and `session.add_trainables` would."""
+    """A model on the meta device, built as `setup.setup` and `session.add_trainables` would, but without dropout."""
 
     model: Any
     family: Family
@@ -222,8 +223,8 @@ def take_stock(
     tensors = sizes(
         model, layers_of(model, built.layout) if not built.family.shares_layers else (), built.layout.layers
     )
-    extra = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n or f".{gates.GATE_NAME}." in n)
-    lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    counts = trainable_counts(model, built.head)
+    lora = counts.get("adapters", 0)
     head = model.get_output_embeddings().weight.numel() if built.is_language else 0
     block_macs = present.cost("macs") if present else structure.dense_cost("macs")
     return Inventory(
@@ -232,7 +233,7 @@ def take_stock(
         activations=outside + inputs + largest if recomputes else outside + blocks,
         accounted=outside + (inputs if recomputes else blocks),
         macs=batch * (block_macs + length * (lora * built.layout.passes + head)),
-        exported=sum(size.elements for size in tensors.values()) - extra,
+        exported=sum(size.elements for size in tensors.values()) - lora - counts.get("gates", 0),
     )
 
 

@@ -21,11 +21,8 @@ from prunadapt_ds.distributed import cores
 from prunadapt_ds.models.modeling_prunadapt import Layout, narrow
 from prunadapt_ds.models.structure import Structure
 
-SETTING = {
-    "batch_size": 32,
-    "seq_length": 128,
-    "repeats": 20,
-}  # of every measured latency, unless an option sets another
+# Of every measured latency, unless an option sets another.
+SETTING = {"batch_size": 32, "seq_length": 128, "repeats": 20}
 POINTS = 8  # evenly spaced widths of each kind, besides `least` and `least + multiple`
 LEAST_ROUNDS, MOST_ROUNDS = 3, 40  # of timing every width once
 SECONDS = 20.0  # after which rounds end, but not before LEAST_ROUNDS

@@ -36,6 +36,8 @@ LEAST_RENDEZVOUS_SECONDS = 8  # from when this rank is ready
 LAUNCHER_VARIABLE = "PRUNADAPT_LAUNCHER"
 MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 RANK_VARIABLES = ("RANK", *MPI_VARIABLES, "SLURM_PROCID")
+LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+UNKNOWN = "the launcher"  # as messages call it
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
@@ -116,7 +118,7 @@ class _Reader:
 
 def _from_variables(environ: Mapping[str, str]) -> Place:
     marks = (("TORCHELASTIC_RUN_ID", "torchrun"), ("CROSS_SIZE", "deepspeed"))  # variables that only these two set
-    launcher = next((name for mark, name in marks if mark in environ), "the launcher")
+    launcher = next((name for mark, name in marks if mark in environ), UNKNOWN)
     read = _Reader(environ, launcher)
     world_size = read.number("WORLD_SIZE", least=1)
     rank = read.number("RANK", most=world_size - 1 if "WORLD_SIZE" in environ and not read.problems else None)
@@ -129,7 +131,7 @@ def _from_variables(environ: Mapping[str, str]) -> Place:
         remedy = "the host of rank 0 is not named; set it on every rank"
         read.problems.append(Problem("MASTER_ADDR", environ.get("MASTER_ADDR"), remedy))
     read.raise_problems()
-    local_size = number(environ, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), world_size)
+    local_size = number(environ, LOCAL_SIZE_VARIABLES, world_size)
     return Place(launcher, rank, world_size, local_rank, local_size, environ["MASTER_ADDR"], port)
 
 

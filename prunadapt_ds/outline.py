@@ -9,16 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prunadapt_ds.config import OPTIONS, Config
+from prunadapt_ds.config import METHODS, OPTIONS, Config
 
 
 def command(config: Config, world_size: int, launcher: str | None = None, nodes: int = 1) -> str:
     """The run as one shell command: the launcher that was used, and all options that were given, from whatever source."""
     words = _started(world_size, launcher, nodes)
     words += ["prunadapt_ds", "train"]  # works in a checkout and with an installed package alike
-    for name, option in OPTIONS.items():
+    stated = config.by_name()
+    for name in OPTIONS:
         if name in config.given:
-            value: Any = getattr(getattr(config, option.section), name)
+            value = stated[name]
             words += [f"--{name}", *map(_word, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
@@ -96,7 +97,6 @@ def _use(config: Config, is_pair: bool, compact: str) -> str:
 
 
 DEFAULTS = ("method", "target_sparsity", "criterion", "r", "learning_rate", "num_train_epochs", "seed")
-_OF_DECISIONS = {"target_sparsity", "criterion"}  # options that have no meaning without pruning decisions
 
 
 def header(
@@ -114,8 +114,7 @@ def header(
     """
     steps = ", ".join(f"{name} {start} to {end}" for name, start, end in phases if end > start)
     groups = ", ".join(f"{name} {count:,}" for name, count in trainable.items())
-    chosen = {o.name: getattr(getattr(config, o.section), o.name) for o in OPTIONS.values() if o.name in DEFAULTS}
-    chosen["learning_rate"] = None if learning_rate is None else f"{learning_rate:.2g}"
+    chosen = config.by_name() | {"learning_rate": None if learning_rate is None else f"{learning_rate:.2g}"}
     hidden = config.given | _meaningless(config)
     shown = [name for name in DEFAULTS if name not in hidden and chosen[name] is not None]
     lines = [
@@ -129,12 +128,11 @@ def header(
 
 def _meaningless(config: Config) -> set[str]:
     """Options that have no effect in this run."""
-    method = config.prune.method
-    found = {"num_train_epochs"} if config.train.max_steps > 0 else set()
+    methods = {name: option.limits["needs"].get("method", METHODS) for name, option in OPTIONS.items()}
+    found = {name for name, those in methods.items() if config.prune.method not in those}
+    found |= {"num_train_epochs"} if config.train.max_steps > 0 else set()
     found |= {"target_sparsity"} if "target_speedup" in config.given else set()
-    found |= _OF_DECISIONS if method != "prunadapt" else set()
-    found |= {"r"} if method in ("tmp", "full") or config.lora.adapter_name_or_path else set()  # tmp has its own ranks
-    return found
+    return found | ({"r"} if config.lora.adapter_name_or_path else set())
 
 
 def phases(step: int, start: int, end: int, total: int) -> list[tuple[str, int, int]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunadapt_ds import figures, files, report
+from prunadapt_ds import clocks, figures, files, report
 from prunadapt_ds.figures import Picture
 
 WORST = 10  # number of examples shown
@@ -122,8 +122,7 @@ def _outcome(predictions: Sequence[Prediction], labels: Sequence[str]) -> Pictur
 
 
 def _seconds(time: Mapping[str, Any]) -> dict[str, float | None]:
-    names = ("dense_phase", "prune_phase", "recover_phase", "teacher", "importance", "shrink", "checkpoint")
-    return {name.replace("_", " "): time.get(f"{name}_s") for name in names}
+    return {name.replace("_", " "): time.get(f"{name}_s") for name in clocks.TRAINING}
 
 
 def _memory(memory: Mapping[str, Any]) -> dict[str, float | None]:

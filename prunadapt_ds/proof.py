@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from prunadapt_ds.label_scale import OWN_UNIT, LabelScale
 from prunadapt_ds.signals import STOP_SIGNALS
 
 TOLERANCE = 1e-4  # for max |logit difference|, relative to max(1, max |logit|)
+OF_A_RANK = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
 ROUNDING = 2**-22  # of a label far from 0 in fp32, relative to it: what the export answers is rounded to that
 
 
@@ -93,11 +95,8 @@ def reload_in_fresh_process(*reloads: Reload) -> list[Reloaded]:
             (scratch / str(i)).mkdir()
             (scratch / str(i) / "request.json").write_text(json.dumps(reloads[i].request(scratch / str(i))))
         script = shutil.copyfile(Path(reload.__file__), scratch / "reload.py")
-        drop = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
-        environment = {k: v for k, v in os.environ.items() if k not in drop}
-        environment |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         requests = [str(scratch / str(i) / "request.json") for i in order]
-        done = run_script(script, requests, environment, scratch)
+        done = run_script(script, requests, environment(scratch), scratch)
         if done.returncode != 0:
             raise_if_stopped(done)
             failed = next((i for i in order if not (scratch / str(i) / "result.json").exists()), order[-1])
@@ -114,6 +113,12 @@ def reload_in_fresh_process(*reloads: Reload) -> list[Reloaded]:
             Reloaded(load_file(a / "logits.safetensors"), result.get("latency"))
             for a, result in zip(answers, results, strict=True)
         ]
+
+
+def environment(scratch: Path) -> dict[str, str]:
+    """Environment of a process that is no rank, asks no hub, and keeps the code that it loads in `scratch`."""
+    kept = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
+    return kept | {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
 def run_script(
@@ -160,3 +165,12 @@ def compare_logits(pairs: dict[str, tuple[Tensor, Tensor]], scale: LabelScale = 
         + ROUNDING * abs(scale.mean),
         "examples": sum(len(logits) for logits, _ in pairs.values()),
     }
+
+
+def require(parity: Mapping[str, Any], exported: object, trained: object) -> None:
+    """Raise ParityError, which names both sides, unless the logits that `compare_logits` compared agree within the tolerance."""
+    difference, tolerance = parity["max_abs_logit_diff"], parity["tolerance"]
+    if not difference <= tolerance:
+        raise ParityError(
+            f"{exported} differs from {trained} by {difference:.2e} in its logits; the tolerance is {tolerance:.2e}"
+        )

@@ -22,6 +22,9 @@ SCHEMA_VERSION = 1
 LIVE_PARTS = ("parameters", "optimizer", "activations")  # they add up to live_tensor_bytes
 
 
+PACKAGES = ("prunadapt_ds", "torch", "deepspeed", "transformers", "peft")
+
+
 def _nothing(*keys: str) -> dict[str, Any]:
     return dict.fromkeys(keys)
 
@@ -32,7 +35,7 @@ _SCHEMA: dict[str, Any] = {
     **_nothing("world_size", "zero_stage", "dtype", "device"),
     **_nothing("launcher", "nodes", "command"),
     "labels": [],
-    "versions": _nothing("python", "prunadapt_ds", "torch", "deepspeed", "transformers", "peft"),
+    "versions": _nothing("python", *PACKAGES),
     "metric": _nothing("teacher", "masked", "exported"),
     "distillation": _nothing("r2", "followed"),  # the teacher's R2 on training examples, and whether it was used
     "params": _nothing("encoder_dense", "encoder_kept", "total_dense", "total_kept", "trainable"),
@@ -80,6 +83,12 @@ _PROGRESS = ("step", "phase", "loss", "sparsity", "samples_per_s", "live_tensor_
 def empty() -> dict[str, Any]:
     """A report with all keys, where no value is known yet."""
     return copy.deepcopy(_SCHEMA)
+
+
+def fill(report: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    """Set fields of a report, in place; of a field that is an object, only what `facts` has of it."""
+    for name, fact in facts.items():
+        report[name] = {**report[name], **fact} if isinstance(fact, dict) else fact
 
 
 def validate(report: dict[str, Any]) -> None:

@@ -128,7 +128,7 @@ def save(session: Session) -> Path:
     return root / f"{checkpoint.PREFIX}{session.step}"
 
 
-def rebuild(session: Session, start: Checkpoint, *, to_train: bool = True) -> None:
+def restore(session: Session, start: Checkpoint, *, to_train: bool = True) -> None:
     """Give a new session's model the shape and the training state that it had at a checkpoint. Collective.
 
     to_train: whether training goes on, which needs the teacher.

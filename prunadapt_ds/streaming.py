@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +21,7 @@ from torch import Tensor
 from prunadapt_ds.distributed import rank, together
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models.structure import full_shape, is_sharded
+from prunadapt_ds.weight_files import shapes
 from prunadapt_ds.zero3 import own_run
 
 
@@ -40,35 +41,25 @@ class Stored:
             return opened.get_tensor(self.key).reshape(-1)
 
 
-@dataclass
-class Loading:
-    """How a model was loaded. `notes`: what the user should know, one line each."""
-
-    name: str
-    notes: list[str] = field(default_factory=list)
-
-
 @contextmanager
-def streaming(name: str) -> Iterator[Loading]:
+def streaming(name: str) -> Iterator[list[str]]:
     """Make `from_pretrained` stream under ZeRO-3 while the context lasts; nothing changes at other stages.
 
-    `name`: of the model, for messages. If transformers converts weights as it loads (splits or merges them), a partition is
-    not a run of a stored tensor: rank 0 then reads the whole checkpoint, as `from_pretrained` does by itself, and a note says
-    so.
+    Yields a list, to which loading adds notes for the user. `name`: of the model, for messages. If transformers converts weights
+    as it loads (splits or merges them), a partition is not a run of a stored tensor: rank 0 then reads the whole checkpoint, as
+    `from_pretrained` does by itself, and a note says so.
     """
     from transformers import modeling_utils
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    loading = Loading(name)
+    notes: list[str] = []
     if not is_deepspeed_zero3_enabled():
-        yield loading
+        yield notes
         return
     read, load = modeling_utils.load_state_dict, getattr(modeling_utils, "_load_state_dict_into_zero3_model", None)
     if load is None:
-        loading.notes.append(
-            f"{name}: this release of transformers loads weights in another way; rank 0 may read all of them"
-        )
-        yield loading
+        notes.append(f"{name}: this release of transformers loads weights in another way; rank 0 may read all of them")
+        yield notes
         return
 
     def look(checkpoint_file: Any, *args: Any, **options: Any) -> dict[str, Stored]:
@@ -77,10 +68,8 @@ def streaming(name: str) -> Iterator[Loading]:
     def fill(model: Any, stored: Mapping[str, Stored], load_config: Any) -> tuple[list[str], set[str]]:
         converting = _converters(load_config.weight_mapping or [], stored)
         if not converting:
-            return [], _fill_model(loading.name, model, stored, load_config.weight_mapping or [])
-        loading.notes.append(
-            f"{name}: its checkpoint is converted as it loads ({converting}), so rank 0 reads all of it"
-        )
+            return [], _fill_model(name, model, stored, load_config.weight_mapping or [])
+        notes.append(f"{name}: its checkpoint is converted as it loads ({converting}), so rank 0 reads all of it")
         whole: dict[str, Tensor] = {}
         for file in dict.fromkeys(tensor.file for tensor in stored.values()):
             whole |= read(file, map_location="cpu" if rank() == 0 else "meta")
@@ -90,14 +79,11 @@ def streaming(name: str) -> Iterator[Loading]:
         patch.object(modeling_utils, "load_state_dict", look),
         patch.object(modeling_utils, "_load_state_dict_into_zero3_model", fill),
     ):
-        yield loading
+        yield notes
 
 
 def _stored(file: str) -> dict[str, Stored]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        return {key: Stored(file, key, tuple(opened.get_slice(key).get_shape())) for key in opened.keys()}  # noqa: SIM118
+    return {key: Stored(file, key, shape) for key, shape in shapes(file).items()}
 
 
 def _converters(weight_mapping: list[Any], stored: Mapping[str, Stored]) -> str:

@@ -56,9 +56,8 @@ class TokenTeacher:
     of: Tensor
     start: Tensor
     count: Tensor
-    _files: dict[int, Any] = field(
-        default_factory=dict, init=False, compare=False, repr=False
-    )  # opened and mapped so far
+    # Opened and mapped so far.
+    _files: dict[int, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def answers(self, positions: Sequence[int]) -> TopTokens:
         """The teacher's answers for the target tokens of these rows, row by row: [M, k] each."""

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunadapt_ds import board, distributed, earlier_run, files, gates, resume, snapshot, token_teacher, watchdog
+from prunadapt_ds import board, distributed, earlier_run, gates, resume, snapshot, token_teacher, watchdog
 from prunadapt_ds import engine as engines
 from prunadapt_ds import report as reports
 from prunadapt_ds.budget import decide
 from prunadapt_ds.config import Config, parse
 from prunadapt_ds.distillation import distill_weight, keep_teacher
-from prunadapt_ds.entry import guarded
+from prunadapt_ds.entry import guarded, owned_folder
 from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.faults import fault_point
 from prunadapt_ds.finish import finish, report_unfinished
@@ -88,7 +88,7 @@ def begin(session: Session) -> None:
 def go_on(session: Session, start: earlier_run.Start) -> None:
     """Resume an interrupted run: restore the shape of its model and what it had learnt."""
     assert start.checkpoint is not None
-    resume.rebuild(session, start.checkpoint)
+    resume.restore(session, start.checkpoint)
     resume.keep_options(session)
     for note in start.notes:
         session.tracker.say(note)
@@ -99,18 +99,16 @@ def go_on(session: Session, start: earlier_run.Start) -> None:
 def owned(config: Config, process_ends: bool) -> Iterator[StopSignals]:
     """Lock the output folder, start the watchdog, and let stop signals end the run in good order instead of the process."""
     folder = Path(config.output.output_dir)
-    lock = distributed.together(lambda: files.OwnedFolder(folder) if distributed.rank() == 0 else None)
-    signals = StopSignals(speaks=distributed.rank() == 0)
-    signals.listen()
-    watchdog.start(folder, distributed.rank())
-    try:
-        yield signals
-    finally:
-        watchdog.stop()
-        if not (process_ends and signals.name):  # the launcher may send a stop signal again while the process ends
-            signals.forget()
-        if lock is not None:
-            lock.release()
+    with owned_folder(folder):
+        signals = StopSignals(speaks=distributed.rank() == 0)
+        signals.listen()
+        watchdog.start(folder, distributed.rank())
+        try:
+            yield signals
+        finally:
+            watchdog.stop()
+            if not (process_ends and signals.name):  # the launcher may send a stop signal again while the process ends
+                signals.forget()
 
 
 def say_finished(config: Config, report: dict[str, Any]) -> None:

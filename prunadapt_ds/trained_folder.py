@@ -18,6 +18,7 @@ from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.models import auto_classes, modeling_prunadapt
 from prunadapt_ds.models.families import FAMILIES
 from prunadapt_ds.models.layouts import most_tokens
+from prunadapt_ds.weight_files import shapes
 
 LANGUAGE_MODEL = "is a language model, but a classifier is needed; `evaluate` scores it with --task_type causal_lm"
 
@@ -29,7 +30,7 @@ def load_folder(name: str, trust: bool, *, task: Task | None = None, is_language
     """
     from transformers import AutoTokenizer
 
-    num_labels = None if task is None else len(task.label_names) or 1
+    num_labels = None if task is None else task.num_labels
     model_folder.check(name, to_train=False, or_adapter=True)
     if trust:
         model_folder.say_remote_code(name)
@@ -92,7 +93,7 @@ def _refuse_untrained(name: str, model: Any, new: set[str], *, is_language: bool
     if not new:
         return
     is_a = ", ".join(model.config.architectures or ["model of no named class"])
-    if not is_language and is_a.endswith(("ForCausalLM", "LMHeadModel")):
+    if not is_language and auto_classes.name_for(is_a) == auto_classes.LANGUAGE_MODEL:
         raise _refuse(name, LANGUAGE_MODEL)
     lacks = ", ".join(sorted(new)[:3])
     raise _refuse(name, f"is not trained for this: a {is_a} by its config.json, it has no {lacks}")
@@ -149,22 +150,22 @@ def _load_adapter(name: str, folder: Path, num_labels: int | None, *, is_languag
 
 def adapter_outputs(folder: Path) -> int | None:
     """The number of outputs of the head in an adapter's folder, which PEFT's configuration does not state; None without a head."""
-    heads = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
-    return next((shape[0] for name, shape in _shapes(folder).items() if f".{name}".endswith(heads)), None)
+    names = {family.task_head[-1] for family in FAMILIES.values()}
+    heads = tuple(f".{name}{inner}.weight" for name in names for inner in ("", ".out_proj"))
+    return next((shape[0] for name, shape in _stored(folder).items() if f".{name}".endswith(heads)), None)
 
 
 def saved_whole(folder: Path) -> set[str]:
     """The model's names of what an adapter's folder holds: of parameters that were saved whole, such as a head's."""
-    return set(_shapes(folder))
+    return set(_stored(folder))
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def _stored(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in an adapter's folder, by the model's names. Raises ValueError if the file is damaged."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            return {key.removeprefix(PREFIX): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return {key.removeprefix(PREFIX): shape for key, shape in shapes(folder / "adapter_model.safetensors").items()}
     except SafetensorError as error:
         raise ValueError(f"adapter_model.safetensors is damaged or cut short: {error}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+INDEX = "model.safetensors.index.json"
 MAX_FILE_BYTES = 2**30  # bytes of weights per exported file, unless a single tensor is larger
 
 
@@ -77,11 +78,24 @@ class WeightFiles:
             where |= dict.fromkeys(sizes, file)
         if count > 1:
             total = sum(sum(sizes.values()) for sizes in self.written)
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            write_index(folder, where, total)
 
     def discard(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total: int) -> None:
+    """Write the index of several weight files. `weight_map`: the file of each tensor; `total`: the bytes of all."""
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def shapes(file: Path | str) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in a weight file, by name, from its header. Raises OSError or SafetensorError."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
 
 
 def new_mapped(path: Path, shape: tuple[int, ...]) -> Tensor:

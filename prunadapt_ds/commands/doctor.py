@@ -26,8 +26,8 @@ from prunadapt_ds.ds_config import fast_bf16, resolve_ds_config
 from prunadapt_ds.entry import guarded
 from prunadapt_ds.errors import PrunadaptError, UserError
 from prunadapt_ds.options import Usage
+from prunadapt_ds.report import PACKAGES
 
-PACKAGES = ("prunadapt_ds", "torch", "deepspeed", "transformers", "peft")
 USAGE = Usage(
     "Describe this installation and its ranks, and report problems with them. All options of a run are accepted; those that "
     "depend on the machine are listed.",
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: Config) -> list[str]:
     """Find the problems of all ranks; rank 0 prints them with a description of the ranks. Collective."""
     distributed.init()
-    ranks = [Rank(**values) for values in distributed.all_gather_objects(vars(examine(config)))]
+    ranks = distributed.all_gather_objects(examine(config))
     times = {size: all_reduce_seconds(size) for size in ALL_REDUCE_BYTES}
     wrong = problems(ranks)
     if distributed.rank() == 0:

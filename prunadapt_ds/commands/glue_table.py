@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from prunadapt_ds import files
-from prunadapt_ds.config import TASK_NAMES
+from prunadapt_ds.data.tasks import GLUE
 from prunadapt_ds.errors import Problem, UserError, exit_code_of
 from prunadapt_ds.options import Help, Parser, as_called
 
-TASKS = tuple(name for name in TASK_NAMES if name != "sample")
 KINDS = ("teacher", "masked", "exported")
 
 
@@ -137,7 +136,7 @@ def summary(cells: Sequence[Cell], tasks: Sequence[str], seeds: Sequence[int]) -
         "tasks": by_task,
         "average": average,
         "average_of_what_is_there": there,
-        "is_all_of_glue": whole and set(tasks) == set(TASKS),
+        "is_all_of_glue": whole and set(tasks) == set(GLUE),
         "cells": [asdict(c) for c in cells],
     }
 
@@ -176,7 +175,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def gather_tensorboard(root: Path, cells: Iterable[Cell]) -> None:
     """Copy the event files of all runs into one folder that TensorBoard can read and that can be moved."""
-    for task in TASKS:
+    for task in GLUE:
         for copy in (root / "tensorboard").glob(f"{task}-seed*"):
             shutil.rmtree(copy)
     for c in cells:
@@ -191,7 +190,7 @@ def gather(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, 
     Raises UserError for an unknown task and if `root` does not exist or cannot be written.
     """
     tasks, seeds = list(dict.fromkeys(tasks)), list(dict.fromkeys(seeds))  # duplicates count once
-    problems = [Problem("tasks", t, f"not a GLUE task; known are {', '.join(TASKS)}") for t in tasks if t not in TASKS]
+    problems = [Problem("tasks", t, f"not a GLUE task; known are {', '.join(GLUE)}") for t in tasks if t not in GLUE]
     if not os.path.isdir(root):
         problems.append(Problem("root", str(root), "there is no such folder"))
     if problems:
@@ -215,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write and print the table. Returns 0 if every cell is complete, 1 if not, 2 after a user error."""
     parser = Parser(description=__doc__, epilog=f"example: {as_called(_EXAMPLE)}", formatter_class=Help)
     parser.add_argument("root", type=Path, help="folder that contains <task>/seed<n>/report.json")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="[all nine]")
+    parser.add_argument("--tasks", nargs="+", default=list(GLUE), metavar="TASK", help="[all nine]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="[0]")
 
     def work() -> int:

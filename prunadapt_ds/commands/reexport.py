@@ -19,7 +19,7 @@ from prunadapt_ds.batches import Rows
 from prunadapt_ds.commands import unfinished
 from prunadapt_ds.config import EXPORT_DTYPES
 from prunadapt_ds.entry import guarded
-from prunadapt_ds.errors import ParityError, Problem, UserError
+from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.label_scale import LabelScale
 from prunadapt_ds.models import modeling_prunadapt
 from prunadapt_ds.options import Help, Parser, as_called
@@ -89,12 +89,9 @@ def check(run_dir: Path, kinds: Sequence[str], dtype: str | None, *, is_finished
 def make_all(run_dir: Path, kinds: Sequence[str], dtype: str | None, status: str) -> None:
     if not kinds:
         return
-    lock = files.OwnedFolder(run_dir)  # or another export's entry in the report would be lost
-    try:
+    with files.OwnedFolder(run_dir):  # or another export's entry in the report would be lost
         for kind in kinds:
             make(run_dir, kind, dtype, status)
-    finally:
-        lock.release()
 
 
 def make(run_dir: Path, kind: str, dtype: str | None, status: str) -> None:
@@ -176,9 +173,7 @@ def prove(compact: Path, folder: Path, scale: LabelScale) -> None:
         for path in (compact, folder)
     ]
     found = [answer.logits["random"] for answer in proof.reload_in_fresh_process(*pair)]
-    parity = proof.compare_logits({"random": (found[0], found[1])}, scale)
-    if not parity["max_abs_logit_diff"] <= parity["tolerance"]:
-        raise ParityError(f"{folder} differs from {compact} by {parity['max_abs_logit_diff']:.2e} in its logits")
+    proof.require(proof.compare_logits({"random": (found[0], found[1])}, scale), folder, compact)
 
 
 def random_rows(folder: Path) -> Rows:

@@ -52,8 +52,8 @@ def run(
     Rank 0 reports what is missing. max_seq_length: None for each model's own, from the run that wrote it. Raises UserError,
     before any model is loaded, for invalid folders and files.
     """
-    sources = distributed.on_rank_0("looking for runs", lambda: _as_json(find_sources(run_root, task_models)))
-    by_task = {name: Source(TASKS[name], folder, remark) for name, folder, remark in sources}
+    sources = distributed.on_rank_0("looking for runs", lambda: find_sources(run_root, task_models))
+    by_task = {source.task.name: source for source in sources}
     present = distributed.on_rank_0("reading the test sets", lambda: check_files(by_task, data_dir))
     distributed.on_rank_0(f"writing {output}", lambda: check_writable(output))
     contents: dict[str, str] = {}
@@ -155,10 +155,6 @@ def _best_runs(root: Path) -> list[Source]:
         remark = f" (development score {100 * score:.1f}{of})"
         found.append(Source(TASKS[name], str(folder / "exports" / "compact"), remark))
     return found
-
-
-def _as_json(sources: Sequence[Source]) -> list[tuple[str, str, str]]:
-    return [(source.task.name, source.folder, source.remark) for source in sources]
 
 
 def check_files(sources: dict[str, Source], data_dir: str) -> dict[str, int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from prunadapt_ds import checkpoint, distributed, files, resources, resume
 from prunadapt_ds.checkpoint import Checkpoint, Unread
 from prunadapt_ds.ds_config import resolve_ds_config
+from prunadapt_ds.entry import owned_folder
 from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.finish import finish
 from prunadapt_ds.setup import setup
@@ -51,8 +52,7 @@ def is_exported(run_dir: Path, start: Checkpoint) -> bool:
 
 def export(run_dir: Path, start: Checkpoint, dtype: str | None, *, trust_remote_code: bool) -> None:
     """Write exports/compact, plan.json, predictions.jsonl and a report with status "interrupted". Collective."""
-    lock = distributed.together(lambda: files.OwnedFolder(run_dir) if distributed.rank() == 0 else None)
-    try:
+    with owned_folder(run_dir):
         saved = start.state
         config = distributed.together(lambda: resume.config_of(run_dir, saved))
         config.model.trust_remote_code = trust_remote_code
@@ -64,7 +64,7 @@ def export(run_dir: Path, start: Checkpoint, dtype: str | None, *, trust_remote_
             lambda: resolve_ds_config(config, distributed.world_size(), lambda: saved["options"]["bf16"])
         )
         session = setup(config, saved, ds=ds, tracked=False)
-        resume.rebuild(session, start, to_train=False)
+        resume.restore(session, start, to_train=False)
         report = run_dir / "report.json"
         before = distributed.on_rank_0(f"reading {report}", lambda: files.unless_damaged(report))
         facts = {"status": "interrupted", "world_size": saved["world_size"], **saved.get("place", {})}
@@ -73,6 +73,3 @@ def export(run_dir: Path, start: Checkpoint, dtype: str | None, *, trust_remote_
         if distributed.rank() == 0:
             score = session.report["metric"]["exported"]["score"]
             print(f"wrote {run_dir / 'exports' / 'compact'}, as after step {start.step}: score {score:.4f}")
-    finally:
-        if lock is not None:
-            lock.release()

@@ -8,6 +8,7 @@ from prunadapt_ds.data.own import doubts
 from prunadapt_ds.data.readers import Columns, blank_line, read_columns, rename_text
 from prunadapt_ds.data.sample import generate
 from prunadapt_ds.data.tasks import (
+    GLUE,
     HUB_DATASET,
     OWN_METRICS,
     TASKS,
@@ -20,6 +21,7 @@ from prunadapt_ds.data.tasks import (
 )
 
 __all__ = [
+    "GLUE",
     "HUB_DATASET",
     "MEASURES",
     "OWN_METRICS",

@@ -1,7 +1,7 @@
 """Architecture families: where heads and neurons live and how their weights are laid out. One record per family.
 
-Module paths appear nowhere else. To add a family, add a record to `_RECORDS`; the tests that run over all families
-(slicing, cost model, parity, training) pick it up.
+Module paths appear nowhere else, but for names that transformers 4 had (older_readers.py). To add a family, add a record to
+`_RECORDS`; the tests that run over all families (slicing, cost model, parity, training) pick it up.
 
 Widths are given by name; layouts.py resolves them against a model's configuration:
 

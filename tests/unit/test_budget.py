@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunadapt_ds.budget import PruningPlan, decide, max_sparsity
+from prunadapt_ds.budget import PruningPlan, check_target, decide, max_sparsity
 from prunadapt_ds.errors import UserError
 from prunadapt_ds.importance import ScoreAverage
 from prunadapt_ds.models.structure import Structure, SubLayer, with_outer_floor
@@ -255,9 +255,8 @@ def test_heads_are_left_in_a_number_that_can_be_said_and_neurons_meet_the_budget
 
 
 def test_of_the_numbers_that_can_be_said_the_one_whose_cuts_matter_least_is_taken():
-    s = uniformly(
-        structure(layers=2, heads=8, neurons=64, neuron_cost=500)
-    )  # half the heads cost what eight neurons do
+    # Half the heads cost what eight neurons do.
+    s = uniformly(structure(layers=2, heads=8, neurons=64, neuron_cost=500))
     sublayers = (replace(t, floor=1, counts=(1, 2, 4, 8)) if t.kind == "heads" else t for t in s.sublayers)
     s = replace(s, sublayers=tuple(sublayers))
     heads = torch.cat([torch.full((t.num_units,), t.kind == "heads") for t in s.sublayers])
@@ -268,9 +267,8 @@ def test_of_the_numbers_that_can_be_said_the_one_whose_cuts_matter_least_is_take
 
 
 def test_the_least_important_layers_go_where_that_costs_less():
-    s = replace(
-        uniformly(structure(layers=4, heads=4, neurons=32, neuron_cost=600)), skips=True
-    )  # widths alone would do
+    # Widths alone would do.
+    s = replace(uniformly(structure(layers=4, heads=4, neurons=32, neuron_cost=600)), skips=True)
     scores = torch.ones(s.num_units)
     layer = s.dense_cost("params") // 4
     for sub in s.sublayers:
@@ -301,10 +299,16 @@ def test_what_saves_no_time_alone_stays_until_it_does():
     assert [len(k) for k in decide(scores, s, 80 / 200, budget="params").kept] == [1, 4]
 
 
-def test_too_much_is_an_error_that_names_the_maximum():
-    s = structure()
-    with pytest.raises(UserError, match=f"{max_sparsity(s, 'params'):.4f}"):
-        decide(torch.rand(s.num_units), s, 0.999)
+@given(structures)
+def test_too_much_is_an_error_that_names_a_maximum_which_is_accepted(s):
+    most = max_sparsity(s, "params")
+    with pytest.raises(UserError) as refused:
+        check_target(s, most + 0.01, "params")
+    named = float(str(refused.value).rpartition("at most ")[2])
+    assert most - 1e-4 <= named <= most
+    check_target(s, named, "params")
+    if most > 0:
+        decide(torch.rand(s.num_units), s, named)
 
 
 def test_plan_json_and_hash():

@@ -458,9 +458,8 @@ def test_going_on_from_elsewhere_takes_no_folder_of_other_data(tmp_path):
         earlier_run._refuse_other_inputs(tmp_path / "b", found, {"train_file": "moved.csv"})
     earlier_run._refuse_other_inputs(tmp_path / "a", found, {})
     earlier_run._refuse_other_inputs(tmp_path / "new", found, {})
-    earlier_run._refuse_other_inputs(
-        tmp_path / "b", found, {"train_file": "b.csv"}
-    )  # the same command again: compared by content
+    # The same command again: compared by content.
+    earlier_run._refuse_other_inputs(tmp_path / "b", found, {"train_file": "b.csv"})
     (tmp_path / "b" / "run.json").write_text(json.dumps({"train_file": "a.csv"}))
     earlier_run._refuse_other_inputs(tmp_path / "b", found, {"train_file": "moved.csv"})
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunadapt_ds import report
 from prunadapt_ds.commands import compare
 from prunadapt_ds.errors import UserError
 from tests.conftest import ROOT
@@ -204,7 +203,6 @@ def test_points_are_called_by_what_tells_them_apart(tmp_path):
     assert compare.titles(compare.lines(compare.find([str(tmp_path / "c")]))) == [
         "train_file=data/fold0/train.csv", "train_file=data/fold1/train.csv",
     ]  # fmt: skip
-    assert report.short_model("/data/models/bert/") == "bert" and report.short_model("org/bert") == "org/bert"
 
 
 def test_every_task_has_its_pictures_or_the_reason_why_not(tmp_path):

@@ -164,13 +164,6 @@ def test_yaml_under_command_line(tmp_path):
     assert config.lora.target_modules == ["query", "value"]
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "just text", "a: [", "lerning_rate: 1"])
-def test_bad_yaml(tmp_path, text):
-    file = tmp_path / "run.yaml"
-    file.write_text(text)
-    fields(["--config", str(file)])
-
-
 def test_the_launcher_rank_is_taken_silently():
     assert parse(["--local_rank=1", "--r", "3"]).lora.r == 3
 
@@ -205,57 +198,26 @@ def ds(tmp_path, values, *argv, world_size=2):
 
 
 @pytest.mark.parametrize(
-    "values, argv, field",
+    "values, field",
     [
-        ("{", [], "ds_config"),
-        ("[1]", [], "ds_config"),
-        ('{"bf16": {}, "bf16": {}}', [], "ds_config"),
-        ({"train_batch_size": 7}, [], "train_batch_size"),
-        (
-            {"train_micro_batch_size_per_gpu": 4},
-            ["--per_device_train_batch_size", "8"],
-            "train_micro_batch_size_per_gpu",
-        ),
-        ({"gradient_accumulation_steps": 0}, [], "gradient_accumulation_steps"),
-        ({"optimizer": {"type": "Lamb"}}, [], "optimizer.type"),
-        ({"optimizer": {"type": "AdamW", "params": {"momentum": 1}}}, [], "optimizer.params.momentum"),
-        ({"scheduler": {"type": "WarmupLR"}}, [], "scheduler"),
-        ({"fp16": {"enabled": True}}, [], "fp16.enabled"),
-        ({"bf16": {"enabled": "yes"}}, [], "bf16.enabled"),
-        ({"zero_optimization": {"stage": 4}}, [], "zero_optimization.stage"),
-        (
-            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
-            [],
-            "zero_optimization.offload_param.device",
-        ),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nowhere"}}},
-            [],
             "zero_optimization.offload_param.nvme_path",
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/"}}},
-            [],
             "zero_optimization.stage3_max_reuse_distance",
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
-            [],
             "zero_optimization.offload_optimizer.device",
         ),
-        ({"zero_optimizaton": {"stage": 3}}, [], "zero_optimizaton"),
-        ({"aio": {"block_size": "auto"}}, [], "aio.block_size"),
     ],
 )
-def test_bad_ds_configs(tmp_path, values, argv, field):
+def test_a_disk_that_cannot_hold_shards_is_refused(tmp_path, values, field):
     with pytest.raises(UserError) as caught:
-        ds(tmp_path, values, *argv)
+        ds(tmp_path, values)
     assert field in {p.field for p in caught.value.problems}
-
-
-def test_missing_ds_config():
-    with pytest.raises(UserError, match="no such file"):
-        resolve_ds_config(parse(["--ds_config", "nowhere.json"]), 1)
 
 
 def test_adam_defaults_are_read(tmp_path):

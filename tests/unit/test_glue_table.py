@@ -6,7 +6,8 @@ import os
 import pytest
 
 from prunadapt_ds import report as reports
-from prunadapt_ds.commands.glue_table import TASKS, gather, main, markdown
+from prunadapt_ds.commands.glue_table import gather, main, markdown
+from prunadapt_ds.data.tasks import GLUE
 from tests.conftest import ROOT  # noqa: F401  (the environment)
 
 pytestmark = pytest.mark.fast
@@ -60,9 +61,9 @@ def test_what_is_named_twice_counts_once_and_what_is_not_a_copy_stays(tmp_path):
 
 
 def test_all_nine_are_glue(tmp_path):
-    for i, task in enumerate(TASKS):
+    for i, task in enumerate(GLUE):
         run(tmp_path, task, 0, i / 10)
-    found = gather(tmp_path, TASKS, [0])
+    found = gather(tmp_path, GLUE, [0])
     assert found["is_all_of_glue"] and found["average"]["exported"] == pytest.approx(0.4)
     assert "| **average** | |" in markdown(found)
 

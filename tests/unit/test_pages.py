@@ -108,7 +108,7 @@ def test_a_run_that_ended_early_has_pages(tmp_path):
     from prunadapt_ds import report
 
     pages.write(tmp_path, report.empty())
-    assert "report" not in Page((tmp_path / "report.html").read_text()).images
+    assert not Page((tmp_path / "report.html").read_text()).images
     assert (tmp_path / "report.md").is_file() and (tmp_path / "report.json").is_file()
 
 

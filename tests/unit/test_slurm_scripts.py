@@ -12,7 +12,7 @@ import subprocess
 import pytest
 
 from prunadapt_ds.commands import init_slurm
-from prunadapt_ds.commands.glue_table import TASKS
+from prunadapt_ds.data.tasks import GLUE
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.fast
@@ -89,8 +89,8 @@ def test_shellcheck():
 
 def test_the_scripts_know_the_tasks():
     text = (ROOT / "slurm" / "glue_all.sh").read_text()
-    assert re.search(r'known=" (.*) "', text)[1].split() == list(TASKS)
-    assert f"--array=0-{len(TASKS) - 1}\n" in text
+    assert re.search(r'known=" (.*) "', text)[1].split() == list(GLUE)
+    assert f"--array=0-{len(GLUE) - 1}\n" in text
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_elements_share_all_cells_whatever_their_number(shell, count):
     for index in range(count):
         _, calls = shell("glue_all.sh", SEEDS="0 1 2", **array(index, count))
     found = cells(calls)
-    assert sorted(found) == sorted((task, seed) for task in TASKS for seed in "012")
+    assert sorted(found) == sorted((task, seed) for task in GLUE for seed in "012")
     assert calls["sbatch"].count("sbatch") == 1 and "--dependency=afterany:7" in calls["sbatch"]
 
 
@@ -216,7 +216,7 @@ def test_elements_with_gaps_run_the_cells_of_their_numbers(shell, indices):
         done, calls = shell("glue_all.sh", SEEDS="0 1 2", **element(index, indices))
         assert done.returncode == 0, done.stderr
         assert f"cell {index}: " in done.stdout
-    every = [(task, seed) for seed in "012" for task in TASKS]
+    every = [(task, seed) for seed in "012" for task in GLUE]
     assert cells(calls) == [every[index] for index in indices]
     assert calls["sbatch"].count("sbatch") == 1
 
