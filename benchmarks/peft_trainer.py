@@ -190,6 +190,8 @@ def main(argv):
         },
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
     )
+    # The models' losses are plain means. Without this, Trainer multiplies them by the number of ranks, and clips accordingly.
+    trainer.model_accepts_loss_kwargs = False
     trainer.curve, trainer.starts, trainer.peak = [], [], peak
     called = time.perf_counter()
     trainer.train()

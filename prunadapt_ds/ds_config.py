@@ -123,7 +123,7 @@ def resolve_ds_config(
     values.setdefault("steps_per_print", 2**31 - 1)  # we print progress ourselves
     dtype = "bf16" if values["bf16"]["enabled"] else "fp32"
     if dtype == "bf16" and stage >= 2 and values["gradient_accumulation_steps"] > 1:
-        # In bf16 a sum over many micro-batches would lose what the last of them add. Lower stages do not support it here.
+        # In bf16 a sum over many micro-batches would lose what the last add. Stage 1 does so if asked to, stage 0 cannot.
         values["data_types"] = {"grad_accum_dtype": "fp32", **values.get("data_types", {})}
     return DsConfig(values, resolved, stage, dtype, path, adam, board_dir)
 

@@ -44,7 +44,7 @@ class Inventory:
 
     `tensors`: each parameter's size, by name.
     `largest_module`: elements of the module with the largest parameters of its own.
-    `activations`: bytes saved for the backward pass of a micro-batch.
+    `activations`: bytes of a micro-batch at the peak of a step: those saved for the backward pass, and a language model's logits.
     `accounted`: those that memory.SavedActivations counts, which does not see what a block saves while it is recomputed.
     `macs`: multiply-accumulates of a micro-batch's forward pass.
     `exported`: elements of the exported model.
@@ -225,16 +225,26 @@ def take_stock(
     )
     counts = trainable_counts(model, built.head)
     lora = counts.get("adapters", 0)
-    head = model.get_output_embeddings().weight.numel() if built.is_language else 0
+    output = model.get_output_embeddings().weight if built.is_language else None
+    head, logits = (output.numel(), _logit_bytes(output, batch * length)) if output is not None else (0, 0)
     block_macs = present.cost("macs") if present else structure.dense_cost("macs")
     return Inventory(
         tensors=tensors,
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
-        activations=outside + inputs + largest if recomputes else outside + blocks,
+        activations=outside + (inputs + max(largest, logits) if recomputes else blocks + logits),
         accounted=outside + (inputs if recomputes else blocks),
         macs=batch * (block_macs + length * (lora * built.layout.passes + head)),
         exported=sum(size.elements for size in tensors.values()) - lora - counts.get("gates", 0),
     )
+
+
+def _logit_bytes(output: Tensor, tokens: int) -> int:
+    """Bytes that the logits of that many tokens take at the peak of a step, beside the fp32 copy that the loss saves.
+
+    These are the logits themselves, and two gradients in fp32: of the loss's picks, and of the softmax before them. `output`:
+    the weight of the output embedding, [V, D].
+    """
+    return tokens * output.shape[0] * (output.element_size() + 4 + 4)
 
 
 def cut_down(built: Skeleton, cut: PruningPlan) -> None:

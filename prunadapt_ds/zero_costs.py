@@ -68,10 +68,15 @@ def rank_bytes(stock: Inventory, ds: DsConfig, machine: Machine, *, recomputes: 
         "buffers": bucket + gathered,
     }
     host = dict.fromkeys(BYTES, 0)
-    for block, names in (("offload_param", ("frozen",)), ("offload_optimizer", ("optimizer",))):
-        if (zero.get(block) or {}).get("device", "none") != "none":
-            for name in names:
-                host[name], device[name] = device[name], 0
+    stays = {"trainable": stock.whole(zero) * e if stage == 3 else 0}
+    for block, names in (("offload_param", ("frozen", "trainable")), ("offload_optimizer", ("optimizer", "gradients"))):
+        where = (zero.get(block) or {}).get("device", "none")
+        for name in names if where != "none" else ():
+            host[name], device[name] = device[name] - stays.get(name, 0), stays.get(name, 0)
+        if where == "nvme":  # files hold them, and the host only pinned buffers, of parameters
+            host |= dict.fromkeys(names, 0)
+            if block == "offload_param":
+                host["buffers"] += zero[block].get("buffer_count", 5) * zero[block].get("buffer_size", 10**8) * e
     return {"device": device, "host": host}
 
 

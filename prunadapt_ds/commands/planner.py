@@ -33,6 +33,8 @@ from prunadapt_ds.zero_costs import (
     traffic,
 )
 
+SCORING = "scoring"  # a dense model, of which nothing is trained
+
 
 def read_config(name: str, num_labels: int, *, is_language: bool, trust_remote_code: bool = False) -> Any:
     """Read the configuration of a hub ID, a folder or a JSON file.
@@ -118,14 +120,15 @@ def plan(
     able = [c for c in configs if c["fits"]]
     best = min((c["run_s_per_step"] for c in able), default=0.0)
     names = next(iter(shapes.values()))
-    first, last = names[0][2], names[-1][2]
+    dense, last = names[0][2], names[-1][2]
+    first = next(stock for phase, _, stock in names if phase != SCORING)
     export_dtype = config.output.export_dtype or backbone.stored_dtype(model_config)
     per_master, sizes = MASTERS + MOMENTS, next(iter(resolved.values())).values
     is_averaged = config.prune.method == "prunadapt" and config.prune.distill_weight > 0
     return {
         "model": {
             "architecture": model_config.model_type,
-            "parameters": first.exported,
+            "parameters": dense.exported,
             "blocks": built.structure.dense_cost("params"),
             "trainable": first.trainable,
         },
@@ -202,7 +205,7 @@ def phases(built: Skeleton, config: Config, batch: int, num_labels: int) -> list
     small = take_stock(built, config, batch, num_labels, cut)
     achieved = cut.sparsity(prune.budget)
     if prune.method == "tmp":
-        return [("after the cut", achieved, small)]
+        return [(SCORING, 0.0, dense), ("after the cut", achieved, small)]
     steps = PruningSchedule.from_fractions(1000, prune.prune_start, prune.prune_end, prune.num_decisions, 1.0)
     ways = [steps.sparsity(step) for step in steps.decision_steps]
     halfway = [(f"decision {i}", way * achieved, between(dense, small, way)) for i, way in enumerate(ways, 1)]
@@ -235,6 +238,7 @@ def _outcome(
         )
     most = max(row["device_total"] for row in rows)
     # Assumes that half of the run's steps take as long as the dense ones, and half as long as the last.
-    seconds = (rows[0]["seconds"]["total"] + rows[-1]["seconds"]["total"]) / 2
+    trained = [row["seconds"]["total"] for row in rows if row["phase"] != SCORING]
+    seconds = (trained[0] + trained[-1]) / 2
     fits = most <= machine.gpu_memory * (1 - machine.reserve)
     return {"file": name, "stage": ds.stage, "dtype": ds.dtype, "fits": fits, "run_s_per_step": seconds, "phases": rows}

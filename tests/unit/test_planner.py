@@ -172,7 +172,7 @@ def test_methods(method):
     trains = found["model"]["trainable"]
     assert trains == found["model"]["parameters"] if method == "full" else 0 < trains < ours["model"]["trainable"]
     phases = [p["phase"] for p in found["configs"][0]["phases"]]
-    assert phases == (["after the cut"] if method == "tmp" else ["dense"])
+    assert phases == (["scoring", "after the cut"] if method == "tmp" else ["dense"])
 
 
 def test_even_plans_meet_the_target():
@@ -321,3 +321,49 @@ def test_the_checked_points_are_within_the_stated_bound():
     files = sorted(Path(ROOT / "benchmarks/results/plan_check").glob("*.json"))
     ratios = [row["ratio"] for f in files for name, row in json.loads(f.read_text()).items() if name != "point"]
     assert len(files) >= 6 and all(0.85 <= ratio <= 1.15 for ratio in ratios), ratios
+
+
+def test_the_logits_of_a_language_model_count_at_the_peak():
+    """Beside the fp32 copy that the loss saves: the logits, and the gradients of the loss's picks and of the softmax."""
+    tokens, words = 2 * 64, 32000
+    found = []
+    for more in ((), ("--gradient_checkpointing",)):
+        files = (
+            "--task_type",
+            "causal_lm",
+            "--train_file",
+            __file__,
+            "--validation_file",
+            __file__,
+            "--max_seq_length",
+            "64",
+        )
+        config = parse([*files, *more])
+        built = inventory.skeleton(llama("7B", num_hidden_layers=1), config, torch.bfloat16)
+        outside, blocks, largest, inputs = inventory.kept_bytes(built, 2, 64, 2)
+        assert outside >= 4 * tokens * words
+        found.append(inventory.take_stock(built, config, 2, 2).activations)
+        logits = tokens * words * (2 + 4 + 4)
+        assert found[-1] == outside + (inputs + max(largest, logits) if more else blocks + logits)
+    assert found[0] > found[1]
+
+
+def test_what_offloading_moves():
+    """Partitions of what trains as well, with their gradients; only what stays whole between steps stays on the GPU."""
+    config = parse(["--method", "full"])
+    (_, _, dense), *_ = planner.phases(
+        inventory.skeleton(llama("7B", num_hidden_layers=1), config, torch.bfloat16), config, 1, 2
+    )
+    files, machine = {f.name: f for f in FILES}, zero_costs.Machine(world_size=2)
+    parts = {}
+    for name in ("zero3.json", "zero3_offload_cpu.json", "zero3_offload_nvme.json"):
+        parts[name] = zero_costs.rank_bytes(dense, resolved(files[name], 2), machine, recomputes=False)
+    here, there, on_disk = parts.values()
+    moved = ("frozen", "trainable", "gradients", "optimizer")
+    whole = 2 * dense.whole(resolved(files["zero3.json"], 2).values["zero_optimization"])
+    assert 0 < whole == there["device"]["trainable"] and sum(there["device"][n] for n in moved) == whole
+    assert sum(there["host"].values()) == sum(here["device"][n] for n in moved) - whole
+    assert on_disk["host"]["frozen"] == on_disk["host"]["trainable"] == 0
+    assert (
+        on_disk["host"]["buffers"] == 5 * 200_000_000 * 2 and on_disk["host"]["optimizer"] == there["host"]["optimizer"]
+    )
