@@ -17,6 +17,11 @@ WIDTH = 4.8  # inches: narrow, so that text stays legible on a phone
 INK, PAPER, ACCENT, SECOND = "#1b2a41", "#ffffff", "#0072b2", "#d55e00"  # the last two also differ in lightness
 PHASE_TONES = {"dense": "#ffffff", "prune": "#dcdcdc", "recover": "#f2f2f2"}
 MISTAKES = 10  # pairs of classes in a confusion matrix's alternative text
+MOST_NAMED, MOST_CHARACTERS, MOST_ABREAST = (
+    24,
+    24,
+    30,
+)  # of a matrix's classes: how many, in a name, in names side by side
 BLOCKS = 24  # groups of neurons in a picture, whatever the layer's width
 STYLE: Any = {
     "font.size": 8.5,
@@ -205,20 +210,24 @@ def confusion(labels: Sequence[int], predictions: Sequence[int], names: Sequence
     """A confusion matrix: numbers of examples by label (rows) and prediction (columns)."""
     counts = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(counts, (np.asarray(labels, dtype=int), np.asarray(predictions, dtype=int)), 1)
-    drawing, axis = figure(1.4 + 0.42 * len(names))
+    drawing, axis = figure(1.4 + 0.42 * min(len(names), MOST_NAMED))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="Greys", vmin=0, vmax=1.15, aspect="auto")
     show = len(names) <= 12
     for (i, j), count in np.ndenumerate(counts) if show else ():
         axis.text(j, i, str(count), ha="center", va="center", color=PAPER if shares[i, j] > 0.55 else INK)
-    axis.set_xticks(
-        range(len(names)), names, rotation=0 if len(names) <= 3 else 45, ha="center" if len(names) <= 3 else "right"
-    )
-    axis.set_yticks(range(len(names)), names)
+    ticks = [shorten(name) for name in names] if len(names) <= MOST_NAMED else []  # more could not be read
+    few = sum(map(len, ticks)) <= MOST_ABREAST
+    axis.set_xticks(range(len(ticks)), ticks, rotation=0 if few else 45, ha="center" if few else "right")
+    axis.set_yticks(range(len(ticks)), ticks)
     axis.set_xlabel("predicted")
     axis.set_ylabel("labelled")
     axis.tick_params(length=0)
     return picture("Confusion matrix of the exported model", _confused(counts, names), drawing)
+
+
+def shorten(name: str) -> str:
+    return name if len(name) <= MOST_CHARACTERS else f"{name[: MOST_CHARACTERS - 1]}…"
 
 
 def _confused(counts: np.ndarray, names: Sequence[str]) -> str:

@@ -138,8 +138,10 @@ def formats_of(session: Session) -> list[str]:
 
 
 def dtype_of(session: Session) -> str:
-    """The dtype of the exported weights: --export_dtype, or that of the checkpoint that was loaded."""
-    return session.config.output.export_dtype or session.backbone.stored_dtype
+    """The dtype of the exported weights: --export_dtype, or that of the checkpoint that was loaded if labels fit it."""
+    stored = session.backbone.stored_dtype
+    fitting = stored if session.label_scale.fits(getattr(torch, stored)) else "float32"
+    return session.config.output.export_dtype or fitting
 
 
 def parity_reference(session: Session, masked: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from prunadapt_ds.backbone import Backbone
 from prunadapt_ds.data import TaskData
 from prunadapt_ds.engine import gathered
+from prunadapt_ds.errors import Problem, UserError
 from prunadapt_ds.labels import task_head_linears
 
+MOST_ROUNDED = 1 / 16  # of a standard deviation
+SMALLEST_WEIGHT = 2**-8  # of a head that answers with numbers around 1, of those that matter
+MOST_STDS = 16.0  # from the mean, that answers stay within
 FAR = 3.0  # standard deviations from 0 beyond which a mean that the head cannot learn by itself is worth a word
 
 
@@ -27,6 +31,13 @@ class LabelScale:
 
     mean: float = 0.0
     std: float = 1.0
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether answers in the labels' own unit keep their spread in `dtype`: within its range, and finer than its steps."""
+        limits = torch.finfo(dtype)
+        is_fine = limits.eps * abs(self.mean) <= self.std * MOST_ROUNDED
+        smallest = limits.smallest_normal / SMALLEST_WEIGHT  # below it, the head's weights lose digits
+        return is_fine and self.std >= smallest and abs(self.mean) + MOST_STDS * self.std < limits.max
 
     def standardised(self, labels: Tensor) -> Tensor:
         """Labels (or answers) as the head learns them, float32 of the same shape; what has no scale as it is, class numbers too."""
@@ -38,6 +49,13 @@ class LabelScale:
 
 
 OWN_UNIT = LabelScale()
+
+
+def refuse_dtype(scale: LabelScale, dtype: str | None) -> None:
+    """Raise UserError if exports were asked for in a dtype that cannot hold the labels' own unit. `dtype`: None if it was not."""
+    if dtype is not None and not scale.fits(getattr(torch, dtype)):
+        remedy = f"cannot hold labels around {scale.mean:.4g} that differ by about {scale.std:.2g}; take float32"
+        raise UserError(Problem("export_dtype", dtype, remedy))
 
 
 def of_training(data: TaskData, backbone: Backbone, saved: Mapping[str, Any] | None) -> LabelScale:

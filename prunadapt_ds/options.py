@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os.path
 import sys
 import types
 import typing
@@ -167,7 +168,7 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(
         ("revision", "model_revision"),
-        "fetch that revision (hf download NAME --revision R --local-dir DIR) and name the folder",
+        "append it to the name: --model_name_or_path owner/model@REVISION",
     ),
     "torch_dtype": "export_dtype",
     **dict.fromkeys(
@@ -319,7 +320,7 @@ def _convert(o: Option, value: Any, problems: list[Problem]) -> Any:
         if o.kind is str:
             if isinstance(value, (list, dict)) or not str(value) or "\0" in str(value):
                 raise ValueError
-            return str(value)
+            return os.path.expanduser(str(value))  # of yaml, and of --name=~/..., which shells leave alone
         if isinstance(value, bool):
             raise ValueError
         if o.kind is int:

@@ -309,8 +309,8 @@ def parity(report: dict[str, Any]) -> str:
     if found["max_abs_logit_diff"] is None:  # nothing has been exported yet
         return ""
     return (
-        f"The exported and the trained model differ by at most {_number(found['max_abs_logit_diff'], '{:.2e}')} in their logits "
-        f"on {_number(found['examples'])} examples (tolerance: {_number(found['tolerance'], '{:.2e}')})."
+        f"The exported and the trained model differ by at most {_number(found['max_abs_logit_diff'], '{:.2e}')} in their logits, "
+        f"computed in fp32, on {_number(found['examples'])} examples (tolerance: {_number(found['tolerance'], '{:.2e}')})."
     )
 
 

@@ -90,6 +90,10 @@ def setup(
     identity |= {"tokens": agreed_tokens(config, [train_rows, *validation_rows.values()], saved)}
     distributed.together(lambda: refuse_fewer_than_ranks(len(train_rows)))
     scale = label_scale.of_training(data, loaded, saved)
+    if saved is None:  # later it would be too late to take another
+        label_scale.refuse_dtype(scale, config.output.export_dtype)
+    if not scale.fits(getattr(torch, loaded.stored_dtype)):
+        loaded.notes.append(f"exports are in float32: {loaded.stored_dtype} could not hold these labels' unit")
     train_rows = train_rows.with_labels(scale.standardised(train_rows.labels))
     if loaded.known_classes:
         label_scale.unfold(scale, loaded)

@@ -61,7 +61,8 @@ job_setup() {
 
 # Put the options that environment variables stand for into the array `options`. The template's arguments come after them.
 common_options() {
-    options=(--ds_config "${DS_CONFIG:-ds_configs/zero3.json}" --resume auto)
+    options=()
+    [[ -z "${DS_CONFIG:-}" ]] || options+=(--ds_config "$DS_CONFIG")
     [[ -z "${CHECKPOINT_STEPS:-}" ]] || options+=(--checkpoint_steps "$CHECKPOINT_STEPS")
     [[ -z "${MODEL:-}" ]] || options+=(--model_name_or_path "$MODEL")
     [[ -z "${SPARSITY:-}" ]] || options+=(--target_sparsity "$SPARSITY")

@@ -18,6 +18,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from prunadapt_ds import figures, files, pages, report
+from prunadapt_ds.data.tasks import TASKS
 from prunadapt_ds.errors import Problem, UserError, exit_code_of
 from prunadapt_ds.options import Help, Parser, as_called
 
@@ -27,7 +28,7 @@ HEADER = (*KEY, "options", "seeds", "status", "score", "parameters", "MACs", "la
 TEXT_COLUMNS = len(KEY) + 1
 TRADE_OFFS = (("latency", "latency / dense"), ("parameters", "parameters / dense"), ("train_s", "training seconds"))
 # Options of run.json that are not compared: the columns of KEY show them, or they do not change what is measured.
-IN_KEY = {"task_name", "method", "criterion", "model_name_or_path", "target_sparsity", "identity"}
+IN_KEY = {"task_name", "method", "criterion", "model_name_or_path", "target_sparsity", "identity", "label_scale"}
 UNMEASURED = {"seed", "export_formats", "save_scores"}
 # Keys of report.json that affect timings and that options do not fully determine.
 SURROUNDINGS = ("world_size", "zero_stage", "device")
@@ -248,16 +249,22 @@ def _numbers(line: Line, name: str) -> tuple[str, str, int]:
 Point = tuple[Line, float, float]  # a setting with its cost and its score
 
 
-def points_of(found: Sequence[Line], name: str, task: str) -> list[Point]:
-    """The settings of a task that have both this cost and a score. Scores of different tasks are not comparable."""
-    known = [(line, line.mean(name), line.mean("score")) for line in found if line.key[0] == task]
+def scored_on(line: Line) -> str:
+    """What a setting's score is of: a task of the table or, of the user's own data, the file. Others are not comparable."""
+    task, stated = line.key[0], line.runs[0].options or {}
+    file = json.loads(stated.get("validation_file", "null"))
+    return task if task in TASKS or file is None else f"{task} on {file}"
+
+
+def points_of(found: Sequence[Line], name: str, what: str) -> list[Point]:
+    """The settings with this cost and a score that is of `what`, see `scored_on`."""
+    known = [(line, line.mean(name), line.mean("score")) for line in found if scored_on(line) == what]
     return [(line, cost, score / line.scale) for line, cost, score in known if cost is not None and score is not None]
 
 
 def trade_off(points: Sequence[Point], label: str) -> figures.Picture:
     """A picture of score against a cost for one task; the Pareto front is filled and joined."""
-    task = points[0][0].key[0]
-    sign = -1 if task == "causal_lm" else 1  # lower perplexity is better
+    sign = -1 if points[0][0].key[0] == "causal_lm" else 1  # lower perplexity is better
     front = pareto([(cost, sign * score) for _, cost, score in points])
     drawing, axis = figures.figure(3.6)
     best = sorted((cost, score) for (_, cost, score), on in zip(points, front, strict=True) if on)
@@ -272,7 +279,7 @@ def trade_off(points: Sequence[Point], label: str) -> figures.Picture:
     axis.set_xlabel(label)
     axis.set_ylabel("score")
     axis.margins(0.12)
-    title = f"{task}: score against {label} (filled: the Pareto front)"
+    title = f"{scored_on(points[0][0])}: score against {label} (filled: the Pareto front)"
     return figures.picture(title, "; ".join(words) + ".", drawing)
 
 
@@ -288,17 +295,17 @@ def titles(found: Sequence[Line]) -> list[str]:
 def trade_offs(found: Sequence[Line]) -> tuple[list[figures.Picture], list[str]]:
     """A picture for every task and cost, and a sentence for every task that has too few settings for one."""
     drawn, missing = [], []
-    for task in dict.fromkeys(line.key[0] for line in found if line.runs[0].report is not None):
+    for what in dict.fromkeys(scored_on(line) for line in found if line.runs[0].report is not None):
         few = []
         for name, label in TRADE_OFFS:
-            points = points_of(found, name, task)
+            points = points_of(found, name, what)
             if len(points) > 1:
                 drawn.append(figures.drawn(trade_off, points, label))
             else:
                 few.append(f"{label} ({len(points)})")
         if few:
             needed = "a picture needs two settings with complete runs that have both figures"
-            missing.append(f"{task}: no picture of score against {', '.join(few)}; {needed}.")
+            missing.append(f"{what}: no picture of score against {', '.join(few)}; {needed}.")
     return drawn, missing
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prunadapt_ds import card, distributed, files, formats, graphs, model_folder, proof
+from prunadapt_ds import card, distributed, files, formats, graphs, label_scale, model_folder, proof
 from prunadapt_ds.batches import Rows
 from prunadapt_ds.commands import unfinished
 from prunadapt_ds.config import EXPORT_DTYPES
@@ -121,6 +121,7 @@ def make(run_dir: Path, kind: str, dtype: str | None, status: str) -> None:
     kept = formats.read_plan(plan, compact)
     more: dict[str, Any] = {}
     scale = LabelScale(*files.unless_damaged(run_dir / "run.json").get("label_scale", ()))
+    label_scale.refuse_dtype(scale, dtype)
 
     def prove_and_cast(unfinished: Path) -> None:
         prove(compact, unfinished, scale)

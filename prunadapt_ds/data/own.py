@@ -189,6 +189,8 @@ def _classes(
             theirs = "integers" if numeric else "names"
             what = "floats" if kind == "float" else "names"
             remedy = f"labels are {what} ({shown}), but {theirs} in {source}; use one kind"
+            if numeric and kind == "float" and known is None:
+                remedy += " (if labels are numbers on a scale, pass --problem_type regression)"
         else:
             theirs = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
             remedy = f"labels never seen in {source}: {shown}; known are {theirs}"

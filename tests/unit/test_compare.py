@@ -205,6 +205,21 @@ def test_points_are_called_by_what_tells_them_apart(tmp_path):
     ]  # fmt: skip
 
 
+def test_own_data_that_differ_have_pictures_of_their_own(tmp_path):
+    """And a regression's label scale follows from the seed's subset: it is no option."""
+    for file in ("a.csv", "b.csv"):
+        for target in (0.4, 0.6):
+            for seed in (0, 1):
+                options = {"validation_file": file, "label_scale": [seed, 1.0], "max_train_samples": 8}
+                folder = tmp_path / file / f"{target}-{seed}"
+                run(folder, task="own_regression", target=target, seed=seed, kept=1000 * (1 - target), options=options)
+    found = compare.lines(compare.find([str(tmp_path)]))
+    assert len(found) == 4 and all(len(line.runs) == 2 for line in found)
+    drawn, _ = compare.trade_offs(found)
+    titles = [picture.title for picture in drawn]
+    assert {title.partition(":")[0] for title in titles} == {"own_regression on a.csv", "own_regression on b.csv"}
+
+
 def test_every_task_has_its_pictures_or_the_reason_why_not(tmp_path):
     for task in ("mrpc", "rte"):
         for target in (0.4, 0.6):

@@ -6,6 +6,7 @@ from datasets import Dataset
 
 from prunadapt_ds import backbone, label_scale
 from prunadapt_ds.data import TASKS, Task, TaskData
+from prunadapt_ds.errors import UserError
 from prunadapt_ds.label_scale import OWN_UNIT, LabelScale
 from tests.tiny import tiny_folder
 from tests.unit.test_resize import inputs
@@ -70,3 +71,25 @@ def test_who_learns_labels_as_they_are(tmp_path, task, labels, saved):
 def test_a_resumed_run_keeps_the_scale_that_it_began_with(tmp_path):
     data, loaded = loaded_with(tmp_path, "bert", OWN, YEARS)
     assert label_scale.of_training(data, loaded, {"label_scale": [3.0, 2.0]}) == LabelScale(3.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "mean, std, fitting",
+    [
+        (0.0, 1.0, {"float32", "bfloat16", "float16"}),
+        (2.7, 1.5, {"float32", "bfloat16", "float16"}),  # STS-B
+        (1998.0, 12.0, {"float32"}),  # years: a step of bfloat16 is 8 there, and one of float16 is 1
+        (280_000.0, 40_000.0, {"float32", "bfloat16"}),  # prices: float16 ends at 65504
+        (0.0, 1e-6, {"float32", "bfloat16"}),
+    ],
+)
+def test_exports_in_sixteen_bits_must_hold_the_labels(mean, std, fitting):
+    scale = label_scale.LabelScale(mean, std)
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert scale.fits(getattr(torch, dtype)) == (dtype in fitting)
+        if dtype in fitting:
+            label_scale.refuse_dtype(scale, dtype)
+        else:
+            with pytest.raises(UserError, match=r"export_dtype='b?float16': cannot hold labels around .*take float32"):
+                label_scale.refuse_dtype(scale, dtype)
+    label_scale.refuse_dtype(scale, None)

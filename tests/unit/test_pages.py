@@ -153,3 +153,13 @@ def test_names_of_classes_are_no_formulas(names):
     """They are drawn, and what they hold is theirs: dollars as well."""
     picture = figures.drawn(figures.confusion, [0, 1, 1], [0, 1, 0], names)
     assert f"<!-- {names[0].split()[0]}" in picture.svg, "where it is drawn, matplotlib says what it has drawn"
+
+
+def test_many_classes_make_no_endless_picture(recwarn):
+    labels = list(range(150)) * 2
+    picture = figures.drawn(figures.confusion, labels, labels, [f"class_{i}" for i in range(150)])
+    width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', picture.svg).groups())
+    assert height < 3 * width and "class_7" not in picture.svg and "300 of 300" in picture.alt
+    names = ["a very long name of a class " * 3 + word for word in ("one", "two", "three")]
+    picture = figures.drawn(figures.confusion, [0, 1, 2], [0, 1, 1], names)
+    assert "three" not in picture.svg and not [w for w in recwarn if "constrained_layout" in str(w.message)]

@@ -135,7 +135,7 @@ def test_nothing_is_said_of_what_a_run_did_not_do():
     assert report.notes(r) == [] and "teacher comes" not in report.markdown(r) and "differ" not in report.markdown(r)
     r["parity"] |= {"max_abs_logit_diff": 1e-6, "tolerance": 1e-4, "examples": 300}
     (note,) = report.notes(r)
-    assert "differ by at most 1.00e-06 in their logits on 300 examples (tolerance: 1.00e-04)" in note
+    assert "differ by at most 1.00e-06 in their logits, computed in fp32, on 300 examples (tolerance: 1.00e-04)" in note
 
 
 def test_memory_is_taken_apart():
