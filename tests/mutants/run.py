@@ -401,7 +401,7 @@ MUTANTS = (
            f"{SHRINK}::test_masters_are_carried_in_fp32_under_bf16[3-2]"),
     Mutant("an error of one rank waits for the others", "entry.py", "            distributed.end_if_it_would_wait(error)\n", "",
            "tests/unit/test_entry.py::test_an_error_of_one_rank_does_not_wait_for_the_others"),
-    Mutant("exports are float32 whatever was loaded", "finish.py", "or session.backbone.stored_dtype", 'or "float32"',
+    Mutant("exports are float32 whatever was loaded", "finish.py", "export_dtype or fitting", 'export_dtype or "float32"',
            "tests/integration/test_runs.py::test_dropout_bf16_and_an_export_in_low_precision"),
     Mutant("a process waits for threads as it ends", "environment.py", "    os._exit(code)", "    sys.exit(code)",
            "tests/unit/test_console.py::test_a_process_ends_with_its_code_and_waits_for_no_thread"),
