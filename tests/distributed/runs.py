@@ -600,7 +600,6 @@ def loaded_under_zero3(folders, is_language=False, precision="float32", only_str
     Per folder (streamed, plain), plain being None for those in `only_streamed`. A tensor is (shape, bytes), an error its text.
     """
     import contextlib
-    from types import SimpleNamespace
 
     from prunadapt_ds import backbone, distributed, engine
     from prunadapt_ds.errors import UserError
@@ -626,7 +625,7 @@ def loaded_under_zero3(folders, is_language=False, precision="float32", only_str
     pairs = []
     for folder in folders:
         streamed, streaming = load(folder), backbone.streaming
-        backbone.streaming = lambda name: contextlib.nullcontext(SimpleNamespace(notes=[]))
+        backbone.streaming = lambda name: contextlib.nullcontext([])
         try:
             plain = None if folder in only_streamed else load(folder)
         finally:
