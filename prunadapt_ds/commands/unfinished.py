@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunadapt_ds import checkpoint, distributed, files, resources, resume
+from prunadapt_ds import checkpoint, distributed, files, label_scale, resources, resume
 from prunadapt_ds.checkpoint import Checkpoint, Unread
 from prunadapt_ds.ds_config import resolve_ds_config
 from prunadapt_ds.entry import owned_folder
@@ -64,6 +64,7 @@ def export(run_dir: Path, start: Checkpoint, dtype: str | None, *, trust_remote_
             lambda: resolve_ds_config(config, distributed.world_size(), lambda: saved["options"]["bf16"])
         )
         session = setup(config, saved, ds=ds, tracked=False)
+        label_scale.refuse_dtype(session.label_scale, dtype)
         resume.restore(session, start, to_train=False)
         report = run_dir / "report.json"
         before = distributed.on_rank_0(f"reading {report}", lambda: files.unless_damaged(report))
