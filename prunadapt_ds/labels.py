@@ -96,7 +96,7 @@ def reorder_head(backbone: Backbone, theirs: Sequence[str], ours: Sequence[str])
     Such a head would otherwise start out worse than a new one.
     """
     order = columns(theirs, ours)
-    if order is None or not are_ours_elsewhere(theirs, ours):
+    if order is None or order == sorted(order):
         return False
     module = [m for m in task_head_linears(backbone) if full_shape(m.weight)[0] == len(order)][-1]
     parameters: list[Any] = [p for p in (module.weight, module.bias) if p is not None]
